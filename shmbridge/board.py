@@ -1,0 +1,211 @@
+"""The status board: one record per participant, written by it alone, read by everyone.
+
+A record tells who the participant is, where it is in its loop, and why it failed. The waits, the launcher's progress
+line and the reports all read this board and nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import time
+import traceback
+
+import msgspec
+
+from shmbridge.errors import AttachError, PeerLost
+from shmbridge.layout import (
+    FAILURE_CAPACITY,
+    FAILURE_OFFSET,
+    NO_STEP,
+    OFFER_CAPACITY,
+    OFFER_OFFSET,
+    WORD,
+    RecordWord,
+)
+from shmbridge.peer import Identity, myself
+
+
+class Phase(enum.IntEnum):
+    """Where a participant is."""
+
+    ABSENT = 0
+    STARTING = 1
+    LOADING = 2  # teacher: the model
+    PROBING = 3  # teacher: a first small forward
+    OFFERED = 4  # teacher: waits for the reply memory
+    COLLECTING = 5  # teacher: waits for requests
+    FORWARD = 6  # teacher: computes
+    BARRIER = 7  # rank: waits for the teacher's model
+    TRAINING = 8  # rank: outside the bridge
+    WAITING = 9  # rank: waits for a reply
+    DRAINING = 10  # teacher: answers what was submitted, then ends
+    CLOSED = 11
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """Why the run ends: written once by whoever saw it. The earliest record that is not a consequence is the cause."""
+
+    role: str  # launcher, teacher or trainer
+    rank: int  # of that role
+    pid: int
+    phase: str
+    step: int | None
+    sequence: int | None
+    reason: str
+    traceback: str = ""
+    consequence: bool = False  # a PeerLost: the cause lies elsewhere
+    at_ns: int = 0  # CLOCK_MONOTONIC, the same clock in every process of the machine
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f", step {self.step}"
+        at += "" if self.sequence is None else f", sequence {self.sequence}"
+        return f"{self.role} {self.rank} (pid {self.pid}) in phase {self.phase}{at}: {self.reason}"
+
+
+class Record:
+    """One participant's record."""
+
+    def __init__(self, memory: memoryview, role: str, rank: int) -> None:
+        self.role = role
+        self.rank = rank
+        self._memory = memory
+        self._words = memory.cast("Q")
+
+    # Written by the participant
+
+    def sign_in(self) -> None:
+        """Make this process the record's participant."""
+        pid, start = myself()
+        self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
+        self._words[RecordWord.START] = start
+        self.enter(Phase.STARTING)
+        self._words[RecordWord.PID] = pid
+
+    def enter(self, phase: Phase) -> None:
+        self._words[RecordWord.PHASE] = phase
+        self._words[RecordWord.SINCE_NS] = time.monotonic_ns()
+
+    def at(self, step: int | None, sequence: int) -> None:
+        self._words[RecordWord.STEP] = NO_STEP if step is None else step
+        self._words[RecordWord.SEQUENCE] = sequence
+
+    def progress(self, done: int, total: int) -> None:
+        self._words[RecordWord.PROGRESS_TOTAL] = total
+        self._words[RecordWord.PROGRESS] = done
+
+    def set_ready(self, generation: int) -> None:
+        self._words[RecordWord.READY] = generation
+
+    def write_offer(self, offer: bytes) -> None:
+        assert len(offer) <= OFFER_CAPACITY
+        self._memory[OFFER_OFFSET : OFFER_OFFSET + len(offer)] = offer
+        self._words[RecordWord.OFFER_NBYTES] = len(offer)
+
+    def fail(self, reason: str, trace: str = "", *, consequence: bool = False) -> None:
+        """Write this participant's failure; only its first one is kept."""
+        if self._words[RecordWord.FAILURE_NBYTES]:
+            return
+        self._write_failure(
+            Failure(
+                role=self.role,
+                rank=self.rank,
+                pid=os.getpid(),
+                phase=str(self.phase),
+                step=self.step,
+                sequence=self.sequence,
+                reason=reason,
+                traceback=trace,
+                consequence=consequence,
+                at_ns=time.monotonic_ns(),
+            )
+        )
+
+    def fail_with(self, error: BaseException) -> None:
+        """`fail` for an exception; a PeerLost is marked as a consequence."""
+        reason = traceback.format_exception_only(error)[-1].strip()
+        trace = "".join(traceback.format_exception(error))
+        self.fail(reason, trace, consequence=isinstance(error, PeerLost))
+
+    def relay(self, failure: Failure) -> None:
+        """Write what this participant learnt of another one that can no longer write; only the first is kept."""
+        if not self._words[RecordWord.FAILURE_NBYTES]:
+            self._write_failure(failure)
+
+    def _write_failure(self, failure: Failure) -> None:
+        text = msgspec.json.encode(failure)
+        room = FAILURE_CAPACITY
+        if len(text) > room:  # JSON escapes make a character at most six bytes
+            kept = max(0, (room - 1024) // 6)
+            short = msgspec.structs.replace(failure, reason=failure.reason[:64], traceback=failure.traceback[-kept:])
+            text = msgspec.json.encode(short)
+        self._memory[FAILURE_OFFSET : FAILURE_OFFSET + len(text)] = text
+        self._words[RecordWord.FAILURE_NBYTES] = len(text)
+
+    # Read by everyone
+
+    @property
+    def identity(self) -> Identity | None:
+        """None until the participant has signed in."""
+        pid = self._words[RecordWord.PID]
+        return Identity(pid, self._words[RecordWord.START]) if pid else None
+
+    @property
+    def phase(self) -> Phase:
+        value = self._words[RecordWord.PHASE]
+        return Phase(value) if value in Phase._value2member_map_ else Phase.ABSENT
+
+    @property
+    def seconds_in_phase(self) -> float:
+        return (time.monotonic_ns() - self._words[RecordWord.SINCE_NS]) / 1e9
+
+    @property
+    def step(self) -> int | None:
+        return self._optional(RecordWord.STEP)
+
+    @property
+    def sequence(self) -> int | None:
+        return self._optional(RecordWord.SEQUENCE)
+
+    @property
+    def progressed(self) -> tuple[int, int]:
+        """(done, total); total is 0 while nothing is known."""
+        return self._words[RecordWord.PROGRESS], self._words[RecordWord.PROGRESS_TOTAL]
+
+    @property
+    def ready(self) -> int:
+        return self._words[RecordWord.READY]
+
+    @property
+    def offer(self) -> bytes | None:
+        return self._blob(OFFER_OFFSET, RecordWord.OFFER_NBYTES, OFFER_CAPACITY)
+
+    @property
+    def failure(self) -> Failure | None:
+        text = self._blob(FAILURE_OFFSET, RecordWord.FAILURE_NBYTES, FAILURE_CAPACITY)
+        if text is None:
+            return None
+        try:
+            return msgspec.json.decode(text, type=Failure)
+        except msgspec.DecodeError as error:
+            raise AttachError(f"the failure record of {self.role} {self.rank} is garbled: {error}.") from None
+
+    def _optional(self, word: int) -> int | None:
+        value = self._words[word]
+        return None if value == NO_STEP or self.identity is None else value
+
+    def _blob(self, offset: int, word: int, capacity: int) -> bytes | None:
+        nbytes = self._words[word]
+        if nbytes == 0:
+            return None
+        if nbytes > capacity:
+            raise AttachError(
+                f"the record of {self.role} {self.rank} tells {nbytes} bytes where {capacity} fit: garbled."
+            )
+        return bytes(self._memory[offset : offset + nbytes])
+
+
+assert FAILURE_OFFSET % WORD == 0

@@ -1,0 +1,87 @@
+"""Every exception that shmbridge raises.
+
+    ShmbridgeError
+    ├── ConfigError           (ValueError)    a setting is unknown, missing or out of range
+    ├── PlanError                             the run does not fit /dev/shm, RAM or the GPU
+    ├── NotLaunched                           no session: the script was not started by shmbridge-launch
+    ├── AttachError                           a segment is missing, garbled, foreign or of another version
+    ├── SessionInUse                          the session's name is held by a live launcher
+    ├── RequestRefused        (ValueError)    submit was given something the teacher could not take
+    ├── RingFull                              as many requests in flight as the ring is deep
+    ├── Closed                                this side closed the bridge or released the lease: ours
+    ├── TeacherError                          the teacher's forward raised for this request; the teacher lives
+    ├── DeadlineExceeded      (TimeoutError)  a wait ran to its deadline with every party alive
+    └── PeerLost                              somebody else ended or failed: theirs
+        ├── TeacherDied
+        ├── TrainerDied
+        └── LauncherDied
+
+`Closed` and `PeerLost` are kept apart on purpose: the first is something the caller did, the second is something that
+happened to it. A `PeerLost` is always the consequence of a failure elsewhere, so a report never names it as the cause.
+"""
+
+from __future__ import annotations
+
+
+class ShmbridgeError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(ShmbridgeError, ValueError):
+    """A setting is unknown, missing or out of range."""
+
+
+class PlanError(ShmbridgeError):
+    """The run does not fit the machine; nothing was loaded."""
+
+
+class NotLaunched(ShmbridgeError):
+    """The script runs outside a session."""
+
+
+class AttachError(ShmbridgeError):
+    """Shared memory is not what this process was told to expect."""
+
+
+class SessionInUse(ShmbridgeError):
+    """A live launcher holds the name."""
+
+
+class RequestRefused(ShmbridgeError, ValueError):
+    """A request was refused in the rank that made it; nothing reached the teacher."""
+
+
+class RingFull(ShmbridgeError):
+    """The ring has no free slot; only the caller can free one, by waiting for a reply and releasing its lease."""
+
+
+class Closed(ShmbridgeError):
+    """The bridge was closed, or the lease released, by this process."""
+
+
+class TeacherError(ShmbridgeError):
+    """The teacher's forward raised for this request. `remote_traceback` is the teacher's own traceback."""
+
+    def __init__(self, message: str, remote_traceback: str) -> None:
+        super().__init__(f"{message}\n\nThe teacher's traceback:\n{remote_traceback}")
+        self.remote_traceback = remote_traceback
+
+
+class DeadlineExceeded(ShmbridgeError, TimeoutError):
+    """A wait reached its deadline although every party was alive."""
+
+
+class PeerLost(ShmbridgeError):
+    """Another participant ended or failed."""
+
+
+class TeacherDied(PeerLost):
+    """The teacher ended before it had answered."""
+
+
+class TrainerDied(PeerLost):
+    """A training rank ended before it had closed its bridge."""
+
+
+class LauncherDied(PeerLost):
+    """The owner of the session is gone; its shared memory may be removed at any moment."""

@@ -1,0 +1,185 @@
+"""Every byte offset of the shared segments. Pure: no system call is made here, and no other module knows an offset.
+
+All segments begin with the same eight 64-bit words, little-endian:
+
+    word 0 magic    1 version    2 kind    3 nbytes    4-5 session id    6 generation    7 index
+
+The magic is written last, so a segment whose creator was killed half-way is refused at attach.
+
+CONTROL, one per session. Written by the owner, except the records of the teachers.
+
+    0       header; then owner pid, owner start time, the shape of the session, and the owner's announcements
+    4096    settings: the resolved config as JSON (at most 60 KiB)
+    65536   records: the owner's, then one for each teacher
+
+LANE, one per rank and generation. Who writes what:
+
+    0       header, lane constants                                  owner
+    512     cursor line: requested, closed                          the rank
+    576     cursor line: replied                                    the teacher
+    640     cursor lines: released, one per reader                  each reader
+    4096    records: one for each reader                            each reader
+    ...     request slots: depth x (descriptor, IDs, mask)          the rank
+    ...     reply heads: depth x (descriptor, error text)           the teacher
+
+REPLY, one per rank and generation on the host plane: after one page of header, depth x slot_bytes of payload.
+
+The state of slot `sequence % depth` is derived from the cursors, never stored:
+
+    released <= replied <= requested <= released + depth
+
+        sequence >= requested             free
+        replied  <= sequence < requested  submitted: the teacher owns the slot
+        released <= sequence < replied    answered: the readers own the slot
+        sequence <  released              free again
+
+A cursor is one aligned 64-bit word that only grows and has one writer. It is stored through memoryview.cast("Q"), which
+moves the word whole; struct.pack_into must never touch a cursor, because it clears the bytes first.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+
+MAGIC = int.from_bytes(b"SHMBRDGE", "little")
+VERSION = 1
+PAGE = 4096
+CACHE_LINE = 64
+WORD = 8
+
+CONTROL, LANE, REPLY = 1, 2, 3
+KIND_NAMES = {CONTROL: "control", LANE: "lane", REPLY: "reply"}
+
+
+class Header:
+    """Word indices that all kinds share."""
+
+    MAGIC, VERSION, KIND, NBYTES, SESSION_HIGH, SESSION_LOW, GENERATION, INDEX = range(8)
+
+
+class ControlWord:
+    """Word indices in the control segment."""
+
+    OWNER_PID = 8
+    OWNER_START = 9
+    LANES = 10
+    TEACHERS = 11
+    READERS = 12
+    DEPTH = 13
+    MAX_TOKENS = 14
+    MAX_BATCH = 15
+    SETTINGS_NBYTES = 16
+    CURRENT_GENERATION = 17
+    REPLIES_READY = 18  # the generation whose reply segments exist
+    TRAINING_DONE = 19  # the last generation whose training group has ended
+
+
+SETTINGS_OFFSET = PAGE
+SETTINGS_CAPACITY = 60 * 1024
+RECORDS_OFFSET = 64 * 1024
+
+
+class RecordWord:
+    """Word indices inside a participant's record, relative to its first word."""
+
+    PID = 0
+    START = 1
+    PHASE = 2
+    SINCE_NS = 3
+    STEP = 4
+    SEQUENCE = 5
+    PROGRESS = 6
+    PROGRESS_TOTAL = 7
+    READY = 8  # teacher: the generation it serves; reader: its generation, once attached
+    OFFER_NBYTES = 9
+    FAILURE_NBYTES = 10
+
+
+RECORD_BYTES = 16 * 1024
+OFFER_OFFSET = 512
+OFFER_CAPACITY = 4096
+FAILURE_OFFSET = OFFER_OFFSET + OFFER_CAPACITY
+FAILURE_CAPACITY = RECORD_BYTES - FAILURE_OFFSET
+
+
+class LaneWord:
+    """Word indices in a lane segment."""
+
+    DEPTH = 8
+    READERS = 9
+    MAX_TOKENS = 10
+    TEACHER = 11  # which teacher serves this lane
+    REQUESTED = 64
+    CLOSED = 65
+    REPLIED = 72
+    RELEASED = 80  # of reader 0; the next reader's is RELEASED_STRIDE words on
+    RELEASED_STRIDE = 8
+
+
+MAX_READERS = (PAGE // WORD - LaneWord.RELEASED) // LaneWord.RELEASED_STRIDE
+
+# generation, sequence, step, batch, seq, itemsize of an ID, 1 if a mask follows, submitted (CLOCK_MONOTONIC, ns)
+REQUEST = struct.Struct("<8Q")
+REQUEST_DATA = 128
+ID_BYTES = 8
+MASK_BYTES = 1
+
+# generation, sequence, status, forward, row offset and rows of that forward, its padded length, nbytes of error text
+REPLY_HEAD = struct.Struct("<8Q")
+REPLY_HEAD_BYTES = 16 * 1024
+ERROR_OFFSET = 128
+ERROR_CAPACITY = REPLY_HEAD_BYTES - ERROR_OFFSET
+ANSWERED, RAISED = 1, 2
+
+NO_STEP = 2**64 - 1
+
+
+def align(nbytes: int, to: int = CACHE_LINE) -> int:
+    """The next multiple of `to` bytes."""
+    return -(-nbytes // to) * to
+
+
+def control_bytes(teachers: int) -> int:
+    """Size of a control segment in bytes."""
+    return RECORDS_OFFSET + (1 + teachers) * RECORD_BYTES
+
+
+def reply_bytes(depth: int, slot_bytes: int) -> int:
+    """Size of a reply segment in bytes."""
+    return PAGE + depth * slot_bytes
+
+
+@dataclass(frozen=True)
+class LaneLayout:
+    """Offsets in bytes of one lane: `depth` slots of at most `max_tokens` token IDs, read by `readers` processes."""
+
+    depth: int
+    max_tokens: int
+    readers: int = 1
+
+    def record(self, reader: int) -> int:
+        return PAGE + reader * RECORD_BYTES
+
+    @cached_property
+    def request_stride(self) -> int:
+        return align(REQUEST_DATA + self.max_tokens * (ID_BYTES + MASK_BYTES))
+
+    @cached_property
+    def requests(self) -> int:
+        return self.record(self.readers)
+
+    @cached_property
+    def reply_heads(self) -> int:
+        return align(self.requests + self.depth * self.request_stride, PAGE)
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.reply_heads + self.depth * REPLY_HEAD_BYTES
+
+    def request(self, slot: int) -> int:
+        return self.requests + slot * self.request_stride
+
+    def reply_head(self, slot: int) -> int:
+        return self.reply_heads + slot * REPLY_HEAD_BYTES

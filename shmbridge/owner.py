@@ -1,0 +1,206 @@
+"""The owner of a session: it alone creates shared objects, and only here are any removed.
+
+The owner is the supervisor in the launcher. It holds a file lock on the control segment while it lives, so that a later
+start can tell a dead session from a live one without trusting a pid (pids mean nothing across PID namespaces).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import posix_ipc
+
+from shmbridge import config, layout, offer
+from shmbridge.board import Failure
+from shmbridge.config import Config
+from shmbridge.doorbell import Doorbell
+from shmbridge.errors import ConfigError
+from shmbridge.layout import ControlWord, LaneWord
+from shmbridge.offer import Offer
+from shmbridge.peer import myself
+from shmbridge.segment import Segment
+from shmbridge.session import Control, Lane, Names, Shape, Token
+
+SHM_DIRECTORY = Path("/dev/shm")
+_OBJECT = re.compile(r"(?:sem\.)?shmbridge-([0-9a-f]{32})-[a-z0-9.-]+")
+
+
+def objects(session_id: str | None = None) -> dict[str, list[str]]:
+    """Names in /dev/shm that look like ours, by session id; of one session where it is given."""
+    found: dict[str, list[str]] = {}
+    for name in os.listdir(SHM_DIRECTORY):
+        match = _OBJECT.fullmatch(name)
+        if match and session_id in (None, match[1]):
+            found.setdefault(match[1], []).append(name)
+    return found
+
+
+def unlink_session(session_id: str) -> int:
+    """Remove every object of a session, its control segment last. Returns how many there were."""
+    names = objects(session_id).get(session_id, [])
+    for name in sorted(names, key=lambda name: name.endswith("-control")):
+        try:
+            if name.startswith("sem."):
+                posix_ipc.unlink_semaphore("/" + name.removeprefix("sem."))
+            else:
+                posix_ipc.unlink_shared_memory("/" + name)
+        except posix_ipc.ExistentialError:
+            pass
+    return len(names)
+
+
+@contextmanager
+def lock_if_dead(session_id: str) -> Iterator[bool]:
+    """True, and the owner's lock held, where no live owner holds it; so a session is never taken from its owner."""
+    path = SHM_DIRECTORY / Names(session_id).control[1:]
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        yield True  # killed while it created or removed the session: the control segment is first and last
+        return
+    except OSError:
+        yield False  # another user's
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
+
+
+class Owner:
+    """Creates a session, announces its generations, and removes it. A context manager that removes it at the end."""
+
+    def __init__(self, settings: Config, lanes: int, teachers: int = 1, readers: int = 1) -> None:
+        """Create the control segment and the teachers' doorbells.
+
+        Args:
+            lanes: training ranks, one lane each.
+            teachers: teacher processes; lane i is served by teacher i % teachers.
+            readers: processes that read each lane's replies.
+
+        Raises:
+            PlanError: /dev/shm has no room.
+            ConfigError: the settings are larger than their field.
+        """
+        ring = settings.ring
+        self.shape = Shape(lanes, teachers, readers, ring.depth, ring.max_tokens, ring.max_batch)
+        self.settings = settings
+        self.generation = 0
+        self.lanes: list[Lane] = []
+        self._rank_bells: list[Doorbell] = []
+        with ExitStack() as undo:
+            segment = self._create_control(undo)
+            self.control = Control(segment)
+            self.control.owner.sign_in()
+            self._teacher_bells = [Doorbell(self.names.teacher_bell(i), create=True) for i in range(teachers)]
+            self._undo = undo.pop_all()
+
+    def _create_control(self, undo: ExitStack) -> Segment:
+        text = config.to_json(self.settings)
+        if len(text) > layout.SETTINGS_CAPACITY:
+            raise ConfigError(f"the settings take {len(text)} bytes as JSON, at most {layout.SETTINGS_CAPACITY} fit")
+        segment = self._create_locked(undo)
+        words = segment.words
+        words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
+        for i, value in enumerate(self.shape):
+            words[ControlWord.LANES + i] = value
+        segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + len(text)] = text
+        words[ControlWord.SETTINGS_NBYTES] = len(text)
+        segment.publish()
+        return segment
+
+    def _create_locked(self, undo: ExitStack) -> Segment:
+        """A control segment under this process's lock. A cleaner may take it for dead in between; then again."""
+        while True:
+            self.session_id = secrets.token_hex(16)
+            self.names = Names(self.session_id)
+            nbytes = layout.control_bytes(self.shape.teachers)
+            segment = Segment.create(self.names.control, layout.CONTROL, nbytes, self.session_id)
+            try:
+                lock = os.open(SHM_DIRECTORY / self.names.control[1:], os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock).st_nlink:
+                undo.callback(os.close, lock)
+                undo.callback(unlink_session, self.session_id)
+                return segment
+            os.close(lock)
+
+    def start_generation(self) -> Token:
+        """Create the lanes and doorbells of the next generation. Raises PlanError."""
+        self.generation += 1
+        self._rank_bells = [
+            Doorbell(self.names.reader_bell(self.generation, lane, reader), create=True)
+            for lane in range(self.shape.lanes)
+            for reader in range(self.shape.readers)
+        ]
+        self.lanes = [self._create_lane(lane) for lane in range(self.shape.lanes)]
+        self.control.words[ControlWord.CURRENT_GENERATION] = self.generation
+        return Token(self.session_id, self.generation)
+
+    def _create_lane(self, index: int) -> Lane:
+        shape = self.shape.lane_layout
+        name = self.names.lane(self.generation, index)
+        segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, self.generation, index)
+        words = segment.words
+        words[LaneWord.DEPTH], words[LaneWord.READERS] = shape.depth, shape.readers
+        words[LaneWord.MAX_TOKENS], words[LaneWord.TEACHER] = shape.max_tokens, index % self.shape.teachers
+        segment.publish()
+        return Lane(segment, shape, index, self.generation)
+
+    def create_replies(self, agreed: Offer) -> int:
+        """Create the reply memory that `agreed` needs and tell the teachers. Returns its size in bytes.
+
+        Raises:
+            PlanError: /dev/shm has no room.
+        """
+        slot = offer.slot_bytes(agreed.outputs, self.shape.max_tokens, self.shape.max_batch)
+        nbytes = layout.reply_bytes(self.shape.depth, slot)
+        for lane in range(self.shape.lanes):
+            name = self.names.reply(self.generation, lane)
+            segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
+            segment.publish()
+            segment.close()
+        self.control.words[ControlWord.REPLIES_READY] = self.generation
+        self.ring_all()
+        return nbytes * self.shape.lanes
+
+    def end_training(self) -> None:
+        """Announce that this generation's training group has ended; the teacher drains and stops."""
+        self.control.words[ControlWord.TRAINING_DONE] = self.generation
+        self.ring_all()
+
+    def fail(self, failure: Failure) -> None:
+        """Announce the failure that ends the run; every wait stops with it."""
+        self.control.owner.relay(failure)
+        self.ring_all()
+
+    def ring_all(self) -> None:
+        for bell in self._teacher_bells + self._rank_bells:
+            bell.ring()
+
+    def failures(self) -> list[Failure]:
+        """Of teachers and ranks: causes before consequences, the earliest first."""
+        records = [*self.control.teachers, *(record for lane in self.lanes for record in lane.records)]
+        found = [failure for failure in (record.failure for record in records) if failure]
+        return sorted(found, key=lambda failure: (failure.consequence, failure.at_ns))
+
+    def close(self) -> None:
+        """Remove everything. Whoever is still attached keeps its mappings, and learns it from the owner's death."""
+        self._undo.close()
+
+    def __enter__(self) -> Owner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,164 @@
+"""POSIX shared-memory objects: created and reserved by the owner, attached with every check, never unlinked here.
+
+A segment is reserved with posix_fallocate before it is mapped: on a full tmpfs ftruncate and mmap succeed and the first
+write dies of SIGBUS, while posix_fallocate answers ENOSPC. It is then populated, so that no page fault is left for the
+training loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import platform
+import stat
+
+import posix_ipc
+
+from shmbridge import layout
+from shmbridge.errors import AttachError, PlanError
+from shmbridge.layout import Header
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not yet in the mmap module
+
+
+class Segment:
+    """One mapped object. `bytes` is the whole mapping, `words` the same as 64-bit words."""
+
+    def __init__(self, name: str, mapping: mmap.mmap) -> None:
+        self.name = name
+        self._mapping = mapping
+        self.bytes = memoryview(mapping)
+        self.words = self.bytes.cast("Q")
+        _populate(mapping)
+
+    @classmethod
+    def create(cls, name: str, kind: int, nbytes: int, session_id: str, generation: int = 0, index: int = 0) -> Segment:
+        """A new zeroed segment of `nbytes`, header written but for the magic; `publish` makes it attachable.
+
+        Raises:
+            PlanError: /dev/shm has no room for it.
+        """
+        require_x86()
+        nbytes = layout.align(nbytes, layout.PAGE)
+        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+        try:
+            os.fchmod(shm.fd, 0o600)
+            os.posix_fallocate(shm.fd, 0, nbytes)
+            segment = cls(name, mmap.mmap(shm.fd, nbytes))
+        except OSError as error:
+            posix_ipc.unlink_shared_memory(name)
+            if error.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise PlanError(_no_room(name, nbytes)) from None
+            raise
+        finally:
+            shm.close_fd()
+        words = segment.words
+        words[Header.VERSION], words[Header.KIND], words[Header.NBYTES] = layout.VERSION, kind, nbytes
+        words[Header.SESSION_HIGH], words[Header.SESSION_LOW] = _session_words(session_id)
+        words[Header.GENERATION], words[Header.INDEX] = generation, index
+        return segment
+
+    def publish(self) -> None:
+        self.words[Header.MAGIC] = layout.MAGIC
+
+    @classmethod
+    def attach(cls, name: str, kind: int, session_id: str, generation: int = 0, index: int = 0) -> Segment:
+        """The existing segment `name`, after its owner, mode, size and header were checked.
+
+        Raises:
+            AttachError: says what was found, what was expected and what to do.
+        """
+        require_x86()
+        try:
+            shm = posix_ipc.SharedMemory(name)
+        except posix_ipc.ExistentialError:
+            raise AttachError(f"segment {name} does not exist: the session has ended. Start a new one.") from None
+        except (posix_ipc.PermissionsError, PermissionError):
+            raise AttachError(f"segment {name} belongs to another user; a session is private to its user.") from None
+        try:
+            status = os.fstat(shm.fd)
+            _check_ownership(name, status)
+            if status.st_size < layout.PAGE:
+                raise AttachError(f"segment {name} has {status.st_size} bytes, less than a header: it is truncated.")
+            segment = cls(name, mmap.mmap(shm.fd, status.st_size))
+        finally:
+            shm.close_fd()
+        try:
+            segment._check_header(kind, status.st_size, session_id, generation, index)
+        except AttachError:
+            segment.close()
+            raise
+        return segment
+
+    def _check_header(self, kind: int, size: int, session_id: str, generation: int, index: int) -> None:
+        words = self.words
+        if words[Header.MAGIC] != layout.MAGIC:
+            raise AttachError(
+                f"segment {self.name} has magic {words[Header.MAGIC]:#x}, expected {layout.MAGIC:#x}: "
+                "it is foreign, garbled or half-made. Start a new session."
+            )
+        if words[Header.VERSION] != layout.VERSION:
+            raise AttachError(
+                f"segment {self.name} has layout version {words[Header.VERSION]}, this shmbridge has {layout.VERSION}: "
+                "install the same shmbridge for launcher, teacher and training."
+            )
+        found = tuple(words[i] for i in range(Header.KIND, Header.INDEX + 1))
+        expected = (kind, size, *_session_words(session_id), generation, index)
+        if found != expected:
+            fields = ("kind", "nbytes", "session (high)", "session (low)", "generation", "index")
+            wrong = [f"{f} {a:#x}, expected {b:#x}" for f, a, b in zip(fields, found, expected, strict=True) if a != b]
+            raise AttachError(
+                f"segment {self.name} has {'; '.join(wrong)}: it is stale or garbled. Start a new session."
+            )
+
+    def close(self) -> bool:
+        """Unmap. False, with the mapping left in place, while an array still looks into it."""
+        try:
+            self.words.release()
+            self.bytes.release()
+            self._mapping.close()
+        except BufferError:
+            return False
+        return True
+
+
+def require_x86() -> None:
+    """Raise AttachError on a processor whose stores other cores may see out of order (see docs/design.md)."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise AttachError(
+            f"this processor is {platform.machine()}; shmbridge needs x86-64, whose stores stay in order: "
+            "its cursors carry no memory fence for other processors."
+        )
+
+
+def _session_words(session_id: str) -> tuple[int, int]:
+    return int(session_id[:16], 16), int(session_id[16:], 16)
+
+
+def _check_ownership(name: str, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise AttachError(
+            f"segment {name} belongs to uid {status.st_uid}, this process runs as {os.geteuid()}: refused."
+        )
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o077:
+        raise AttachError(f"segment {name} has mode {mode:04o}, expected 0600: others can write to it. Refused.")
+
+
+def _populate(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # an older kernel: the pages are reserved all the same
+            raise
+
+
+def _no_room(name: str, nbytes: int) -> str:
+    shm = os.statvfs("/dev/shm")
+    free = shm.f_bavail * shm.f_frsize
+    return (
+        f"/dev/shm has {free / 2**20:,.0f} MiB free, segment {name} needs {nbytes / 2**20:,.0f} MiB. "
+        "Lower ring.max_tokens or ring.depth, or give the container more (docker run --shm-size; "
+        "Docker and Kubernetes give 64 MB unless told otherwise)."
+    )

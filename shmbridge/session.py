@@ -1,0 +1,361 @@
+"""A run's shared resources as its participants find them: the token, the names, the control segment, the lanes.
+
+Everybody but the owner (owner.py) attaches with the token in SHMBRIDGE_SESSION, `session_id@generation`.
+
+    /dev/shm/shmbridge-ID-control            /dev/shm/sem.shmbridge-ID-teacher0
+    /dev/shm/shmbridge-ID-g1-lane0           /dev/shm/sem.shmbridge-ID-g1-rank0.0
+    /dev/shm/shmbridge-ID-g1-reply0
+
+The startup barrier: the teacher writes its offer into its record; the owner creates reply memory of that size and
+announces it; the teacher maps it and marks itself ready for the generation; every rank that waits is rung.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from shmbridge import config, layout
+from shmbridge.board import Failure, Phase, Record
+from shmbridge.config import Config
+from shmbridge.doorbell import Doorbell
+from shmbridge.errors import (
+    AttachError,
+    ConfigError,
+    DeadlineExceeded,
+    LauncherDied,
+    PeerLost,
+    TeacherDied,
+    TrainerDied,
+)
+from shmbridge.layout import ControlWord, LaneLayout, LaneWord
+from shmbridge.offer import Offer
+from shmbridge.peer import Identity, Peer, identity
+from shmbridge.ring import Ring
+from shmbridge.segment import Segment
+
+SESSION_VARIABLE = "SHMBRIDGE_SESSION"
+OFF = "off"
+
+T = TypeVar("T")
+
+
+class Token(NamedTuple):
+    """What a process needs to find its session; the text of SHMBRIDGE_SESSION."""
+
+    session_id: str
+    generation: int
+
+    def __str__(self) -> str:
+        return f"{self.session_id}@{self.generation}"
+
+    @classmethod
+    def parse(cls, text: str) -> Token:
+        found = re.fullmatch(r"([0-9a-f]{32})@([1-9][0-9]{0,8})", text)
+        if not found:
+            raise AttachError(
+                f"{SESSION_VARIABLE} is {text!r}, expected 32 hex digits, `@` and a generation; only shmbridge-launch sets it."
+            )
+        return cls(found[1], int(found[2]))
+
+
+class Names:
+    """The names of a session's POSIX objects."""
+
+    def __init__(self, session_id: str) -> None:
+        self._stem = f"/shmbridge-{session_id}"
+        self.control = f"{self._stem}-control"
+
+    def lane(self, generation: int, lane: int) -> str:
+        return f"{self._stem}-g{generation}-lane{lane}"
+
+    def reply(self, generation: int, lane: int) -> str:
+        return f"{self._stem}-g{generation}-reply{lane}"
+
+    def teacher_bell(self, teacher: int) -> str:
+        return f"{self._stem}-teacher{teacher}"
+
+    def reader_bell(self, generation: int, lane: int, reader: int) -> str:
+        return f"{self._stem}-g{generation}-rank{lane}.{reader}"
+
+
+class Shape(NamedTuple):
+    """The numbers that fix a session's layout."""
+
+    lanes: int
+    teachers: int
+    readers: int
+    depth: int
+    max_tokens: int
+    max_batch: int
+
+    @property
+    def lane_layout(self) -> LaneLayout:
+        return LaneLayout(self.depth, self.max_tokens, self.readers)
+
+
+class Control:
+    """Typed access to the control segment."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.words = segment.words
+        self.shape = Shape(*self.words[ControlWord.LANES : ControlWord.MAX_BATCH + 1])
+        if not (
+            self.shape.lanes >= 1
+            and 1 <= self.shape.readers <= layout.MAX_READERS
+            and segment.bytes.nbytes == layout.align(layout.control_bytes(self.shape.teachers), layout.PAGE)
+        ):
+            raise AttachError(
+                f"segment {segment.name} tells the shape {self.shape}, which does not fit its size: garbled."
+            )
+        self.owner = Record(self._record(0), "launcher", 0)
+        self.teachers = [Record(self._record(1 + i), "teacher", i) for i in range(self.shape.teachers)]
+
+    def _record(self, index: int) -> memoryview:
+        start = layout.RECORDS_OFFSET + index * layout.RECORD_BYTES
+        return self.segment.bytes[start : start + layout.RECORD_BYTES]
+
+    @property
+    def owner_identity(self) -> Identity:
+        return Identity(self.words[ControlWord.OWNER_PID], self.words[ControlWord.OWNER_START])
+
+    def settings(self) -> Config:
+        nbytes = self.words[ControlWord.SETTINGS_NBYTES]
+        if nbytes > layout.SETTINGS_CAPACITY:
+            raise AttachError(f"segment {self.segment.name} tells {nbytes} bytes of settings: garbled.")
+        text = self.segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + nbytes]
+        try:
+            return config.from_json(bytes(text))
+        except ConfigError as error:
+            raise AttachError(f"segment {self.segment.name} holds garbled settings: {error}.") from None
+
+
+class Lane:
+    """One lane of one generation as any participant sees it."""
+
+    def __init__(self, segment: Segment, shape: LaneLayout, index: int, generation: int) -> None:
+        self.index = index
+        self.segment = segment
+        self.ring = Ring(segment.bytes, segment.words, shape, generation)
+        self.records = [
+            Record(segment.bytes[start : start + layout.RECORD_BYTES], "trainer", index)
+            for start in map(shape.record, range(shape.readers))
+        ]
+
+    @classmethod
+    def attach(cls, token: Token, shape: Shape, index: int) -> Lane:
+        name = Names(token.session_id).lane(token.generation, index)
+        segment = Segment.attach(name, layout.LANE, token.session_id, token.generation, index)
+        lane = shape.lane_layout
+        words = segment.words
+        found = (words[LaneWord.DEPTH], words[LaneWord.READERS], words[LaneWord.MAX_TOKENS], segment.bytes.nbytes)
+        expected = (lane.depth, lane.readers, lane.max_tokens, layout.align(lane.nbytes, layout.PAGE))
+        if found != expected:
+            segment.close()
+            raise AttachError(
+                f"segment {name} tells depth, readers, tokens, size {found}, expected {expected}: garbled."
+            )
+        return cls(segment, lane, index, token.generation)
+
+
+class _Attached:
+    """What a trainer and a teacher have in common: the control segment, and a liveness check of its owner."""
+
+    def __init__(self, token: Token) -> None:
+        self.token = token
+        self.names = Names(token.session_id)
+        self.control = Control(Segment.attach(self.names.control, layout.CONTROL, token.session_id))
+        current = self.control.words[ControlWord.CURRENT_GENERATION]
+        if token.generation != current:
+            raise AttachError(
+                f"this process belongs to generation {token.generation} of the session, which is at generation {current}: "
+                "it was left behind by a restart and must end."
+            )
+        self.settings = self.control.settings()
+        self._owner = Peer(self.control.owner_identity)
+
+    def check(self) -> None:
+        """Raise a PeerLost if the session has failed or its owner is gone."""
+        failure = self.control.owner.failure
+        if failure:
+            raise lost(failure)
+        if not self._owner.alive():
+            raise LauncherDied(
+                f"the launcher (pid {self._owner.identity.pid}) is gone without a word: killed? Everything of this session ends."
+            )
+
+    def teacher_name(self, teacher: int) -> str:
+        return f"teacher {teacher} ({self.settings.teacher.model})"
+
+
+class TrainerSession(_Attached):
+    """One training rank's side of a session: its lane, its doorbell, its teacher's."""
+
+    def __init__(self, token: Token, lane: int, reader: int = 0) -> None:
+        """Attach and sign in.
+
+        Raises:
+            AttachError: the session is gone, or has no such lane, or another live process holds it.
+        """
+        super().__init__(token)
+        lanes = self.control.shape.lanes
+        if not 0 <= lane < lanes:
+            raise AttachError(
+                f"this rank asks for lane {lane}, the session has lanes 0 to {lanes - 1}: "
+                "start as many ranks as --train-gpus (or --cpu) says."
+            )
+        self.lane = Lane.attach(token, self.control.shape, lane)
+        self.ring = self.lane.ring
+        self.reader = reader
+        self.record = self.lane.records[reader]
+        self._sign_in()
+        self.bell = Doorbell(self.names.reader_bell(token.generation, lane, reader))
+        self.teacher_index = self.lane.segment.words[LaneWord.TEACHER]
+        if self.teacher_index >= len(self.control.teachers):
+            raise AttachError(f"segment {self.lane.segment.name} names teacher {self.teacher_index}: garbled.")
+        self.teacher = self.control.teachers[self.teacher_index]
+        self.teacher_bell = Doorbell(self.names.teacher_bell(self.teacher_index))
+        self._teacher_peer: Peer | None = None
+        self._spin_s = self.settings.ring.spin_us / 1e6
+
+    def _sign_in(self) -> None:
+        holder = self.record.identity
+        if holder and identity(holder.pid) == holder:
+            raise AttachError(
+                f"lane {self.lane.index} is held by pid {holder.pid}: two processes have the same LOCAL_RANK, or connect() "
+                "was called twice. Call it once per rank, or give connect(lane=...)."
+            )
+        self.record.sign_in()
+        self.record.set_ready(self.token.generation)
+
+    def check(self) -> None:
+        failure = self.teacher.failure
+        if failure and not failure.consequence:
+            raise lost(failure)
+        super().check()
+        if self._teacher_peer is None:
+            who = self.teacher.identity
+            if who is None:
+                return
+            self._teacher_peer = Peer(who)
+        if not self._teacher_peer.alive() and self.teacher.phase is not Phase.CLOSED:
+            name, pid = self.teacher_name(self.teacher_index), self._teacher_peer.identity.pid
+            raise TeacherDied(f"{name}, pid {pid}, is gone; it was in phase {self.teacher.phase}.")
+
+    def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
+        """The project's one wait, on this rank's doorbell."""
+        return self.bell.wait(ready, self.check, deadline, self._spin_s)
+
+    def wait_ready(self, timeout_s: float) -> Offer:
+        """Sleep until the teacher's model is loaded; what it offers.
+
+        Raises:
+            DeadlineExceeded: it is still loading; says how far it is.
+            TeacherDied, LauncherDied, TrainerDied: see `check`.
+        """
+        generation = self.token.generation
+        self.record.enter(Phase.BARRIER)
+        ready = self.wait(lambda: True if self.teacher.ready == generation else None, time.monotonic() + timeout_s)
+        if not ready:
+            raise DeadlineExceeded(self._late_teacher(timeout_s))
+        self.record.enter(Phase.TRAINING)
+        text = self.teacher.offer
+        if text is None:
+            raise AttachError(f"{self.teacher_name(self.teacher_index)} is ready but made no offer: garbled.")
+        return Offer.decode(text)
+
+    def _late_teacher(self, timeout_s: float) -> str:
+        name, teacher = self.teacher_name(self.teacher_index), self.teacher
+        if teacher.identity is None:
+            where = "has not attached to the session"
+        else:
+            done, total = teacher.progressed
+            share = f" ({done} of {total})" if total else ""
+            where = (
+                f"(pid {teacher.identity.pid}) is in phase {teacher.phase}{share} for {teacher.seconds_in_phase:.0f} s"
+            )
+        return f"at the startup barrier {name} {where} after {timeout_s:g} s; see its log, or raise timeouts.startup_s."
+
+    def close(self) -> None:
+        """Tell that no request follows, and detach. Arrays that the caller still holds keep their memory mapped."""
+        self.ring.close_requests()
+        self.record.enter(Phase.CLOSED)
+        self.teacher_bell.ring()
+
+
+class TeacherSession(_Attached):
+    """One teacher's side of a session: its lanes, their ranks' doorbells, its own."""
+
+    def __init__(self, token: Token, index: int = 0) -> None:
+        """Attach and sign in. Raises AttachError."""
+        super().__init__(token)
+        self.index = index
+        self.record = self.control.teachers[index]
+        self.record.sign_in()
+        self.bell = Doorbell(self.names.teacher_bell(index))
+        shape = self.control.shape
+        every = [Lane.attach(token, shape, i) for i in range(shape.lanes)]
+        self.lanes = [lane for lane in every if lane.segment.words[LaneWord.TEACHER] == index]
+        self.reader_bells = {
+            lane.index: [
+                Doorbell(self.names.reader_bell(token.generation, lane.index, r)) for r in range(shape.readers)
+            ]
+            for lane in self.lanes
+        }
+        self._ranks: dict[int, Peer] = {}
+
+    def offer(self, made: Offer) -> None:
+        """Publish what the model returns, and wait for the owner to create memory for it.
+
+        Raises:
+            DeadlineExceeded, PlanError, LauncherDied
+        """
+        self.record.write_offer(made.encode())
+        self.record.enter(Phase.OFFERED)
+        timeout_s = self.settings.timeouts.startup_s
+        words, generation = self.control.words, self.token.generation
+        created = self.wait(
+            lambda: True if words[ControlWord.REPLIES_READY] == generation else None, time.monotonic() + timeout_s
+        )
+        if not created:
+            raise DeadlineExceeded(
+                f"the launcher did not create the reply memory within {timeout_s:g} s (timeouts.startup_s)."
+            )
+
+    def open_barrier(self) -> None:
+        """Let every rank that waits at the startup barrier go on."""
+        self.record.enter(Phase.COLLECTING)
+        self.record.set_ready(self.token.generation)
+        for lane in self.lanes:
+            self.ring_readers(lane)
+
+    def ring_readers(self, lane: Lane) -> None:
+        for bell in self.reader_bells[lane.index]:
+            bell.ring()
+
+    def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
+        """The project's one wait, on this teacher's doorbell."""
+        return self.bell.wait(ready, self.check, deadline)
+
+    def gone(self, lane: Lane) -> bool:
+        """True once the lane's rank has ended, whether or not it had closed."""
+        peer = self._ranks.get(lane.index)
+        if peer is None:
+            who = lane.records[0].identity
+            if who is None:
+                return False
+            peer = self._ranks[lane.index] = Peer(who)
+        return not peer.alive()
+
+    @property
+    def training_done(self) -> bool:
+        return self.control.words[ControlWord.TRAINING_DONE] >= self.token.generation
+
+
+def lost(failure: Failure) -> PeerLost:
+    """The exception of whoever learns of a failure elsewhere."""
+    kind = {"teacher": TeacherDied, "trainer": TrainerDied}.get(failure.role, LauncherDied)
+    return kind(str(failure) + (f"\n\n{failure.traceback}" if failure.traceback else ""))
