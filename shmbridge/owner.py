@@ -170,7 +170,6 @@ class Owner:
             name = self.names.reply(self.generation, lane)
             segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
             segment.publish()
-            segment.close()
         self.control.words[ControlWord.REPLIES_READY] = self.generation
         self.ring_all()
         return nbytes * self.shape.lanes

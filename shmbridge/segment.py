@@ -23,11 +23,14 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; not yet in the mmap module
 
 
 class Segment:
-    """One mapped object. `bytes` is the whole mapping, `words` the same as 64-bit words."""
+    """One mapped object. `bytes` is the whole mapping, `words` the same as 64-bit words.
+
+    There is no close: the memory stays mapped while a view, an array or a tensor looks into it, and is unmapped with the
+    last of them. An explicit unmap could only fail (NumPy pins a mapping) or leave a pointer into nothing.
+    """
 
     def __init__(self, name: str, mapping: mmap.mmap) -> None:
         self.name = name
-        self._mapping = mapping
         self.bytes = memoryview(mapping)
         self.words = self.bytes.cast("Q")
         _populate(mapping)
@@ -84,11 +87,7 @@ class Segment:
             segment = cls(name, mmap.mmap(shm.fd, status.st_size))
         finally:
             shm.close_fd()
-        try:
-            segment._check_header(kind, status.st_size, session_id, generation, index)
-        except AttachError:
-            segment.close()
-            raise
+        segment._check_header(kind, status.st_size, session_id, generation, index)
         return segment
 
     def _check_header(self, kind: int, size: int, session_id: str, generation: int, index: int) -> None:
@@ -111,16 +110,6 @@ class Segment:
             raise AttachError(
                 f"segment {self.name} has {'; '.join(wrong)}: it is stale or garbled. Start a new session."
             )
-
-    def close(self) -> bool:
-        """Unmap. False, with the mapping left in place, while an array still looks into it."""
-        try:
-            self.words.release()
-            self.bytes.release()
-            self._mapping.close()
-        except BufferError:
-            return False
-        return True
 
 
 def require_x86() -> None:

@@ -154,7 +154,6 @@ class Lane:
         found = (words[LaneWord.DEPTH], words[LaneWord.READERS], words[LaneWord.MAX_TOKENS], segment.bytes.nbytes)
         expected = (lane.depth, lane.readers, lane.max_tokens, layout.align(lane.nbytes, layout.PAGE))
         if found != expected:
-            segment.close()
             raise AttachError(
                 f"segment {name} tells depth, readers, tokens, size {found}, expected {expected}: garbled."
             )
@@ -327,8 +326,11 @@ class TeacherSession(_Attached):
 
     def open_barrier(self) -> None:
         """Let every rank that waits at the startup barrier go on."""
-        self.record.enter(Phase.COLLECTING)
         self.record.set_ready(self.token.generation)
+        self.wake_ranks()
+
+    def wake_ranks(self) -> None:
+        """Ring every rank, so that it looks at the board now."""
         for lane in self.lanes:
             self.ring_readers(lane)
 

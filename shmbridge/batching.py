@@ -1,0 +1,66 @@
+"""How the requests of several ranks become one forward, and which rows of it belong to whom. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """Rows start to stop of request number `request`, whose rows are `seq` tokens long."""
+
+    request: int
+    start: int
+    stop: int
+    seq: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+def padded_tokens(pieces: Sequence[Piece]) -> int:
+    """Tokens of one forward over `pieces`, padding included."""
+    return sum(piece.rows for piece in pieces) * max(piece.seq for piece in pieces)
+
+
+def compose(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[Piece]]:
+    """Split requests of (batch, seq) into forwards of at most `max_tokens` padded tokens, in order.
+
+    A request stays whole where it fits into a forward of its own; a single row is never split.
+    """
+    forwards: list[list[Piece]] = []
+    for request, (batch, seq) in enumerate(shapes):
+        rows_at_once = max(1, max_tokens // seq)
+        for start in range(0, batch, rows_at_once):
+            piece = Piece(request, start, min(batch, start + rows_at_once), seq)
+            if forwards and padded_tokens([*forwards[-1], piece]) <= max_tokens:
+                forwards[-1].append(piece)
+            else:
+                forwards.append([piece])
+    return forwards
+
+
+def halve(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Two forwards with half of the rows each; one unchanged where there is a single row."""
+    total = sum(piece.rows for piece in pieces)
+    if total == 1:
+        return [list(pieces)]
+    halves: list[list[Piece]] = [[], []]
+    seen = 0
+    for piece in pieces:
+        cut = min(piece.stop, max(piece.start, piece.start + total // 2 - seen))
+        if cut > piece.start:
+            halves[0].append(piece._replace(stop=cut))
+        if cut < piece.stop:
+            halves[1].append(piece._replace(start=cut))
+        seen += piece.rows
+    return halves
+
+
+def by_request(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """One forward for each request among `pieces`."""
+    groups: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.request, []).append(piece)
+    return list(groups.values())

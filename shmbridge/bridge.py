@@ -1,0 +1,539 @@
+"""The trainer's side: connect, submit, wait, lease.
+
+    bridge = shmbridge.connect()
+    bridge.wait_ready()
+    pending = bridge.submit(input_ids)          # returns at once
+    with pending.wait() as reply:               # a lease on the teacher's output
+        loss = kd_loss(student_logits, reply.logits)
+        loss.backward()
+    reply = bridge.exchange(input_ids)          # the simple way: tensors of one's own
+
+References run one way, lease -> pending -> bridge, so that a loop which runs with the garbage collector off holds neither
+a slot nor a mapping longer than its own variables do.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+import weakref
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from shmbridge import trace
+from shmbridge.board import Phase
+from shmbridge.config import Config
+from shmbridge.errors import (
+    Closed,
+    DeadlineExceeded,
+    NotLaunched,
+    PeerLost,
+    RequestRefused,
+    TeacherError,
+)
+from shmbridge.host_plane import HostPlane
+from shmbridge.offer import Offer
+from shmbridge.ring import Composition
+from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
+
+IntArray = np.ndarray[Any, np.dtype[Any]]
+
+_UNSIGNED = {np.dtype(np.int64): np.uint64, np.dtype(np.int32): np.uint32}
+
+
+def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:
+    """This rank's bridge to the teacher, from SHMBRIDGE_SESSION. Initialises no CUDA and may come before set_device.
+
+    Args:
+        lane: the ring of this rank. None: LOCAL_RANK.
+        device: where replies are wanted. None: the current CUDA device at the first reply where the launcher gave
+            training GPUs, else the CPU.
+
+    Returns:
+        A Bridge, usable as a context manager: an exception in the `with` block is told to the other side, a plain end
+        closes. Where the bridge is switched off its `enabled` is False and its replies have no tensors.
+
+    Raises:
+        NotLaunched: the script was started without shmbridge-launch.
+        AttachError: the session has ended, or has no such lane.
+    """
+    text = os.environ.get(SESSION_VARIABLE)
+    if text == OFF:
+        return DisabledBridge()
+    if not text:
+        raise NotLaunched(
+            f"{SESSION_VARIABLE} is not set: this script runs without a teacher. Start it with\n"
+            "    shmbridge-launch --teacher MODEL --teacher-gpu 7 --train-gpus 0-6 -- train.py ...\n"
+            f"or, to train without the bridge, set {SESSION_VARIABLE}={OFF} (shmbridge-launch --no-teacher does)."
+        )
+    session = TrainerSession(Token.parse(text), _lane() if lane is None else lane)
+    trace.configure(session.settings.log.level)
+    bridge = Bridge(session, None if device is None else torch.device(device))
+    _report_exit(bridge)
+    return bridge
+
+
+class Reply:
+    """What the teacher answered: named tensors with a leading batch axis, (batch, seq, vocab) for `logits`.
+
+    `missing` is True where there is no answer because the bridge is off; there are no tensors then. `composition` tells
+    where the request stood in the teacher's forward, which the bits of the reply depend on.
+    """
+
+    __slots__ = ("_released", "_tensors", "composition", "missing", "sequence", "step")
+
+    def __init__(
+        self, tensors: dict[str, torch.Tensor], sequence: int, step: int | None, composition: Composition | None
+    ) -> None:
+        self._tensors = tensors
+        self._released = False
+        self.missing = not tensors
+        self.sequence = sequence
+        self.step = step
+        self.composition = composition
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(batch, seq, vocab); row i is the distribution after token i."""
+        return self["logits"]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if self._released:
+            raise Closed(f"the lease on sequence {self.sequence} was released; use the reply inside its `with` block.")
+        if name not in self._tensors:
+            has = "no tensors, because the bridge is off" if self.missing else ", ".join(self._tensors)
+            raise KeyError(f"the reply has no {name!r}; it has {has}")
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def _forget(self) -> None:
+        self._tensors = {}
+        self._released = True
+
+
+class Lease:
+    """The right to read one reply in place. Used as `with pending.wait() as reply:`; released at the end of the block.
+
+    The tensors lie in memory that the teacher writes again after the release: finish the backward inside the block.
+    """
+
+    __slots__ = ("_bridge", "reply")
+
+    def __init__(self, bridge: Bridge | None, reply: Reply) -> None:
+        self._bridge = bridge
+        self.reply = reply
+
+    def release(self) -> None:
+        """Give the slot back. Once is enough; more does nothing."""
+        if self._bridge is not None:
+            bridge, self._bridge = self._bridge, None
+            self.reply._forget()
+            bridge._release(self.reply)
+
+    def __enter__(self) -> Reply:
+        return self.reply
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Pending:
+    """A request that was submitted and not yet answered."""
+
+    __slots__ = ("_batch", "_bridge", "_seq", "sequence", "step")
+
+    def __init__(self, bridge: Bridge, sequence: int, step: int | None, batch: int, seq: int) -> None:
+        self._bridge: Bridge | None = bridge
+        self.sequence = sequence
+        self.step = step
+        self._batch = batch
+        self._seq = seq
+
+    @property
+    def done(self) -> bool:
+        """True once `wait` would not have to."""
+        return self._bridge is None or self._bridge._answered(self.sequence)
+
+    def wait(self, timeout: float | None = None) -> Lease:
+        """Sleep until the teacher has answered; a lease on the reply.
+
+        Args:
+            timeout: seconds. None: timeouts.request_s of the config.
+
+        Raises:
+            TeacherError: the forward raised for this request; the slot is free again and the teacher lives.
+            TeacherDied, TrainerDied, LauncherDied: somebody else ended; names the step and the sequence.
+            DeadlineExceeded: nobody died and nobody answered. `wait` may be called again.
+            Closed: this Pending was waited for before, or its bridge is closed.
+        """
+        if self._bridge is None:
+            raise Closed(f"sequence {self.sequence} was waited for before; a reply is leased once.")
+        lease = self._bridge._lease(self, self._batch, self._seq, timeout)
+        self._bridge = None
+        return lease
+
+
+class Bridge:
+    """One rank's connection to the teacher. Made by `connect`."""
+
+    enabled = True
+
+    def __init__(self, session: TrainerSession, device: torch.device | None = None) -> None:
+        self._open = session
+        self._closed = False
+        self._process = os.getpid()
+        self._device = device
+        self._offer: Offer | None = None
+        self._released = 0
+        self._released_early: set[int] = set()
+        self._trace = trace.Trace.of("trainer", session.lane.index)
+
+    @property
+    def rank(self) -> int:
+        """This rank's lane: its LOCAL_RANK, unless connect was told otherwise."""
+        return self._session.lane.index
+
+    @property
+    def settings(self) -> Config:
+        """The run's resolved config."""
+        return self._session.settings
+
+    @property
+    def teacher(self) -> Offer:
+        """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher."""
+        return self._ready()
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """The startup barrier: sleep until the teacher's model is loaded.
+
+        Args:
+            timeout: seconds. None: timeouts.startup_s of the config.
+
+        Raises:
+            TeacherDied: it failed while loading; carries its traceback.
+            DeadlineExceeded: it is still loading; says how far it is.
+        """
+        session = self._session
+        if self._offer is None:
+            agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
+            self._plane = HostPlane(session.token, session.control.shape, session.lane.index, agreed)
+            self._offer = agreed
+
+    def submit(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        *,
+        step: int | None = None,
+    ) -> Pending:
+        """Hand a batch to the teacher and return at once. The first call waits for the teacher's model.
+
+        Args:
+            input_ids: (batch, seq) int32 or int64 on the CPU, strided or not; copied before the call returns.
+            attention_mask: (batch, seq) of 0 and 1 on the CPU, or None where every token counts.
+            step: the training loop's own counter, for logs and reports; never a key.
+
+        Raises:
+            RequestRefused (a ValueError): shape, dtype, device or an ID that the teacher cannot take; nothing was sent.
+            RingFull: ring.depth requests are in flight.
+            Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
+        """
+        started = time.monotonic_ns()
+        agreed = self._ready()
+        session = self._open
+        ids = _check_ids(input_ids, agreed, session)
+        mask = None if attention_mask is None else _check_mask(attention_mask, ids)
+        if step is not None and step < 0:
+            raise RequestRefused(f"step is {step}; expected a counter that is not negative, or None.")
+        batch, seq = ids.shape
+        ring = session.ring
+        sequence = ring.claim()
+        ring.write_request(sequence, step, batch, seq, _bytes(ids), None if mask is None else _bytes(mask))
+        ring.publish_request(sequence)
+        session.teacher_bell.ring()
+        session.record.at(step, sequence)
+        if self._trace:
+            self._hand_over("submit", sequence, step, (batch, seq), ids.nbytes, started)
+        return Pending(self, sequence, step, batch, seq)
+
+    def exchange(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        *,
+        step: int | None = None,
+        timeout: float | None = None,
+    ) -> Reply:
+        """submit and wait in one call; a reply that owns its tensors. Raises what both raise."""
+        with self.submit(input_ids, attention_mask, step=step).wait(timeout) as reply:
+            owned = {name: reply[name].clone() for name in reply.names}
+            return Reply(owned, reply.sequence, reply.step, reply.composition)
+
+    def close(self) -> None:
+        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        if os.getpid() == self._process:  # a forked child, such as a DataLoader worker, is not the rank
+            self._open.close()
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._fail(error)
+        self.close()
+
+    # Used by Pending and Lease
+
+    def _answered(self, sequence: int) -> bool:
+        return self._session.ring.answered(sequence) is True
+
+    def _lease(self, pending: Pending, batch: int, seq: int, timeout: float | None) -> Lease:
+        session, sequence = self._session, pending.sequence
+        ring = session.ring
+        if not ring.answered(sequence):
+            self._await(pending, timeout)
+        started = time.monotonic_ns()
+        head = ring.read_reply(sequence)
+        if head.error is not None:
+            self._release_slot(sequence)
+            raise TeacherError(
+                f"the teacher could not answer rank {self.rank}, step {pending.step}, sequence {sequence}.", head.error
+            )
+        tensors = self._plane.read(sequence, batch, seq, self._target())
+        if self._trace:
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._hand_over("lease", sequence, pending.step, (batch, seq), nbytes, started)
+        return Lease(self, Reply(tensors, sequence, pending.step, head.composition))
+
+    def _await(self, pending: Pending, timeout: float | None) -> None:
+        session, sequence = self._session, pending.sequence
+        limit = session.settings.timeouts.request_s if timeout is None else timeout
+        record, ring = session.record, session.ring
+        record.enter(Phase.WAITING)
+        try:
+            answered = session.wait(lambda: ring.answered(sequence), time.monotonic() + limit)
+        except PeerLost as error:
+            at = f"rank {self.rank} waited for the reply to step {pending.step}, sequence {sequence}"
+            raise type(error)(f"{at}: {error}") from None
+        record.enter(Phase.TRAINING)
+        if not answered:
+            teacher = session.teacher
+            raise DeadlineExceeded(
+                f"no reply to step {pending.step}, sequence {sequence} after {limit:g} s; the teacher is in phase "
+                f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. Raise timeouts.request_s if it is only slow."
+            )
+
+    def _release(self, reply: Reply) -> None:
+        started = time.monotonic_ns()
+        self._release_slot(reply.sequence)
+        if self._trace:
+            self._hand_over("release", reply.sequence, reply.step, (), 0, started)
+
+    def _release_slot(self, sequence: int) -> None:
+        """Leases may end in any order; the cursor follows the oldest that is still held."""
+        if sequence != self._released:
+            self._released_early.add(sequence)
+            return
+        self._released += 1
+        while self._released in self._released_early:
+            self._released_early.remove(self._released)
+            self._released += 1
+        self._open.ring.release(self._released - 1, self._open.reader)
+
+    # Within
+
+    @property
+    def _session(self) -> TrainerSession:
+        if self._closed:
+            raise Closed("the bridge is closed.")
+        if os.getpid() != self._process:
+            raise Closed(f"the bridge belongs to pid {self._process}; a forked child cannot use it.")
+        return self._open
+
+    def _ready(self) -> Offer:
+        if self._offer is None or self._closed:
+            self.wait_ready()
+            assert self._offer
+        return self._offer
+
+    def _target(self) -> torch.device:
+        if self._device is None:
+            on_gpu = bool(self._open.settings.train.gpus) and torch.cuda.is_available()
+            self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return self._device
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the session that this rank ends by an exception. A clean SystemExit is a close."""
+        clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
+        if not self._closed and not clean_exit and os.getpid() == self._process:
+            self._open.record.fail_with(error)
+
+    def _hand_over(
+        self, event: str, sequence: int, step: int | None, shape: tuple[int, ...], nbytes: int, since_ns: int
+    ) -> None:
+        assert self._trace
+        self._trace.hand_over(
+            event,
+            lane=self.rank,
+            step=step,
+            sequence=sequence,
+            slot=sequence % self._open.ring.depth,
+            shape=shape,
+            nbytes=nbytes,
+            since_ns=since_ns,
+        )
+
+
+class DisabledBridge(Bridge):
+    """The bridge of a run without a teacher: the same calls, replies without tensors."""
+
+    enabled = False
+
+    def __init__(self) -> None:
+        self._closed = False
+        self._submitted = 0
+
+    @property
+    def rank(self) -> int:
+        return _lane()
+
+    @property
+    def settings(self) -> Config:
+        """Defaults: without a session there is no run's config to read."""
+        return Config(enabled=False)
+
+    @property
+    def teacher(self) -> Offer:
+        raise Closed("the bridge is off; there is no teacher.")
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Returns at once."""
+
+    def submit(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        *,
+        step: int | None = None,
+    ) -> Pending:
+        self._submitted += 1
+        return _MissingPending(self, self._submitted - 1, step, 0, 0)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _fail(self, error: BaseException) -> None:
+        pass
+
+
+class _MissingPending(Pending):
+    __slots__ = ()
+
+    @property
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> Lease:
+        return Lease(None, Reply({}, self.sequence, self.step, None))
+
+
+def _lane() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _bytes(array: IntArray) -> memoryview:
+    return array.data.cast("B")
+
+
+def _check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, session: TrainerSession) -> IntArray:
+    """The IDs as a contiguous array, once every limit was checked. Raises RequestRefused."""
+    ids = _to_array("input_ids", input_ids)
+    unsigned = _UNSIGNED.get(ids.dtype)
+    if unsigned is None:
+        raise RequestRefused(f"input_ids has dtype {ids.dtype}; expected int32 or int64.")
+    if ids.ndim != 2:
+        raise RequestRefused(f"input_ids has shape {ids.shape}; expected (batch, seq).")
+    if ids.size == 0:
+        raise RequestRefused(f"input_ids is empty, shape {ids.shape}; skip the exchange for an empty batch.")
+    shape = session.control.shape
+    batch, seq = ids.shape
+    if ids.size > shape.max_tokens:
+        raise RequestRefused(
+            f"input_ids has {batch} x {seq} = {ids.size} tokens; a request takes {shape.max_tokens}. "
+            f"Raise ring.max_tokens (it sizes the reply memory), or submit fewer rows at a time."
+        )
+    if batch > shape.max_batch:
+        raise RequestRefused(f"input_ids has {batch} rows; a request takes {shape.max_batch}. Raise ring.max_batch.")
+    if agreed.max_seq is not None and seq > agreed.max_seq:
+        raise RequestRefused(
+            f"input_ids is {seq} tokens long; the teacher {agreed.model} has {agreed.max_seq} positions."
+        )
+    if not ids.flags.c_contiguous:
+        ids = np.ascontiguousarray(ids)
+    limit = agreed.vocab_size or 2**31
+    if ids.view(unsigned).max() >= limit:  # one pass: a negative ID is a huge unsigned one
+        row, column = np.argwhere(ids.view(unsigned) >= limit)[0]
+        raise RequestRefused(
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher {agreed.model} takes 0 to {limit - 1}. "
+            "Use the teacher's tokenizer, or mask positions such as -100 out before you submit."
+        )
+    return ids
+
+
+def _check_mask(attention_mask: torch.Tensor | IntArray, ids: IntArray) -> IntArray:
+    """The mask as contiguous uint8. Raises RequestRefused."""
+    mask = _to_array("attention_mask", attention_mask)
+    if mask.shape != ids.shape:
+        raise RequestRefused(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}.")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise RequestRefused("attention_mask holds values other than 0 and 1; expected 1 for a token, 0 for padding.")
+    return np.ascontiguousarray(mask, dtype=np.uint8)
+
+
+def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
+    if isinstance(value, torch.Tensor):
+        if value.device.type != "cpu":
+            raise RequestRefused(
+                f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
+                "from the GPU would make the training stream wait."
+            )
+        return value.detach().numpy()
+    if isinstance(value, np.ndarray):
+        return value
+    raise RequestRefused(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a NumPy array.")
+
+
+def _report_exit(bridge: Bridge) -> None:
+    """An exception that ends the rank reaches the launcher's report; a rank that ends without close has closed."""
+    latest = weakref.ref(bridge)
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        failing = latest()
+        if failing is not None:
+            failing._fail(error)
+        previous(kind, error, trace)
+
+    def at_exit() -> None:
+        ending = latest()
+        if ending is not None:
+            ending.close()
+
+    sys.excepthook = hook
+    atexit.register(at_exit)

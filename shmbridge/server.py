@@ -1,0 +1,288 @@
+"""The teacher's loop over one protocol: forward(batch) -> named tensors with a leading batch axis.
+
+Each round takes the oldest request of every lane that has one, combines them into one forward (or as few as
+teacher.max_batch_tokens allows), and gives every rank its own rows. A lane's second request waits for the next round, so
+that ranks with requests in flight meet in the same forward.
+
+A forward that raises is tried again lane by lane, so only the culprit's rank gets the error; one that runs out of memory is
+halved and tried again. Every request is answered or failed; none is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from shmbridge import batching, payload
+from shmbridge.batching import Piece
+from shmbridge.board import Phase
+from shmbridge.errors import AttachError
+from shmbridge.host_plane import HostPlane
+from shmbridge.offer import Offer
+from shmbridge.payload import Batch, Forward
+from shmbridge.ring import Composition, Request
+from shmbridge.session import Lane, TeacherSession
+from shmbridge.trace import Trace, logger
+
+__all__ = ["Batch", "Forward", "Server"]
+
+_ID_TYPES = {4: np.int32, 8: np.int64}
+# CUDA errors other than out-of-memory poison the process's context: no later forward can succeed.
+_FATAL: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+
+
+class _Job:
+    """One request on its way through a round."""
+
+    __slots__ = ("composition", "done", "error", "lane", "request")
+
+    def __init__(self, lane: Lane, request: Request) -> None:
+        self.lane = lane
+        self.request = request
+        self.done = 0  # rows answered
+        self.composition = Composition(0, 0, 0, 0)
+        self.error: str | None = None
+
+
+class _Head(NamedTuple):
+    lane: Lane
+    sequence: int
+
+
+class Server:
+    """Serves the lanes of one teacher until every rank has closed."""
+
+    def __init__(self, session: TeacherSession, forward: Forward, agreed: Offer, device: torch.device) -> None:
+        """Map the reply memory, which the owner has created for `agreed`. Raises AttachError."""
+        self._session = session
+        self._forward = forward
+        self._agreed = agreed
+        self._device = device
+        self._settings = session.settings.teacher
+        self._max_tokens = self._settings.max_batch_tokens
+        self._forwards = 0
+        self._stopping = False
+        self._lanes = list(session.lanes)
+        shape = session.control.shape
+        self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in self._lanes}
+        self._trace = Trace.of("teacher", session.index)
+
+    def stop(self) -> None:
+        """Answer what is there, then end. Safe in a signal handler."""
+        self._stopping = True
+
+    def serve(self) -> None:
+        """Open the startup barrier and answer until every lane is closed, training is done, or `stop` was called.
+
+        Raises:
+            PeerLost: the session has failed, or its launcher is gone.
+        """
+        self._session.open_barrier()
+        record = self._session.record
+        while True:
+            record.enter(Phase.COLLECTING)
+            heads = self._collect()
+            if not heads:
+                break
+            record.enter(Phase.FORWARD)
+            self._answer(heads)
+        record.enter(Phase.CLOSED)
+
+    # Collecting
+
+    def _collect(self) -> list[_Head]:
+        """One request of each lane that has one; empty when there will be none."""
+        wait = self._session.bell.wait
+        wait(self._any_or_end, self._check, None)
+        if len(self._lanes) > 1 and not self._everyone():
+            lockstep = self._settings.collect == "lockstep"
+            linger = None if lockstep else time.monotonic() + self._settings.linger_ms / 1000
+            wait(self._everyone, self._check, linger)
+        return self._heads()
+
+    def _heads(self) -> list[_Head]:
+        heads = []
+        for lane in self._lanes:
+            sequence = lane.ring.next_request()
+            if sequence is not None:
+                heads.append(_Head(lane, sequence))
+        return heads
+
+    def _any_or_end(self) -> bool | None:
+        for lane in self._lanes:
+            if lane.ring.next_request() is not None:
+                return True
+        return True if self._ended() else None
+
+    def _everyone(self) -> bool | None:
+        """True when no open lane is still to submit."""
+        if self._ended():
+            return True
+        greedy = self._settings.collect == "greedy"
+        for lane in self._lanes:
+            ring = lane.ring
+            if ring.next_request() is None and not ring.closed and (lane.records[0].identity or not greedy):
+                return None
+        return True
+
+    def _ended(self) -> bool:
+        return self._stopping or self._session.training_done or all(lane.ring.closed for lane in self._lanes)
+
+    def _check(self) -> None:
+        """Once a slice of each wait: who is gone will neither submit nor read."""
+        self._session.check()
+        for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
+            if not lane.ring.closed:
+                logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
+            self._lanes.remove(lane)
+
+    # Answering
+
+    def _answer(self, heads: Sequence[_Head]) -> None:
+        jobs = []
+        for lane, sequence in heads:
+            request = lane.ring.read_request(sequence)
+            jobs.append(_Job(lane, request))
+            self._session.record.at(request.step, sequence)
+            if self._trace:
+                self._hand_over("collect", jobs[-1], request.submitted_ns)
+        for pieces in batching.compose([(job.request.batch, job.request.seq) for job in jobs], self._max_tokens):
+            self._run(jobs, pieces)
+
+    def _run(self, jobs: Sequence[_Job], pieces: list[Piece]) -> None:
+        """One forward, and what to do when it raises."""
+        started = time.monotonic_ns()
+        try:
+            self._forward_and_write(jobs, pieces)
+        except _FATAL as error:
+            if not _out_of_memory(error):
+                raise
+            self._run_halves(jobs, pieces, error)
+        except AttachError:
+            raise
+        except Exception as error:
+            if _out_of_memory(error):
+                self._run_halves(jobs, pieces, error)
+            elif len({piece.request for piece in pieces}) > 1:
+                logger.warning("a forward of %d ranks raised %r; trying them one by one", len(pieces), error)
+                for alone in batching.by_request(pieces):
+                    self._run(jobs, alone)
+            else:
+                self._finish(jobs, pieces, started, error)
+        else:
+            self._finish(jobs, pieces, started)
+
+    def _run_halves(self, jobs: Sequence[_Job], pieces: list[Piece], error: Exception) -> None:
+        halves = batching.halve(pieces)
+        if len(halves) == 1:
+            self._finish(jobs, pieces, time.monotonic_ns(), error)
+            return
+        self._max_tokens = max(1, batching.padded_tokens(pieces) // 2)
+        logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        for half in halves:
+            self._run(jobs, half)
+
+    def _forward_and_write(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> None:
+        batch = self._combine(jobs, pieces)
+        rows, padded = batch.input_ids.shape
+        with torch.inference_mode():
+            outputs = self._forward(batch)
+            payload.check_outputs(self._agreed.outputs, outputs, rows, padded)
+            self._forwards += 1
+            self._write(jobs, pieces, outputs, rows, padded)
+
+    def _combine(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> Batch:
+        """The rows of `pieces` as one batch of the teacher's own memory, padded where lengths differ."""
+        if len(pieces) == 1:
+            ids, mask = _rows(jobs[pieces[0].request].request, pieces[0])
+            return Batch(self._to_device(ids), None if mask is None else self._to_device(mask))
+        rows, seq = sum(piece.rows for piece in pieces), max(piece.seq for piece in pieces)
+        input_ids = np.full((rows, seq), self._settings.pad_id, np.int64)
+        attention_mask = np.zeros((rows, seq), np.int64)
+        row = 0
+        for piece in pieces:
+            ids, mask = _rows(jobs[piece.request].request, piece)
+            place = (slice(row, row + piece.rows), slice(0, piece.seq))
+            input_ids[place] = ids
+            attention_mask[place] = 1 if mask is None else mask
+            row += piece.rows
+        full = attention_mask.all()
+        return Batch(self._to_device(input_ids), None if full else self._to_device(attention_mask))
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        """A copy as int64: the slot's memory must not outlive the request in the teacher's hands."""
+        owned = array if array.dtype == np.int64 and array.flags.owndata else array.astype(np.int64)
+        return torch.from_numpy(owned).to(self._device)
+
+    def _write(
+        self, jobs: Sequence[_Job], pieces: Sequence[Piece], outputs: Mapping[str, torch.Tensor], rows: int, padded: int
+    ) -> None:
+        row = 0
+        for piece in pieces:
+            job = jobs[piece.request]
+            request = job.request
+            plane = self._planes[job.lane.index]
+            take = slice(row, row + piece.rows)
+            plane.write(request.sequence, request.batch, request.seq, piece.start, outputs, take)
+            job.composition = Composition(self._forwards, row, rows, padded)
+            row += piece.rows
+
+    def _finish(
+        self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, error: Exception | None = None
+    ) -> None:
+        """Count the pieces' rows as done, and publish every request that has all of its rows."""
+        for piece in pieces:
+            job = jobs[piece.request]
+            job.done += piece.rows
+            if error is not None and job.error is None:
+                job.error = "".join(traceback.format_exception(error))
+                logger.warning("the forward of rank %d's request raised %r; the rank is told", job.lane.index, error)
+            if job.done == job.request.batch:
+                self._publish(job, started_ns)
+
+    def _publish(self, job: _Job, started_ns: int) -> None:
+        ring, sequence = job.lane.ring, job.request.sequence
+        ring.write_reply(sequence, job.composition, job.error)
+        ring.publish_reply(sequence)
+        self._session.ring_readers(job.lane)
+        if self._trace:
+            self._hand_over("reply", job, started_ns)
+
+    def _hand_over(self, event: str, job: _Job, since_ns: int) -> None:
+        assert self._trace
+        request = job.request
+        nbytes = len(request.ids)
+        if event == "reply" and job.error is None:
+            views = self._planes[job.lane.index].views(request.sequence, request.batch, request.seq)
+            nbytes = sum(tensor.nbytes for tensor in views.values())
+        self._trace.hand_over(
+            event,
+            lane=job.lane.index,
+            step=request.step,
+            sequence=request.sequence,
+            slot=request.sequence % job.lane.ring.depth,
+            shape=(request.batch, request.seq),
+            nbytes=nbytes,
+            since_ns=since_ns,
+        )
+
+
+def _rows(request: Request, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
+    """The IDs and the mask of a piece, in the slot's memory."""
+    shape = (request.batch, request.seq)
+    ids = np.frombuffer(request.ids, _ID_TYPES[request.itemsize]).reshape(shape)[piece.start : piece.stop]
+    if request.mask is None:
+        return ids, None
+    return ids, np.frombuffer(request.mask, np.uint8).reshape(shape)[piece.start : piece.stop]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """A GPU's or the CPU allocator's; the latter is a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
