@@ -212,6 +212,7 @@ class Bridge:
     @property
     def teacher(self) -> Offer:
         """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher."""
+        self.wait_ready()
         return self._ready()
 
     def wait_ready(self, timeout: float | None = None) -> None:
@@ -250,8 +251,7 @@ class Bridge:
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
         started = time.monotonic_ns()
-        agreed = self._ready()
-        session = self._open
+        session, agreed = self._session, self._ready()
         ids = _check_ids(input_ids, agreed, session)
         mask = None if attention_mask is None else _check_mask(attention_mask, ids)
         if step is not None and step < 0:
@@ -367,7 +367,7 @@ class Bridge:
         return self._open
 
     def _ready(self) -> Offer:
-        if self._offer is None or self._closed:
+        if self._offer is None:
             self.wait_ready()
             assert self._offer
         return self._offer

@@ -1,0 +1,28 @@
+"""Every test leaves /dev/shm as it found it, and computes on one thread so that forked children may compute too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shmbridge import owner
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No session that this process owned outlives its test; other workers' sessions are none of its business."""
+    owned: list[str] = []
+    start = owner.Owner.start_generation
+
+    def remember(self: owner.Owner) -> owner.Token:
+        owned.append(self.session_id)
+        return start(self)
+
+    monkeypatch.setattr(owner.Owner, "start_generation", remember)
+    yield
+    left = set(owned) & set(owner.objects())
+    assert not left, f"left in /dev/shm: {left}"

@@ -1,0 +1,45 @@
+"""Composition of forwards: every row once, never more tokens than allowed where rows can be split."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmbridge.batching import Piece, by_request, compose, halve, padded_tokens
+
+shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+def rows_of(forwards):
+    return [(p.request, row) for pieces in forwards for p in pieces for row in range(p.start, p.stop)]
+
+
+@given(shapes, st.integers(1, 80))
+def test_every_row_stands_once_and_in_order_within_the_limit(requests, limit):
+    forwards = compose(requests, limit)
+    assert rows_of(forwards) == [(i, row) for i, (batch, _) in enumerate(requests) for row in range(batch)]
+    for pieces in forwards:
+        assert padded_tokens(pieces) <= limit or sum(p.rows for p in pieces) == 1
+
+
+@given(shapes, st.integers(1, 80))
+def test_a_request_that_fits_is_not_split(requests, limit):
+    whole = {p.request for pieces in compose(requests, limit) for p in pieces if p.rows == requests[p.request][0]}
+    assert whole >= {i for i, (batch, seq) in enumerate(requests) if batch * seq <= limit}
+
+
+@given(shapes)
+def test_halves_hold_the_same_rows(requests):
+    pieces = [Piece(i, 0, batch, seq) for i, (batch, seq) in enumerate(requests)]
+    halves = halve(pieces)
+    assert rows_of(halves) == rows_of([pieces])
+    counts = [sum(p.rows for p in half) for half in halves]
+    assert len(counts) == (1 if sum(counts) == 1 else 2)
+    assert all(counts)
+    assert max(counts) - min(counts) <= 1
+
+
+@given(shapes)
+def test_by_request_separates(requests):
+    pieces = [Piece(i, 0, batch, seq) for i, (batch, seq) in enumerate(requests)]
+    assert [{p.request for p in group} for group in by_request(pieces)] == [{i} for i in range(len(requests))]

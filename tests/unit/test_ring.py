@@ -1,0 +1,133 @@
+"""Cursors and slots over plain memory, both sides played by one process."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shmbridge.errors import AttachError, RingFull
+from shmbridge.layout import ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
+from shmbridge.ring import Composition, Ring
+
+PLACE = Composition(1, 0, 2, 4)
+
+
+def make(depth: int = 2, readers: int = 1, max_tokens: int = 64) -> Ring:
+    shape = LaneLayout(depth, max_tokens, readers)
+    memory = memoryview(bytearray(shape.nbytes))
+    return Ring(memory, memory.cast("Q"), shape, generation=3)
+
+
+def ask(ring: Ring, ids: bytes = bytes(range(64)), batch: int = 2, seq: int = 4, mask: bytes | None = None) -> int:
+    sequence = ring.claim()
+    ring.write_request(sequence, 9, batch, seq, memoryview(ids), None if mask is None else memoryview(mask))
+    ring.publish_request(sequence)
+    return sequence
+
+
+def answer(ring: Ring, error: str | None = None) -> int:
+    sequence = ring.next_request()
+    assert sequence is not None
+    ring.write_reply(sequence, PLACE, error)
+    ring.publish_reply(sequence)
+    return sequence
+
+
+def test_a_request_arrives_as_it_was_sent():
+    ring = make()
+    sequence = ask(ring, mask=bytes([1, 1, 1, 0] * 2))
+    request = ring.read_request(sequence)
+    assert (request.sequence, request.step, request.batch, request.seq, request.itemsize) == (0, 9, 2, 4, 8)
+    assert bytes(request.ids) == bytes(range(64))
+    assert request.mask is not None and bytes(request.mask) == bytes([1, 1, 1, 0] * 2)
+
+
+def test_nothing_is_seen_before_it_is_published():
+    ring = make()
+    sequence = ring.claim()
+    ring.write_request(sequence, None, 2, 4, memoryview(bytes(64)), None)
+    assert ring.next_request() is None
+    ring.publish_request(sequence)
+    assert ring.next_request() == 0
+    ring.write_reply(0, PLACE)
+    assert ring.answered(0) is None
+    ring.publish_reply(0)
+    assert ring.answered(0)
+
+
+def test_a_full_ring_refuses_and_a_release_of_the_slowest_reader_frees():
+    ring = make(depth=2, readers=2)
+    ask(ring), ask(ring)
+    with pytest.raises(RingFull, match="2 requests are in flight"):
+        ring.claim()
+    answer(ring)
+    ring.release(0, reader=0)
+    with pytest.raises(RingFull):
+        ring.claim()
+    ring.release(0, reader=1)
+    assert ring.claim() == 2
+
+
+def test_a_long_traceback_keeps_its_end():
+    ring = make()
+    ask(ring)
+    answer(ring, error="x" * 2 * ERROR_CAPACITY + "the end")
+    head = ring.read_reply(0)
+    assert head.composition == PLACE
+    assert head.error is not None and head.error.endswith("the end") and len(head.error) == ERROR_CAPACITY
+
+
+def test_a_reply_of_another_sequence_or_generation_is_refused():
+    ring = make(depth=1)
+    ask(ring)
+    answer(ring)
+    for generation, sequence in ((3, 1), (2, 0)):
+        REPLY_HEAD.pack_into(ring.memory, ring.layout.reply_head(0), generation, sequence, 1, 0, 0, 0, 0, 0)
+        with pytest.raises(AttachError, match="refused"):
+            ring.read_reply(0)
+
+
+@pytest.mark.parametrize(("requested", "replied"), [(3, 0), (0, 1), (2**63, 0), (7, 4)])
+def test_garbled_cursors_are_named(requested, replied):
+    ring = make(depth=2)
+    ring.words[LaneWord.REQUESTED], ring.words[LaneWord.REPLIED] = requested, replied
+    with pytest.raises(AttachError, match="cursors are garbled"):
+        ring.next_request()
+
+
+@given(fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), min_size=8, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_no_descriptor_reaches_beyond_its_slot(fields):
+    ring = make()
+    ask(ring)
+    REQUEST.pack_into(ring.memory, ring.layout.request(0), *fields)
+    try:
+        request = ring.read_request(0)
+    except AttachError:
+        return
+    assert request.batch * request.seq <= ring.layout.max_tokens
+    assert len(request.ids) == request.batch * request.seq * request.itemsize
+
+
+@given(moves=st.lists(st.sampled_from(["ask", "answer", "release"]), max_size=60), depth=st.integers(1, 4))
+@settings(max_examples=200, deadline=None)
+def test_cursors_keep_their_order_under_any_schedule(moves, depth):
+    ring = make(depth=depth)
+    asked = answered = released = 0
+    for move in moves:
+        if move == "ask":
+            if asked - released == depth:
+                with pytest.raises(RingFull):
+                    ask(ring)
+            else:
+                assert ask(ring) == asked
+                asked += 1
+        elif move == "answer" and answered < asked:
+            assert answer(ring) == answered
+            answered += 1
+        elif move == "release" and released < answered:
+            ring.release(released)
+            released += 1
+        assert (ring.requested, ring.replied, ring.released) == (asked, answered, released)
+        assert released <= answered <= asked <= released + depth

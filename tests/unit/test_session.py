@@ -1,0 +1,304 @@
+"""Attach: whatever is not exactly what was announced is refused with its name, never touched further."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+
+import posix_ipc
+import pytest
+import torch
+
+from shmbridge import layout, owner
+from shmbridge.board import Failure, Phase
+from shmbridge.errors import (
+    AttachError,
+    DeadlineExceeded,
+    LauncherDied,
+    NotLaunched,
+    PlanError,
+    ShmbridgeError,
+    TeacherDied,
+    TrainerDied,
+)
+from shmbridge.layout import Header
+from shmbridge.offer import Offer, OutputSpec
+from shmbridge.segment import Segment
+from shmbridge.session import Token, TrainerSession, lost
+from tests.harness import Echo, bench, until
+
+OFFER = Offer((OutputSpec("out", "float32", ("seq", 8)),), "m")
+
+
+def shm(name: str) -> str:
+    return "/dev/shm" + name
+
+
+@pytest.mark.parametrize("text", ["", "x", "g" * 32 + "@1", "a" * 32, "a" * 32 + "@0", "a" * 32 + "@-1"])
+def test_a_bad_token_is_named(text):
+    with pytest.raises(AttachError, match="expected 32 hex digits"):
+        Token.parse(text)
+
+
+def test_connect_outside_a_session_names_the_command(monkeypatch):
+    import shmbridge
+
+    monkeypatch.delenv("SHMBRIDGE_SESSION", raising=False)
+    with pytest.raises(NotLaunched, match=r"shmbridge-launch --teacher MODEL .* -- train\.py"):
+        shmbridge.connect()
+
+
+def test_connect_switched_off(monkeypatch):
+    import shmbridge
+
+    monkeypatch.setenv("SHMBRIDGE_SESSION", "off")
+    with shmbridge.connect() as bridge:
+        bridge.wait_ready()
+        assert not bridge.enabled
+        with bridge.submit([[1, 2]], step=4).wait() as reply:
+            assert reply.missing and reply.step == 4 and reply.names == ()
+            with pytest.raises(KeyError, match="the bridge is off"):
+                reply.logits  # noqa: B018
+        assert bridge.exchange([[1]]).missing
+
+
+def test_a_session_that_ended_is_named():
+    with pytest.raises(AttachError, match="does not exist: the session has ended"):
+        TrainerSession(Token("0" * 32, 1), 0)
+
+
+def test_objects_are_private_and_found_by_session():
+    with bench(2) as it:
+        it.owner.create_replies(OFFER)
+        names = owner.objects(it.owner.session_id)[it.owner.session_id]
+        assert len(names) == 1 + 2 + 2 + 1 + 2
+        for name in names:
+            assert os.stat(shm("/" + name)).st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        (Header.MAGIC, 0, "magic 0x0"),
+        (Header.VERSION, 99, "layout version 99"),
+        (Header.KIND, layout.REPLY, "kind 0x3, expected 0x2"),
+        (Header.NBYTES, 1, "nbytes 0x1"),
+        (Header.SESSION_LOW, 5, r"session \(low\) 0x5"),
+        (Header.GENERATION, 9, "generation 0x9, expected 0x1"),
+        (Header.INDEX, 3, "index 0x3"),
+        (layout.LaneWord.DEPTH, 2**40, "depth, readers, tokens"),
+    ],
+)
+def test_a_garbled_lane_is_refused(word, value, message):
+    with bench() as it:
+        it.owner.lanes[0].segment.words[word] = value
+        with pytest.raises(AttachError, match=message):
+            TrainerSession(it.token, 0)
+
+
+@pytest.mark.parametrize("size", [0, 100, 4096, 70000])
+def test_a_truncated_or_enlarged_segment_is_refused(size):
+    with bench() as it:
+        name = it.owner.names.lane(1, 0)
+        fake = name.replace("lane0", "lane7")
+        with open(shm(fake), "wb") as file:
+            with open(shm(name), "rb") as source:
+                file.write(source.read()[:size].ljust(size, b"\0"))
+            os.fchmod(file.fileno(), 0o600)
+        with pytest.raises(AttachError, match="truncated|nbytes|kind"):
+            Segment.attach(fake, layout.LANE, it.token.session_id, 1, 7)
+
+
+def test_a_segment_that_others_may_write_is_refused():
+    with bench() as it:
+        os.chmod(shm(it.owner.names.lane(1, 0)), 0o666)
+        with pytest.raises(AttachError, match="mode 0666, expected 0600"):
+            TrainerSession(it.token, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_segment_of_another_user_is_refused():
+    with bench() as it:
+        os.chown(shm(it.owner.names.lane(1, 0)), 12345, -1)
+        with pytest.raises(AttachError, match="belongs to uid 12345"):
+            TrainerSession(it.token, 0)
+
+
+def test_random_bytes_never_crash_an_attach():
+    """Any damage to a control or lane segment is an error of ours, or harmless; never another exception."""
+    generator = random.Random(7)
+    for _ in range(60):
+        with bench() as it:
+            target = generator.choice([it.owner.control.segment, it.owner.lanes[0].segment])
+            for _ in range(generator.choice([1, 4, 200])):
+                at = generator.randrange(0, 1024 if generator.random() < 0.7 else target.bytes.nbytes)
+                target.bytes[at] = generator.randrange(256)
+            try:
+                session = TrainerSession(it.token, 0)
+                session.wait_ready(0.001)
+            except ShmbridgeError:
+                pass
+
+
+def test_a_rank_of_an_older_generation_is_refused():
+    with bench() as it:
+        it.owner.start_generation()
+        with pytest.raises(AttachError, match="generation 1 of the session, which is at generation 2"):
+            TrainerSession(it.token, 0)
+
+
+def test_a_rank_beyond_the_lanes_is_refused():
+    with bench(2) as it, pytest.raises(AttachError, match="asks for lane 2, the session has lanes 0 to 1"):
+        TrainerSession(it.token, 2)
+
+
+def test_two_ranks_with_one_lane_are_refused():
+    with bench() as it:
+        it.bridge(0)
+        with pytest.raises(AttachError, match="the same LOCAL_RANK"):
+            it.bridge(0)
+
+
+def test_the_barrier_names_a_teacher_that_never_came_and_one_that_is_slow():
+    with bench() as it:
+        session = TrainerSession(it.token, 0)
+        with pytest.raises(DeadlineExceeded, match="has not attached to the session after 0.01 s"):
+            session.wait_ready(0.01)
+        record = it.owner.control.teachers[0]
+        record.sign_in()
+        record.enter(Phase.LOADING)
+        record.progress(3, 7)
+        with pytest.raises(DeadlineExceeded, match=r"phase loading \(3 of 7\)"):
+            session.wait_ready(0.01)
+
+
+def test_a_rank_at_the_barrier_learns_that_the_teacher_died():
+    with bench() as it:
+        session = TrainerSession(it.token, 0)
+        teacher = it.start(it.owner.control.teachers[0].sign_in)
+        teacher.join()
+        with pytest.raises(TeacherDied, match=rf"pid {teacher.pid}, is gone; it was in phase starting"):
+            session.wait_ready(30)
+
+
+def test_a_failure_on_the_board_stops_a_wait_with_its_cause():
+    with bench() as it:
+        session = TrainerSession(it.token, 0)
+        it.owner.fail(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7"))
+        with pytest.raises(TrainerDied, match="trainer 3 .*step 5, sequence 9: exit code 7"):
+            session.wait_ready(30)
+
+
+def test_the_first_cause_stands_before_every_consequence():
+    with bench(2) as it:
+        first, second = (lane.records[0] for lane in it.owner.lanes)
+        second.sign_in()
+        second.fail_with(TeacherDied("gone"))
+        first.sign_in()
+        first.fail_with(ValueError("mine"))
+        first.fail("a second one is not kept")
+        assert [f.reason for f in it.owner.failures()] == ["ValueError: mine", "shmbridge.errors.TeacherDied: gone"]
+
+
+def test_a_failure_of_any_length_fits_its_record():
+    with bench() as it:
+        record = it.owner.lanes[0].records[0]
+        record.sign_in()
+        record.fail("\0" * 50_000, "\0" * 200_000 + "end")
+        failure = record.failure
+        assert failure is not None and failure.traceback.endswith("end")
+
+
+def test_a_dead_owner_is_noticed_and_its_objects_can_be_reclaimed():
+    read, write = os.pipe()
+
+    def body() -> None:
+        with bench() as it:
+            os.write(write, str(it.token).encode())
+            os.kill(os.getpid(), 9)
+
+    with bench() as it:
+        child = it.start(body)
+        child.join()
+        token = Token.parse(os.read(read, 64).decode())
+        session = TrainerSession(token, 0)
+        with pytest.raises(LauncherDied, match=f"pid {child.pid}"):
+            session.wait_ready(30)
+        with owner.lock_if_dead(it.token.session_id) as dead:
+            assert not dead, "a live session is never taken"
+        with owner.lock_if_dead(token.session_id) as dead:
+            assert dead
+            assert owner.unlink_session(token.session_id) == 4
+        assert token.session_id not in owner.objects()
+
+
+def test_a_cleaner_between_create_and_lock_does_not_hurt(monkeypatch):
+    """The starter finds its control segment unlinked under its lock, and takes a new session id."""
+    flock, stolen = fcntl.flock, []
+
+    def cleaner_first(fd: int, how: int) -> None:
+        if not stolen:
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            stolen.append(name)
+            posix_ipc.unlink_shared_memory("/" + name.rsplit("/", 1)[1])
+        flock(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", cleaner_first)
+    with bench() as it:
+        assert stolen and it.owner.session_id not in stolen[0]
+        assert it.owner.session_id in owner.objects()
+
+
+def test_a_full_shared_memory_is_a_plan_error_and_leaves_nothing():
+    with bench() as it:
+        big = Offer((OutputSpec("out", "float64", ("seq", 2**40)),), "m")
+        with pytest.raises(PlanError, match=r"/dev/shm has .* MiB free, segment .*Lower ring\.max_tokens"):
+            it.owner.create_replies(big)
+
+
+def test_a_rank_that_dies_does_not_block_the_teacher_or_the_others():
+    def body(bridge):
+        if bridge.rank == 0:
+            pending = bridge.submit(torch.ones(1, 2, dtype=torch.int64))
+            pending.wait()
+            os.kill(os.getpid(), 9)
+
+    def other(bridge):
+        for _ in range(3):
+            bridge.exchange(torch.ones(1, 2, dtype=torch.int64))
+
+    with bench(2, "teacher.collect=lockstep") as it:
+        teacher = it.teacher(Echo())
+        first, second = it.rank(0, body), it.rank(1, other)
+        assert first.join() == -9
+        assert second.join() == 0
+        assert teacher.join() == 0
+
+
+def test_lost_keeps_the_role_apart():
+    for role, kind in (("teacher", TeacherDied), ("trainer", TrainerDied), ("launcher", LauncherDied)):
+        assert type(lost(Failure(role, 0, 1, "p", None, None, "r"))) is kind
+
+
+def test_training_that_ends_without_connecting_ends_the_teacher():
+    with bench(2) as it:
+        teacher = it.teacher(Echo())
+        until(lambda: it.owner.control.teachers[0].phase is Phase.COLLECTING, "collecting")
+        it.owner.end_training()
+        assert teacher.join() == 0
+
+
+def test_a_teacher_killed_in_its_forward_is_named_with_step_and_sequence():
+    def forward(batch):
+        if (batch.input_ids == 13).any():
+            os.kill(os.getpid(), 9)
+        return {"ids": batch.input_ids}
+
+    with bench() as it:
+        it.teacher(forward)
+        bridge = it.bridge()
+        bridge.exchange(torch.ones(1, 2, dtype=torch.int64), step=40)
+        with pytest.raises(TeacherDied, match="rank 0 waited for the reply to step 41, sequence 1: .*phase forward"):
+            bridge.exchange(torch.full((1, 2), 13), step=41)
+        bridge.close()
