@@ -21,7 +21,11 @@ class Piece(NamedTuple):
 
 def padded_tokens(pieces: Sequence[Piece]) -> int:
     """Tokens of one forward over `pieces`, padding included."""
-    return sum(piece.rows for piece in pieces) * max(piece.seq for piece in pieces)
+    rows = longest = 0
+    for _, start, stop, seq in pieces:
+        rows += stop - start
+        longest = max(longest, seq)
+    return rows * longest
 
 
 def compose(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[Piece]]:
@@ -29,6 +33,9 @@ def compose(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[Pie
 
     A request stays whole where it fits into a forward of its own; a single row is never split.
     """
+    whole = [Piece(request, 0, batch, seq) for request, (batch, seq) in enumerate(shapes)]
+    if padded_tokens(whole) <= max_tokens:
+        return [whole]
     forwards: list[list[Piece]] = []
     for request, (batch, seq) in enumerate(shapes):
         rows_at_once = max(1, max_tokens // seq)

@@ -513,7 +513,7 @@ def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
                 f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
                 "from the GPU would make the training stream wait."
             )
-        return value.detach().numpy()
+        return value.detach().numpy() if value.requires_grad else value.numpy()
     if isinstance(value, np.ndarray):
         return value
     raise RequestRefused(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a NumPy array.")

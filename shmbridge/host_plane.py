@@ -55,13 +55,14 @@ class HostPlane:
         self, sequence: int, batch: int, seq: int, at: int, outputs: Mapping[str, torch.Tensor], rows: slice
     ) -> None:
         """Teacher: copy `rows` of a combined forward's outputs to row `at` of the reply, in the offered dtype."""
+        views = self.views(sequence, batch, seq)
         count = rows.stop - rows.start
         for spec in self._outputs:
-            source = outputs[spec.name][rows]
-            target = self.views(sequence, batch, seq)[spec.name]
-            if count != batch:
+            source, target = outputs[spec.name], views[spec.name]
+            if source.shape != target.shape:
+                source = source[rows, :seq] if spec.per_token else source[rows]
                 target = target[at : at + count]
-            target.copy_(source[:, :seq] if spec.per_token and source.shape[1] != seq else source)
+            target.copy_(source)
 
     def read(self, sequence: int, batch: int, seq: int, device: torch.device) -> dict[str, torch.Tensor]:
         """Rank: the reply's tensors; in place on the CPU, copied to any other `device`."""

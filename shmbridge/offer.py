@@ -50,7 +50,9 @@ class OutputSpec(msgspec.Struct, frozen=True):
 
     def dims(self, batch: int, seq: int) -> tuple[int, ...]:
         """The shape of the tensor for a request of (batch, seq)."""
-        return (batch, *(seq if size == "seq" else size for size in self.shape))
+        if self.per_token:
+            return (batch, seq, *self.shape[1:])  # type: ignore[arg-type]
+        return (batch, *self.shape)  # type: ignore[arg-type]
 
 
 class Offer(msgspec.Struct, frozen=True):

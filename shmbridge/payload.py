@@ -47,11 +47,15 @@ Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
 def view(memory: memoryview, offset: int, spec: OutputSpec, batch: int, seq: int) -> torch.Tensor:
-    """The tensor of `spec` for a (batch, seq) request, in place at `offset` bytes of `memory`."""
+    """The tensor of `spec` for a (batch, seq) request, in place at `offset` bytes of `memory`.
+
+    Never an inference tensor, even where it is first made within inference_mode: autograd may need it later.
+    """
     dims = spec.dims(batch, seq)
     array = np.frombuffer(memory, _CARRIERS[spec.dtype], prod(dims), offset).reshape(dims)
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
+    with torch.inference_mode(False):
+        tensor = torch.from_numpy(array)
+        return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
 def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputConfig]) -> tuple[OutputSpec, ...]:

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -45,13 +44,11 @@ class _Job:
         self.lane = lane
         self.request = request
         self.done = 0  # rows answered
-        self.composition = Composition(0, 0, 0, 0)
+        self.composition = _NOWHERE
         self.error: str | None = None
 
 
-class _Head(NamedTuple):
-    lane: Lane
-    sequence: int
+_NOWHERE = Composition(0, 0, 0, 0)
 
 
 class Server:
@@ -84,40 +81,37 @@ class Server:
         """
         self._session.open_barrier()
         record = self._session.record
-        while True:
-            record.enter(Phase.COLLECTING)
-            heads = self._collect()
-            if not heads:
-                break
-            record.enter(Phase.FORWARD)
-            self._answer(heads)
+        record.enter(Phase.COLLECTING)
+        with torch.inference_mode():
+            while jobs := self._collect():
+                record.enter(Phase.FORWARD)
+                self._answer(jobs)
+                record.enter(Phase.COLLECTING)
         record.enter(Phase.CLOSED)
 
     # Collecting
 
-    def _collect(self) -> list[_Head]:
-        """One request of each lane that has one; empty when there will be none."""
-        wait = self._session.bell.wait
-        wait(self._any_or_end, self._check, None)
-        if len(self._lanes) > 1 and not self._everyone():
+    def _collect(self) -> list[_Job]:
+        """The oldest request of each lane that has one; empty when there will be none."""
+        wait = self._session.wait
+        jobs = wait(self._take_or_end, None, self._check)
+        if jobs and len(jobs) < len(self._lanes) and not self._everyone():
             lockstep = self._settings.collect == "lockstep"
             linger = None if lockstep else time.monotonic() + self._settings.linger_ms / 1000
-            wait(self._everyone, self._check, linger)
-        return self._heads()
+            wait(self._everyone, linger, self._check)
+            return self._take()
+        return jobs or []
 
-    def _heads(self) -> list[_Head]:
-        heads = []
+    def _take(self) -> list[_Job]:
+        jobs = []
         for lane in self._lanes:
             sequence = lane.ring.next_request()
             if sequence is not None:
-                heads.append(_Head(lane, sequence))
-        return heads
+                jobs.append(_Job(lane, lane.ring.read_request(sequence)))
+        return jobs
 
-    def _any_or_end(self) -> bool | None:
-        for lane in self._lanes:
-            if lane.ring.next_request() is not None:
-                return True
-        return True if self._ended() else None
+    def _take_or_end(self) -> list[_Job] | None:
+        return self._take() or ([] if self._ended() else None)
 
     def _everyone(self) -> bool | None:
         """True when no open lane is still to submit."""
@@ -143,14 +137,12 @@ class Server:
 
     # Answering
 
-    def _answer(self, heads: Sequence[_Head]) -> None:
-        jobs = []
-        for lane, sequence in heads:
-            request = lane.ring.read_request(sequence)
-            jobs.append(_Job(lane, request))
-            self._session.record.at(request.step, sequence)
+    def _answer(self, jobs: Sequence[_Job]) -> None:
+        for job in jobs:
+            request = job.request
+            self._session.record.at(request.step, request.sequence)
             if self._trace:
-                self._hand_over("collect", jobs[-1], request.submitted_ns)
+                self._hand_over("collect", job, request.submitted_ns)
         for pieces in batching.compose([(job.request.batch, job.request.seq) for job in jobs], self._max_tokens):
             self._run(jobs, pieces)
 
@@ -192,11 +184,18 @@ class Server:
     def _forward_and_write(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> None:
         batch = self._combine(jobs, pieces)
         rows, padded = batch.input_ids.shape
-        with torch.inference_mode():
-            outputs = self._forward(batch)
-            payload.check_outputs(self._agreed.outputs, outputs, rows, padded)
-            self._forwards += 1
-            self._write(jobs, pieces, outputs, rows, padded)
+        outputs = self._forward(batch)
+        payload.check_outputs(self._agreed.outputs, outputs, rows, padded)
+        self._forwards += 1
+        row = 0
+        for piece in pieces:
+            job = jobs[piece.request]
+            request = job.request
+            plane = self._planes[job.lane.index]
+            take = slice(row, row + piece.rows)
+            plane.write(request.sequence, request.batch, request.seq, piece.start, outputs, take)
+            job.composition = Composition(self._forwards, row, rows, padded)
+            row = take.stop
 
     def _combine(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> Batch:
         """The rows of `pieces` as one batch of the teacher's own memory, padded where lengths differ."""
@@ -220,19 +219,6 @@ class Server:
         """A copy as int64: the slot's memory must not outlive the request in the teacher's hands."""
         owned = array if array.dtype == np.int64 and array.flags.owndata else array.astype(np.int64)
         return torch.from_numpy(owned).to(self._device)
-
-    def _write(
-        self, jobs: Sequence[_Job], pieces: Sequence[Piece], outputs: Mapping[str, torch.Tensor], rows: int, padded: int
-    ) -> None:
-        row = 0
-        for piece in pieces:
-            job = jobs[piece.request]
-            request = job.request
-            plane = self._planes[job.lane.index]
-            take = slice(row, row + piece.rows)
-            plane.write(request.sequence, request.batch, request.seq, piece.start, outputs, take)
-            job.composition = Composition(self._forwards, row, rows, padded)
-            row += piece.rows
 
     def _finish(
         self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, error: Exception | None = None
@@ -277,10 +263,10 @@ class Server:
 def _rows(request: Request, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
     """The IDs and the mask of a piece, in the slot's memory."""
     shape = (request.batch, request.seq)
-    ids = np.frombuffer(request.ids, _ID_TYPES[request.itemsize]).reshape(shape)[piece.start : piece.stop]
+    ids = np.frombuffer(request.ids, _ID_TYPES[request.itemsize]).reshape(shape)
     if request.mask is None:
-        return ids, None
-    return ids, np.frombuffer(request.mask, np.uint8).reshape(shape)[piece.start : piece.stop]
+        return ids[piece.start : piece.stop], None
+    return ids[piece.start : piece.stop], np.frombuffer(request.mask, np.uint8).reshape(shape)[piece.start : piece.stop]
 
 
 def _out_of_memory(error: Exception) -> bool:

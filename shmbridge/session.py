@@ -174,6 +174,7 @@ class _Attached:
                 "it was left behind by a restart and must end."
             )
         self.settings = self.control.settings()
+        self._spin_s = self.settings.ring.spin_us / 1e6
         self._owner = Peer(self.control.owner_identity)
 
     def check(self) -> None:
@@ -218,7 +219,6 @@ class TrainerSession(_Attached):
         self.teacher = self.control.teachers[self.teacher_index]
         self.teacher_bell = Doorbell(self.names.teacher_bell(self.teacher_index))
         self._teacher_peer: Peer | None = None
-        self._spin_s = self.settings.ring.spin_us / 1e6
 
     def _sign_in(self) -> None:
         holder = self.record.identity
@@ -338,9 +338,11 @@ class TeacherSession(_Attached):
         for bell in self.reader_bells[lane.index]:
             bell.ring()
 
-    def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
-        """The project's one wait, on this teacher's doorbell."""
-        return self.bell.wait(ready, self.check, deadline)
+    def wait(
+        self, ready: Callable[[], T | None], deadline: float | None, check: Callable[[], None] | None = None
+    ) -> T | None:
+        """The project's one wait, on this teacher's doorbell; `check` in place of the session's own."""
+        return self.bell.wait(ready, check or self.check, deadline, self._spin_s)
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""

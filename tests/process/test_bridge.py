@@ -148,6 +148,19 @@ def test_a_slot_is_not_reused_while_an_older_lease_is_held():
         bridge.close()
 
 
+def test_a_slot_first_read_in_an_evaluation_serves_training_later():
+    with bench(1, "ring.depth=1") as it:
+        it.teacher(lambda batch: {"x": batch.input_ids.float()})
+        bridge = it.bridge()
+        with torch.inference_mode():
+            bridge.exchange(ids(1, 4))
+        weight = torch.ones(4, requires_grad=True)
+        with bridge.submit(ids(1, 4)).wait() as reply:
+            (reply["x"] * weight).sum().backward()
+        assert torch.equal(weight.grad, ids(1, 4)[0].float())
+        bridge.close()
+
+
 def test_exchange_owns_its_tensors():
     with bench(1, "ring.depth=1") as it:
         it.teacher(Echo())
