@@ -117,6 +117,11 @@ class Reply:
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
+    def _owned(self) -> Reply:
+        """The same reply outside of any lease. On a GPU the tensors are this rank's own already."""
+        owned = {name: t.clone() if t.device.type == "cpu" else t for name, t in self._tensors.items()}
+        return Reply(owned, self.sequence, self.step, self.composition)
+
     def _forget(self) -> None:
         self._tensors = {}
         self._released = True
@@ -182,6 +187,11 @@ class Pending:
         lease = self._bridge._lease(self, self._batch, self._seq, timeout)
         self._bridge = None
         return lease
+
+    def copy(self, timeout: float | None = None) -> Reply:
+        """`wait`, and copy the reply out of its slot: tensors of one's own, no lease. Raises what `wait` raises."""
+        with self.wait(timeout) as reply:
+            return reply._owned()
 
 
 class Bridge:
@@ -275,10 +285,8 @@ class Bridge:
         step: int | None = None,
         timeout: float | None = None,
     ) -> Reply:
-        """submit and wait in one call; a reply that owns its tensors. Raises what both raise."""
-        with self.submit(input_ids, attention_mask, step=step).wait(timeout) as reply:
-            owned = {name: reply[name].clone() for name in reply.names}
-            return Reply(owned, reply.sequence, reply.step, reply.composition)
+        """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
+        return self.submit(input_ids, attention_mask, step=step).copy(timeout)
 
     def close(self) -> None:
         """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing."""

@@ -1,0 +1,183 @@
+"""`shmbridge-launch`: flags to a config, a plan of it, and the run.
+
+shmbridge-launch --teacher-gpu 7 --train-gpus 0-6 --teacher MODEL [a.b=c ...] -- train.py ARGS
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from launcher.console import Console
+    from launcher.gpus import Gpu
+    from launcher.plan import Plan
+    from shmbridge.config import Config
+
+_REFUSED = 2
+_INTERRUPTED = 130
+
+_FLAGS = {
+    "teacher": "teacher.model",
+    "teacher_gpu": "teacher.gpus",
+    "train_gpus": "train.gpus",
+    "cpu": "train.cpu_ranks",
+    "torchrun": "train.torchrun_args",
+    "name": "name",
+    "run_dir": "run_dir",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: the failed child's own, 128 + signal, or 2 where nothing was started."""
+    arguments, script = _split(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_intermixed_args(arguments)
+    from shmbridge.errors import ShmbridgeError
+
+    try:
+        return _launch(args, script)
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch: {error}", file=sys.stderr)
+        return _REFUSED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is the launcher's, and the training command after the first `--`."""
+    arguments = list(argv)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shmbridge-launch",
+        usage="%(prog)s [flags] [a.b=c ...] -- train.py ...   (or -- -m package.module ...)",
+        description="Start a teacher and a torchrun training group as two jobs with a bridge between them.",
+        epilog="Every flag is a setting of the config file too, and a.b=c overrides any of them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4 (read as YAML)")
+    parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
+    parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
+    parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5; one rank each")
+    parser.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
+    parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
+    parser.add_argument("--torchrun", metavar="ARGS", help='further flags of torchrun, in one string: "--tee 3"')
+    parser.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
+    parser.add_argument("--run-dir", metavar="DIR", help="each run gets a directory of its own below it (runs)")
+    parser.add_argument("--no-teacher", action="store_true", help="run the same training script with the bridge off")
+    parser.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
+    return parser
+
+
+def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
+    from launcher import machine, plan, stale
+    from launcher.console import Console
+    from shmbridge import config
+
+    settings = config.load(args.config, args.overrides, _values(args))
+    console = Console()
+    if not args.dry_run:
+        for session_id, count in stale.reclaim():
+            console.say(f"removed {count} objects that the dead session {session_id[:8]} left in /dev/shm")
+    planned = plan.make(settings, script, machine.look(bool(settings.teacher.gpus or settings.train.gpus)))
+    if planned.memory:
+        planned.memory.check()
+    if args.dry_run:
+        jobs = planned.jobs(_run_path(settings, "SESSION"), "SESSION@1")
+        print(plan.describe(planned, jobs, os.environ), end="")
+        return 0
+    return _run(planned, console)
+
+
+def _values(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as dotted settings. Raises ConfigError for a GPU list that is there but blank."""
+    from shmbridge.errors import ConfigError
+
+    for flag in ("teacher_gpu", "train_gpus"):
+        text = getattr(args, flag)
+        if text is not None and not text.strip():
+            raise ConfigError(f"--{flag.replace('_', '-')} is empty; name GPUs such as 0-6, or leave the flag out.")
+    values = {key: getattr(args, flag) for flag, key in _FLAGS.items() if getattr(args, flag) is not None}
+    return values | ({"enabled": False} if args.no_teacher else {})
+
+
+def _run(planned: Plan, console: Console) -> int:
+    """Create the session and the run directory, run the jobs, remove the session."""
+    from launcher import plan, registry
+    from launcher.supervise import Supervisor
+    from shmbridge import config
+    from shmbridge.owner import Owner
+
+    settings = planned.config
+    with ExitStack() as stack:
+        registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
+        owner = stack.enter_context(Owner(settings, planned.ranks)) if settings.enabled else None
+        session = str(owner.start_generation()) if owner else ""
+        run = _make_directory(_run_path(settings, session[:8] or "no-teacher"))
+        if registration:
+            registration.describe(session, str(run.resolve()))
+        jobs = planned.jobs(run, session)
+        (run / "config.yaml").write_text(config.dump(settings))
+        (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
+        _header(planned, session, run, console)
+        return Supervisor(planned, jobs, os.environ, owner, run, console).run()
+
+
+def _run_path(settings: Config, label: str) -> Path:
+    return Path(settings.run_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name or label}"
+
+
+def _make_directory(path: Path) -> Path:
+    """`path`, or path-2, path-3, ... where it exists. Raises ConfigError where it cannot be made."""
+    from shmbridge.errors import ConfigError
+
+    for candidate in _numbered(path):
+        try:
+            candidate.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"run_dir is {str(path.parent)!r}: {error.strerror}.") from None
+        return candidate
+    raise AssertionError
+
+
+def _numbered(path: Path) -> Iterator[Path]:
+    """path, path-2, path-3, ..."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def _header(planned: Plan, session: str, run: Path, console: Console) -> None:
+    """Who runs where, before anything starts."""
+    from launcher.text import table
+
+    settings = planned.config
+    rows = [("run", str(run))]
+    if settings.enabled:
+        rows.append(("session", session))
+        rows.append(("teacher", f"{settings.teacher.model} on {_place(planned.teacher_gpus, planned.threads[0])}"))
+    ranks = (
+        f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''} on {_place(planned.train_gpus, planned.threads[1])}"
+    )
+    each = " each" if planned.ranks > 1 and planned.threads[1] else ""
+    rows.append(("training", f"{ranks}{each}: {shlex.join(planned.script)}"))
+    console.say(table(rows, indent=""))
+    console.flush()
+
+
+def _place(gpus: Sequence[Gpu], threads: int | None) -> str:
+    where = f"GPU {','.join(str(gpu.number) for gpu in gpus)}" if gpus else "the CPU"
+    return where if threads is None else f"{where}, {threads} thread{'s' if threads > 1 else ''}"

@@ -1,0 +1,114 @@
+"""Which GPUs there are, and what each job sees of them. No torch: nvidia-smi is asked.
+
+A user's numbers count within what CUDA_VISIBLE_DEVICES allows, as Slurm and containers set it: with `4,5,6,7`, GPU 0 of
+the command line is the fourth of the machine. Both jobs see all GPUs of the run, because a CUDA IPC handle opens only on
+a device that the opener can see; each has its own first, so that its cuda:0 is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from shmbridge.errors import ConfigError
+
+_QUERY = ["nvidia-smi", "--query-gpu=index,uuid,memory.total,memory.free", "--format=csv,noheader,nounits"]
+_QUERY_TIMEOUT_S = 10
+
+
+class Gpu(NamedTuple):
+    """One GPU that this run may use."""
+
+    number: int  # the user's number: the position within what is visible
+    visible: str  # how CUDA_VISIBLE_DEVICES names it: an index of the machine or a UUID
+    total_bytes: int
+    free_bytes: int
+
+
+def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """The GPUs that `environment` allows, in the user's numbering; empty where there is no driver."""
+    try:
+        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return select_visible(answer.stdout, environment.get("CUDA_VISIBLE_DEVICES"))
+
+
+def select_visible(table: str, visible: str | None) -> list[Gpu]:
+    """The rows of nvidia-smi's `table` that a value of CUDA_VISIBLE_DEVICES allows; None allows all.
+
+    As in CUDA, the first entry that names no GPU ends the list.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") == 3]
+    names = [row[0] for row in rows] if visible is None else [name.strip() for name in visible.split(",")]
+    found: list[Gpu] = []
+    for name in names:
+        row = next((row for row in rows if _names(name, row)), None)
+        if row is None:
+            break
+        found.append(Gpu(len(found), name, _mebibytes(row[2]), _mebibytes(row[3])))
+    return found
+
+
+def parse(text: str, setting: str) -> list[int]:
+    """The numbers of `0-6`, `7` or `0,2,5`, in the order given.
+
+    Raises:
+        ConfigError: the list is empty, garbled, or names a GPU twice; names `setting`.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise ConfigError(f"{setting} is {text!r}: {part!r} is no GPU. Write 7, 0-6 or 0,2,5.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
+        numbers += range(first, last + 1)
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice:
+        raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
+    return numbers
+
+
+def assign(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> tuple[str, str]:
+    """CUDA_VISIBLE_DEVICES of the teacher and of training: each job's own first, then the other's.
+
+    A job without GPUs of its own sees none.
+
+    Raises:
+        ConfigError: a GPU does not exist, or both jobs are to have it.
+    """
+    for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
+        missing = [number for number in numbers if number >= len(gpus)]
+        if missing:
+            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {_what_there_is(gpus)}")
+    both = sorted(set(teacher) & set(train))
+    if both:
+        raise ConfigError(
+            f"GPU {both[0]} is given to the teacher and to training; each needs GPUs of its own "
+            "(--teacher-gpu 7 --train-gpus 0-6)."
+        )
+    names = [gpu.visible for gpu in gpus]
+    for_teacher = ",".join(names[i] for i in (*teacher, *train)) if teacher else ""
+    for_train = ",".join(names[i] for i in (*train, *teacher)) if train else ""
+    return for_teacher, for_train
+
+
+def _names(name: str, row: Sequence[str]) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES means this row; a UUID may be shortened to a prefix."""
+    return name == row[0] if name.isdigit() else name.startswith("GPU-") and row[1].startswith(name)
+
+
+def _mebibytes(cell: str) -> int:
+    return int(cell) * 2**20 if cell.isdigit() else 0
+
+
+def _what_there_is(gpus: Sequence[Gpu]) -> str:
+    if not gpus:
+        return "nvidia-smi finds none that this process may see. Without GPUs use --cpu 2."
+    numbers = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
+    return f"there {numbers} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."

@@ -1,0 +1,111 @@
+"""The ranks of the training group, as the launcher watches them from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from launcher import signals
+from launcher.job import Job
+from shmbridge.owner import Owner
+from shmbridge.peer import Identity, identity
+
+
+class Ranks:
+    """Who has signed in, and when which rank ended."""
+
+    def __init__(self, owner: Owner | None, count: int) -> None:
+        self._owner = owner
+        self.count = count
+        self.ended_ns: dict[int, int] = {}  # by rank, CLOCK_MONOTONIC
+        self._watched: dict[int, int] = {}  # rank -> pidfd
+
+    def identity(self, rank: int) -> Identity | None:
+        """None until the rank has signed in on the board."""
+        return self._owner.lanes[rank].records[0].identity if self._owner else None
+
+    @property
+    def all_signed_in(self) -> bool:
+        return all(self.identity(rank) for rank in range(self.count))
+
+    @property
+    def all_finished(self) -> bool:
+        """Every rank has closed its bridge, or is gone: the teacher has nobody left to serve."""
+        assert self._owner
+        return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in range(self.count))
+
+    def watch(self) -> list[int]:
+        """File descriptors that become readable when a rank ends; takes note of the ranks that have."""
+        for rank in range(self.count):
+            who = self.identity(rank)
+            if who and rank not in self._watched and rank not in self.ended_ns:
+                try:
+                    self._watched[rank] = os.pidfd_open(who.pid)
+                except ProcessLookupError:
+                    self.ended_ns[rank] = time.monotonic_ns()
+        return list(self._watched.values())
+
+    def note_ended(self, ready: set[int]) -> None:
+        """Take note of the ranks whose file descriptors are `ready`."""
+        for rank, fd in list(self._watched.items()):
+            if fd in ready:
+                self.ended_ns[rank] = time.monotonic_ns()
+                os.close(self._watched.pop(rank))
+
+    def forward(self, number: signal.Signals, training: Job) -> str:
+        """Send a user's signal to each rank that handles it, past torchrun. Says what was done."""
+        sent, spared = [], []
+        for rank, pid in sorted(self._pids(training).items()):
+            who = identity(pid)
+            if who and signals.handles(pid, number) and _send(who, number):
+                sent.append(str(rank))
+            else:
+                spared.append(str(rank))
+        if not sent:
+            return f"{number.name} was sent to no rank: none has a handler for it"
+        rest = f"; not to {', '.join(spared)}, without a handler" if spared else ""
+        return f"{number.name} was sent to rank {', '.join(sent)}{rest}"
+
+    def _pids(self, training: Job) -> dict[int, int]:
+        """Pids by rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
+        found: dict[int, int] = {}
+        for pid in training.children()[1:]:  # after torchrun itself; parents come first, so ranks before their workers
+            rank = _local_rank(pid)
+            if rank is not None:
+                found.setdefault(rank, pid)
+        for rank in range(self.count):
+            who = self.identity(rank)
+            if who:
+                found[rank] = who.pid
+        return found
+
+    def close(self) -> None:
+        for fd in self._watched.values():
+            os.close(fd)
+        self._watched = {}
+
+
+def _send(who: Identity, number: int) -> bool:
+    try:
+        fd = os.pidfd_open(who.pid)
+    except ProcessLookupError:
+        return False
+    try:
+        if identity(who.pid) != who:
+            return False
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _local_rank(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            values = [entry[11:] for entry in file.read().split(b"\0") if entry.startswith(b"LOCAL_RANK=")]
+    except OSError:
+        return None
+    return int(values[0]) if values and values[0].isdigit() else None

@@ -1,0 +1,89 @@
+"""Names of live sessions, one file each in a directory of the user's own.
+
+A name is taken while a process holds the kernel lock on its file; the file's text tells who. A file without a lock is
+left from a launcher that was killed, and its name is free.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from shmbridge.errors import ConfigError, SessionInUse
+
+
+def directory() -> Path:
+    """$XDG_RUNTIME_DIR/shmbridge, or /tmp/shmbridge-UID; made if needed.
+
+    Raises:
+        ConfigError: it belongs to somebody else, or others may write to it.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    path = Path(runtime) / "shmbridge" if runtime and Path(runtime).is_dir() else Path(f"/tmp/shmbridge-{os.geteuid()}")
+    path.mkdir(mode=0o700, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ConfigError(
+            f"{path} must be a directory of uid {os.geteuid()} with mode 0700; remove it and start again."
+        )
+    return path
+
+
+@contextmanager
+def claim(name: str) -> Iterator[Registration]:
+    """Hold `name` while the block runs.
+
+    Raises:
+        SessionInUse: a live launcher holds it; names its pid and run directory.
+    """
+    path = directory() / f"{name}.json"
+    file = _lock(path, name)
+    try:
+        yield Registration(file)
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
+
+
+class Registration:
+    """A name that this process holds."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self.describe(session="", run="")
+
+    def describe(self, session: str, run: str) -> None:
+        """Tell others which session and run directory the name stands for."""
+        text = json.dumps({"pid": os.getpid(), "session": session, "run": run}).encode()
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
+
+
+def _lock(path: Path, name: str) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _read(file)
+            os.close(file)
+            raise SessionInUse(
+                f"the name {name!r} is held by a live launcher (pid {holder.get('pid', 'unknown')}, run directory "
+                f"{holder.get('run') or 'not made yet'}). Stop it, or choose another --name."
+            ) from None
+        if os.fstat(file).st_nlink:
+            return file
+        os.close(file)  # its last holder removed it in between
+
+
+def _read(file: int) -> dict[str, object]:
+    try:
+        found = json.loads(os.pread(file, 64 * 1024, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,126 @@
+"""The root-cause report: one message on the terminal, the same as text and as JSON in the run directory."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import msgspec
+
+from launcher import cgroup
+from launcher.cause import TORCHRUN, TRAINER, Cause, describe_exit
+from launcher.console import LAUNCHER
+from launcher.job import Exit
+from launcher.logs import Logs
+from launcher.plan import TEACHER, Plan
+from launcher.text import seconds, size, table
+from shmbridge.board import Phase
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What the user is told of a failed run, as report.json holds it."""
+
+    cause: Cause
+    gpu: str
+    elapsed_s: float  # of the run
+    exit_code: int
+    memory: str  # about a death that may have been for want of memory, else empty
+    log: list[str]  # the last lines of its log, or the last traceback in it
+    log_paths: list[str]
+    action: str
+
+    def __str__(self) -> str:
+        return "\n".join(part for part in (self._headline(), self._facts(), self._evidence(), self._end()) if part)
+
+    def _headline(self) -> str:
+        return f"\nThe run failed after {seconds(self.elapsed_s)}: {self.cause.sentence}\n"
+
+    def _facts(self) -> str:
+        cause = self.cause
+        where = [cause.phase and f"phase {cause.phase}" + _for(cause.elapsed_s)]
+        where += [f"step {cause.step}" if cause.step is not None else ""]
+        where += [f"sequence {cause.sequence}" if cause.sequence is not None else ""]
+        rows = [
+            ("who", f"{cause.who}, pid {cause.pid or 'unknown'}" + (f", GPU {self.gpu}" if self.gpu else "")),
+            ("where", ", ".join(part for part in where if part)),
+            ("ended", describe_exit(cause.status, cause.signal) if cause.signal else f"exit code {cause.status}"),
+            ("memory", self.memory),
+        ]
+        return table([row for row in rows if row[1]])
+
+    def _evidence(self) -> str:
+        if self.cause.traceback:
+            return _quoted("its traceback", self.cause.traceback.rstrip().split("\n"))
+        return _quoted(f"the end of its log ({self.cause.who})", self.log) if self.log else ""
+
+    def _end(self) -> str:
+        rows = [("next", self.action), *(("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths))]
+        return "\n" + table(rows)
+
+
+def make(
+    cause: Cause, ended: Exit | None, plan: Plan, logs: Logs, elapsed_s: float, oom_kills_before: int | None
+) -> Report:
+    """The report of a cause; `ended` is the exit of the job that it happened in."""
+    paths = [str(path) for path in logs.paths(cause.who)]
+    return Report(
+        cause=cause,
+        gpu=_gpu(cause, plan),
+        elapsed_s=elapsed_s,
+        exit_code=cause.status,
+        memory=_memory(ended, oom_kills_before) if cause.signal == signal.SIGKILL else "",
+        log=[] if cause.traceback else logs.last_lines(cause.who),
+        log_paths=paths,
+        action=_action(cause),
+    )
+
+
+def write(report: Report, directory: Path) -> Path:
+    """report.txt and report.json in the run directory. Returns the path of the first."""
+    path = directory / "report.txt"
+    path.write_text(f"{report}\n")
+    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    return path
+
+
+def _for(elapsed_s: float | None) -> str:
+    return "" if elapsed_s is None else f" for {seconds(elapsed_s)}"
+
+
+def _quoted(title: str, lines: list[str]) -> str:
+    return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in lines)
+
+
+def _gpu(cause: Cause, plan: Plan) -> str:
+    if cause.role == TEACHER:
+        return ",".join(str(gpu.number) for gpu in plan.teacher_gpus)
+    if cause.role == TRAINER and cause.rank < len(plan.train_gpus):
+        return str(plan.train_gpus[cause.rank].number)
+    return ""
+
+
+def _memory(ended: Exit | None, oom_kills_before: int | None) -> str:
+    """What the kernel counted, and how large the job had grown."""
+    now = cgroup.oom_kills()
+    if now is None or oom_kills_before is None:
+        counted = "the cgroup's oom_kill counter is not readable"
+    else:
+        counted = f"the cgroup's oom_kill counter rose by {now - oom_kills_before}"
+    peak = f"; the largest process of the job had {size(ended.peak_rss)} (peak RSS)" if ended else ""
+    return counted + peak
+
+
+def _action(cause: Cause) -> str:
+    if cause.signal == signal.SIGKILL and cause.role == TORCHRUN:
+        return "Find out who killed torchrun; training ended with it."
+    if cause.signal == signal.SIGKILL:
+        return "See `dmesg` for the kernel's reason; use less memory, or raise the limit."
+    if cause.signal:
+        return "A crash in native code: run with PYTHONFAULTHANDLER=1 to see the stack."
+    if cause.role == TEACHER and cause.phase in (str(Phase.STARTING), str(Phase.LOADING), str(Phase.PROBING), ""):
+        return "Correct teacher.model or its settings; nothing was trained."
+    if cause.traceback:
+        return "Correct what the traceback tells."
+    return (
+        "Its log tells why it ended." if cause.role != LAUNCHER else "Read the message above; the logs have the rest."
+    )

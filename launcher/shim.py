@@ -1,0 +1,170 @@
+"""The small parent of each job, which lets nothing outlive it.
+
+    launcher ── shim ── teacher
+            └── shim ── torchrun ── ranks ── DataLoader workers
+
+Ranks are sessions of their own, so killing torchrun's process group misses them, and `kill -9` of torchrun or of the
+launcher would leave them behind. The shim is a child subreaper: whatever loses its parent below it becomes its child. It
+is told by the kernel when the launcher dies, and its own direct child is killed by the kernel when the shim dies.
+
+    SIGTERM                 goes on to the direct child alone
+    KILL_SIGNAL             SIGKILL for everything below
+    the launcher dies       the same
+    the direct child ends   SIGKILL for everything that is left, then the same exit code, or death by the same signal
+    other signals           ignored; SIGUSR1 and SIGUSR2 are ignored in the direct child too, until it handles them
+
+Run by path, `python -I -S shim.py LAUNCHER_PID COMMAND...`, with the standard library alone: it is up in 30 ms.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from typing import NoReturn
+
+KILL_SIGNAL = signal.SIGRTMIN + 7
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_CANNOT_EXECUTE = 127
+
+
+def main(launcher: int, command: list[str]) -> NoReturn:
+    """Start `command`, stay until nothing of it is left, and end as it did."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    become_subreaper()
+    _die_with_parent(KILL_SIGNAL, launcher)
+    shim = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _execute(command, shim)
+    status = _guard(child)
+    _clear()
+    _end_like(status)
+
+
+def become_subreaper() -> None:
+    """Make this process the parent of whatever is orphaned below it."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants(root: int) -> list[int]:
+    """Pids of the live processes below `root`, parents first."""
+    children: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            parent = _parent(int(name))
+            if parent:
+                children.setdefault(parent, []).append(int(name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, ())
+    return found[1:]
+
+
+def kill(pid: int, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _guard(child: int) -> int:
+    """Serve signals until `child` has ended; its wait status. Orphans are reaped on the way."""
+    while True:
+        number = signal.sigwait(signal.valid_signals())
+        if number == signal.SIGTERM:
+            kill(child, signal.SIGTERM)
+        elif number == KILL_SIGNAL:
+            for pid in descendants(os.getpid()):
+                kill(pid, signal.SIGKILL)
+        elif number == signal.SIGCHLD:
+            for pid, status in _ended():
+                if pid == child:
+                    return status
+
+
+def _ended() -> list[tuple[int, int]]:
+    """(pid, wait status) of every child that has ended."""
+    found: list[tuple[int, int]] = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        found.append((pid, status))
+
+
+def _clear() -> None:
+    """Kill and reap until nothing is left: what a dying process forked meanwhile arrives here as an orphan."""
+    while True:
+        for pid in descendants(os.getpid()):
+            kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _end_like(status: int) -> NoReturn:
+    """End with the exit code, or by the signal, that `status` tells; without a core file of the shim's own."""
+    if os.WIFEXITED(status):
+        os._exit(os.WEXITSTATUS(status))
+    number = os.WTERMSIG(status)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if number != signal.SIGKILL:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)
+
+
+def _execute(command: list[str], shim: int) -> NoReturn:
+    """In the forked child: become `command`, in a session of its own, which dies with the shim."""
+    os.setsid()
+    _die_with_parent(signal.SIGKILL, shim)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGPIPE, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"cannot execute {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+    os._exit(_CANNOT_EXECUTE)
+
+
+def _die_with_parent(number: int, parent: int) -> None:
+    """Have the kernel send `number` when the parent dies; end at once if it is dead already."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os._exit(128 + signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"prctl({option}, {value}): {os.strerror(error)}")
+
+
+def _parent(pid: int) -> int:
+    """The parent of a live process; 0 for one that has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    state, parent = text[text.rindex(b")") + 2 :].split()[:2]
+    return 0 if state in (b"Z", b"X") else int(parent)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

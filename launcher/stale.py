@@ -1,0 +1,25 @@
+"""Remove what dead sessions left in shared memory. A live one is never touched: its owner holds a kernel lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from shmbridge import owner
+
+
+def reclaim() -> Iterator[tuple[str, int]]:
+    """(session id, number of objects) of each dead session of this user, once it has been removed."""
+    for session_id, names in owner.objects().items():
+        if not _is_mine(names):
+            continue
+        with owner.lock_if_dead(session_id) as dead:
+            if dead:
+                yield session_id, owner.unlink_session(session_id)
+
+
+def _is_mine(names: list[str]) -> bool:
+    try:
+        return all((owner.SHM_DIRECTORY / name).lstat().st_uid == os.geteuid() for name in names)
+    except FileNotFoundError:
+        return False  # its owner is removing it

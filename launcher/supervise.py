@@ -1,0 +1,222 @@
+"""Order, readiness, first failure wins, teardown.
+
+The two jobs start together. The loop sleeps on their pidfds, the ranks' and the signals', 0.1 s at most, and then looks
+at everything again. A run ends in one of three ways, and whichever comes first decides the exit code:
+
+    training ends with 0      the teacher is told, drains and ends by itself
+    something fails           the cause goes on the board, so that everyone stops with it; then the jobs are ended
+    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended
+
+Ending a job is SIGTERM, then one grace (timeouts.shutdown_s) for all, then SIGKILL.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher import cause, cgroup, job, report
+from launcher.cause import Cause
+from launcher.console import LAUNCHER, Console
+from launcher.job import Job
+from launcher.logs import Logs
+from launcher.plan import TEACHER, TRAIN, JobSpec, Plan
+from launcher.progress import Progress
+from launcher.ranks import Ranks
+from launcher.signals import USER, Signals
+from launcher.teardown import Teardown
+from launcher.text import seconds, size
+from shmbridge.errors import ShmbridgeError
+from shmbridge.layout import ControlWord
+from shmbridge.offer import Offer
+from shmbridge.owner import Owner
+
+_TICK_MS = 100
+_CLEAR_S = 5.0
+_REFUSED = 2
+
+
+class Ending(enum.Enum):
+    """Why a run ends."""
+
+    DONE = enum.auto()
+    FAILED = enum.auto()
+    STOPPED = enum.auto()
+
+
+class Supervisor:
+    """One run, from the start of its jobs to the last of their processes."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        specs: tuple[JobSpec, ...],
+        base: Mapping[str, str],
+        owner: Owner | None,
+        run: Path,
+        console: Console,
+    ) -> None:
+        self._plan = plan
+        self._specs = specs
+        self._base = base
+        self._owner = owner
+        self._run = run
+        self._console = console
+        self._grace_s = plan.config.timeouts.shutdown_s
+        self._logs = Logs(console, run / "train", plan.ranks)
+        self._ranks = Ranks(owner, plan.ranks)
+        self._record = run / "train" / "failures.json"
+        self._oom_kills = cgroup.oom_kills()
+        self._jobs: dict[str, Job] = {}
+        self._ending: Ending | None = None
+        self._cause: Cause | None = None
+        self._stopped_by: signal.Signals | None = None
+        self._teardown = Teardown(self._jobs, self._grace_s, console)
+
+    def run(self) -> int:
+        """Run to the end; the launcher's exit code."""
+        self._started = time.monotonic()
+        self._signals = Signals()
+        job.adopt_orphans()
+        try:
+            self._start()
+            while any(running.alive for running in self._jobs.values()) and not self._teardown.stuck:
+                self._tick()
+            self._logs.finish()
+            return self._conclude()
+        finally:
+            self._clear()
+            self._ranks.close()
+            self._signals.close()
+
+    def _start(self) -> None:
+        for spec in self._specs:
+            self._jobs[spec.name] = Job(spec, self._base)
+            self._logs.follow("torchrun" if spec.name == TRAIN else spec.name, spec.log)
+        if self._owner:
+            self._progress = Progress(self._console, self._owner.control.teachers[0], self._owner.generation)
+
+    def _tick(self) -> None:
+        self._sleep()
+        for number in self._signals.take():
+            self._on_signal(number)
+        for running in self._jobs.values():
+            if running.alive and running.poll() and running.exit and running.exit.signal:
+                job.sweep(self._jobs.values())
+        job.reap(self._jobs.values())
+        self._logs.pump()
+        if self._owner and self._ending is None:
+            self._agree(self._owner)
+            self._progress.show()
+        if self._ending is None:
+            self._look()
+        self._teardown.advance()
+
+    def _sleep(self) -> None:
+        poll = select.poll()
+        for fd in (self._signals.fd, *(running.pidfd for running in self._jobs.values() if running.alive)):
+            poll.register(fd, select.POLLIN)
+        for fd in self._ranks.watch():
+            poll.register(fd, select.POLLIN)
+        self._ranks.note_ended({fd for fd, _ in poll.poll(_TICK_MS)})
+
+    def _agree(self, owner: Owner) -> None:
+        """Create the reply memory once the teacher has said what it returns."""
+        offered = owner.control.teachers[0].offer
+        if offered is None or owner.control.words[ControlWord.REPLIES_READY] == owner.generation:
+            return
+        try:
+            nbytes = owner.create_replies(Offer.decode(offered))
+        except ShmbridgeError as error:
+            self._fail(self._of_launcher(str(error), _REFUSED))
+        else:
+            self._console.say(f"reply memory: {size(nbytes)} in /dev/shm")
+
+    # Deciding
+
+    def _look(self) -> None:
+        """End the run where something failed, or training has finished."""
+        found = cause.find(list(self._jobs.values()), self._owner, self._record, self._ranks.ended_ns)
+        teacher, training = self._jobs.get(TEACHER), self._jobs[TRAIN]
+        if found:
+            self._fail(found)
+        elif training.exit:
+            self._finish()
+        elif teacher and teacher.exit and not self._ranks.all_finished:
+            self._fail(self._of_launcher("the teacher ended although ranks were still to be served", 1))
+
+    def _finish(self) -> None:
+        self._ending = Ending.DONE
+        if self._owner:
+            self._owner.end_training()
+        self._teardown.begin(after_s=self._grace_s)
+
+    def _fail(self, found: Cause) -> None:
+        """Tell everyone, and let those who will stop by themselves do so."""
+        self._ending = Ending.FAILED
+        self._cause = found
+        self._console.say(f"{found.sentence}; stopping")
+        if self._owner:
+            self._owner.fail(found.as_failure())
+        of_teacher = found.role in (TEACHER, LAUNCHER)
+        self._teardown.begin(after_s=self._grace_s if self._ranks.all_signed_in or not of_teacher else 0.0)
+        if not of_teacher:
+            self._teardown.terminate(TEACHER)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if number in USER:
+            self._console.say(self._ranks.forward(number, self._jobs[TRAIN]))
+        elif self._ending is None:
+            self._ending = Ending.STOPPED
+            self._stopped_by = number
+            self._console.say(f"{number.name}: stopping; Ctrl-C kills at once")
+            self._teardown.begin(after_s=0.0)
+        elif number == signal.SIGINT:
+            self._teardown.kill()
+
+    # Ending
+
+    def _clear(self) -> None:
+        """Leave no process behind, however the loop ended."""
+        for running in self._jobs.values():
+            running.kill()
+        deadline = time.monotonic() + _CLEAR_S
+        while time.monotonic() < deadline:
+            ended = [running.poll() for running in self._jobs.values()]
+            if not job.sweep(self._jobs.values()) and all(ended):
+                break
+            job.reap(self._jobs.values())
+            time.sleep(0.01)
+
+    def _conclude(self) -> int:
+        """Tell how it ended; the exit code."""
+        elapsed_s = time.monotonic() - self._started
+        if self._stopped_by is not None:
+            self._console.say(f"stopped by {self._stopped_by.name} after {seconds(elapsed_s)}")
+            return 128 + self._stopped_by
+        found = self._root_cause()
+        if found is None:
+            self._console.say(f"done in {seconds(elapsed_s)}")
+            return 0
+        ended = self._jobs.get(TEACHER if found.role == TEACHER else TRAIN)
+        made = report.make(found, ended.exit if ended else None, self._plan, self._logs, elapsed_s, self._oom_kills)
+        path = report.write(made, self._run)
+        self._console.flush()
+        print(f"{made}\n  report  {path}", file=sys.stderr)
+        return made.exit_code
+
+    def _root_cause(self) -> Cause | None:
+        """With everything ended, torchrun's record and the exit codes are there; they may name an earlier failure."""
+        if self._cause and self._cause.role == LAUNCHER:
+            return self._cause
+        found = cause.find(list(self._jobs.values()), self._owner, self._record, self._ranks.ended_ns)
+        return found or self._cause
+
+    def _of_launcher(self, reason: str, status: int) -> Cause:
+        return Cause(LAUNCHER, 0, os.getpid(), reason, status, time.monotonic_ns())

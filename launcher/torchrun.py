@@ -1,0 +1,81 @@
+"""torchrun's command line, as the launcher builds it, and what of torchrun it refuses."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from shmbridge.errors import ConfigError
+
+ELASTIC = Path(__file__).with_name("elastic.py")
+
+_REFUSED = {
+    "--nproc-per-node": "the ranks are counted by --train-gpus or --cpu",
+    "--max-restarts": "a restart of torchrun's would change every rank under the bridge",
+    "--nnodes": "a session lives on one node",
+    "--virtual-local-rank": "it gives every rank LOCAL_RANK 0, and the bridge tells ranks apart by it",
+}
+_HARMLESS = {"--max-restarts": ("0",), "--nnodes": ("1", "1:1")}
+_OWN_LOGS = ("--log-dir", "--redirects", "--tee", "--logs-specs")
+_OWN_LOGS_SHORT = ("-r", "-t")
+_NOT_A_FILE = ("--module", "--no-python")
+
+
+def split(text: str) -> list[str]:
+    """The user's torchrun flags.
+
+    Raises:
+        ConfigError: the quoting is broken, or a flag would take from the launcher what is the launcher's.
+    """
+    try:
+        args = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"train.torchrun_args is {text!r}: {error}.") from None
+    for i, arg in enumerate(args):
+        name, _, value = arg.partition("=")
+        for flag, why in _REFUSED.items():
+            value = value or (args[i + 1] if i + 1 < len(args) else "")
+            if _means(name, flag) and value not in _HARMLESS.get(flag, ()):
+                raise ConfigError(f"train.torchrun_args has {arg}, which shmbridge-launch refuses: {why}.")
+    return args
+
+
+def command(args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path) -> list[str]:
+    """What follows the interpreter: elastic.py, its record file, torchrun's flags, the training command."""
+    own_logs = [] if _logs_itself(args) else ["--log-dir", str(logs), "--redirects", "3"]
+    flags = ["--standalone", "--nproc-per-node", str(ranks), *own_logs, *args]
+    return ["-P", str(ELASTIC), "--record", str(record), "--", *flags, *script]
+
+
+def check_script(script: Sequence[str], args: Sequence[str]) -> None:
+    """Raises ConfigError where the training command cannot be one of torchrun's."""
+    if not script:
+        raise ConfigError(
+            "the training command is missing; it follows `--`: shmbridge-launch ... -- train.py --lr 1e-4"
+        )
+    first = script[0]
+    if any(_means(arg, flag) for arg in args for flag in _NOT_A_FILE) or "-m" in args:
+        return
+    if Path(first).name in ("torchrun", "python", "python3", "accelerate", "deepspeed"):
+        raise ConfigError(
+            f"the training command begins with {first}; give the script alone (`-- train.py ...` or `-- -m package.module`): "
+            "shmbridge-launch starts torchrun itself."
+        )
+    if not first.startswith("-") and not Path(first).is_file():
+        raise ConfigError(f"the training script {first!r} does not exist in {Path.cwd()}.")
+    if first in ("-m", "--module") and len(script) < 2:
+        raise ConfigError("the training command is `-m` without a module.")
+
+
+def _logs_itself(args: Sequence[str]) -> bool:
+    return any(
+        any(_means(arg.partition("=")[0], flag) for flag in _OWN_LOGS)
+        or (arg.startswith(_OWN_LOGS_SHORT) and not arg.startswith("--"))
+        for arg in args
+    )
+
+
+def _means(name: str, flag: str) -> bool:
+    """Whether argparse would take `name` for `flag`: in full, with underscores, or shortened."""
+    return name.startswith("--") and len(name) > 4 and flag.startswith(name.replace("_", "-"))

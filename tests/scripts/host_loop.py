@@ -1,0 +1,89 @@
+"""A loop with the habits of lingua's apps/main/train.py, and the bridge in the places that docs/hosts/lingua.md names.
+
+The habits that matter: one ExitStack; the root logger at NOTSET with its handlers cleared; SIGUSR2 asks for a checkpoint;
+gc off; a generator of (numpy batch, state) whose batch is (batch, seq, 2); gradient accumulation; collectives everywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import shmbridge
+
+BATCH, SEQ, VOCAB, ACCUMULATE = 2, 8, 128, 2
+directory, steps = Path(sys.argv[1]), int(sys.argv[2])
+preempted = {"flag": False}
+
+
+def on_usr2(signum, frame):
+    preempted["flag"] = True
+
+
+def batches(rank: int, position: int):
+    """(numpy batch of inputs and shifted labels, state to resume after it)."""
+    while True:
+        tokens = np.random.default_rng((rank, position)).integers(0, VOCAB, (BATCH, SEQ + 1))
+        position += 1
+        yield np.stack([tokens[:, :-1], tokens[:, 1:]], axis=-1), {"position": position}
+
+
+def train() -> None:
+    with ExitStack() as stack:
+        root = logging.getLogger()
+        root.setLevel(logging.NOTSET)
+        root.handlers.clear()
+        root.addHandler(logging.StreamHandler(sys.stdout))
+        signal.signal(signal.SIGUSR2, on_usr2)
+        dist.init_process_group("gloo")
+        stack.callback(dist.destroy_process_group)
+        rank = dist.get_rank()
+        torch.manual_seed(0)
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Embedding(VOCAB, VOCAB))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        gc.disable()
+        bridge = stack.enter_context(shmbridge.connect())
+        bridge.wait_ready()
+        loader = batches(rank, 0)
+        step = acc_step = 0
+        state = {"position": 0}
+        while step < steps and not preempted["flag"]:
+            acc_step = (acc_step + 1) % ACCUMULATE
+            batch, state = next(loader)
+            batch = torch.tensor(batch, dtype=torch.long)
+            pending = bridge.submit(batch[:, :, 0], step=step)
+            input_ids, labels = batch[:, :, 0], batch[:, :, 1]
+            logits = model(input_ids)
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            reply = pending.copy()
+            if not reply.missing:
+                teacher = reply.logits.float().log_softmax(-1)
+                loss = (
+                    loss + F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / labels.numel()
+                )
+            (loss / ACCUMULATE).backward()
+            if acc_step == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+                stop = torch.tensor(float(preempted["flag"]))
+                dist.all_reduce(stop)
+                preempted["flag"] = bool(stop)
+                print(f"step {step} loss {loss.item():.4f} teacher {not reply.missing}", flush=True)
+        if rank == 0:
+            saved = {"step": step, "preempted": preempted["flag"], **state}
+            (directory / "checkpoint.json").write_text(json.dumps(saved))
+        dist.barrier()
+
+
+train()

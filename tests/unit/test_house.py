@@ -1,0 +1,77 @@
+"""The walls of the house: which module may import which, and what the launcher must not load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shmbridge
+
+FLOORS = [
+    {"errors", "layout", "peer"},
+    {"config", "batching", "trace"},
+    {"offer", "segment", "board"},
+    {"doorbell", "ring"},
+    {"session"},
+    {"owner", "payload"},
+    {"host_plane"},
+    {"bridge", "server"},
+    {"teacher"},
+    {"teacher_job"},
+]
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of this project that `file` imports anywhere, as `package.module`."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if name.split(".")[0] in ("shmbridge", "launcher", "torch", "transformers")}
+
+
+def test_every_module_has_a_floor():
+    assert {file.stem for file in Path("shmbridge").glob("*.py")} - {"__init__"} == set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_run_one_way(floor):
+    above = {f"shmbridge.{name}" for names in FLOORS[floor:] for name in names} | {"launcher"}
+    for name in FLOORS[floor]:
+        wrong = imports(Path(f"shmbridge/{name}.py")) & above - {f"shmbridge.{name}"}
+        assert not wrong, f"{name} imports {wrong}"
+
+
+def test_transformers_is_imported_in_one_module():
+    users = [file.stem for file in Path("shmbridge").glob("*.py") if "transformers" in imports(file)]
+    assert users == ["teacher"]
+
+
+def test_the_launcher_loads_neither_torch_nor_numpy():
+    code = "import launcher.cli, sys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_these():
+    assert sorted(shmbridge.__all__) == shmbridge.__all__
+    for name in shmbridge.__all__:
+        assert getattr(shmbridge, name).__name__ == name
+    assert [name for name in shmbridge.__all__ if not name.endswith(("Error", "Died", "Lost", "Full", "Closed"))] == [
+        "Batch",
+        "Bridge",
+        "DeadlineExceeded",
+        "Lease",
+        "NotLaunched",
+        "Pending",
+        "Reply",
+        "RequestRefused",
+        "SessionInUse",
+        "connect",
+    ]
