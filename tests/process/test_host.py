@@ -42,6 +42,7 @@ def test_collectives_of_the_default_group_never_wait_for_the_teacher(tmp_path):
         "--teacher",
         "teachers:build_gated",
         f"teacher.args={{directory: {tmp_path}}}",
+        "teacher.collect=lockstep",  # one round a step, so that the teacher's gates are the steps
         "--",
         "default_group.py",
         str(tmp_path),

@@ -1,0 +1,62 @@
+"""A teacher without torch, for the launcher's tests: `fake_teacher.py MODE`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from shmbridge.board import Phase
+from shmbridge.errors import PeerLost
+from shmbridge.offer import Offer, OutputSpec
+from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
+
+
+def serve(session: TeacherSession, mode: str) -> None:
+    session.record.enter(Phase.LOADING)
+    session.record.progress(1, 4)
+    if mode == "raise":
+        raise ValueError("no such weights")
+    if mode == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "loading":
+        print("teacher loading", flush=True)
+        time.sleep(600)
+    vocab = 2**40 if mode == "huge" else 4
+    session.offer(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
+    session.open_barrier()
+    print("teacher up", flush=True)
+    if mode == "early":
+        return
+    session.wait(lambda: True if session.training_done or closed(session) else None, None)
+    if mode == "lingering":
+        time.sleep(600)
+
+
+def closed(session: TeacherSession) -> bool:
+    return all(lane.ring.closed for lane in session.lanes)
+
+
+def main(mode: str) -> int:
+    if mode in ("stubborn", "lingering"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]))
+    try:
+        serve(session, mode)
+    except PeerLost as error:
+        session.record.fail_with(error)
+        if mode == "stubborn":
+            time.sleep(600)
+        return 1
+    except Exception as error:
+        session.record.fail_with(error)
+        raise
+    session.record.enter(Phase.CLOSED)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,95 @@
+"""torchrun and its ranks without torch, for the launcher's tests: `fake_training.py MODE RECORD [RANK]`.
+
+Like torchrun it starts each rank in a session of its own, ends the others when one fails, and, like elastic.py, writes
+down the first failure and exits with its code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from shmbridge.errors import PeerLost
+from shmbridge.session import SESSION_VARIABLE, Token, TrainerSession
+
+RANKS = 2
+
+
+def torchrun(mode: str, record: Path) -> int:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, __file__, mode, str(record), str(rank)],
+            env=os.environ | {"LOCAL_RANK": str(rank)},
+            start_new_session=True,
+        )
+        for rank in range(RANKS)
+    ]
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    while any(rank.poll() is None for rank in ranks):
+        for number, rank in enumerate(ranks):
+            if rank.poll():
+                return fail(record, ranks, number)
+        time.sleep(0.02)
+    return next((fail(record, ranks, i) for i, rank in enumerate(ranks) if rank.poll()), 0)
+
+
+def fail(record: Path, ranks: list[subprocess.Popen[bytes]], number: int) -> int:
+    code = ranks[number].returncode
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        rank.wait()
+    first = {"rank": number, "local_rank": number, "pid": ranks[number].pid, "exitcode": code}
+    record.write_text(json.dumps({"first": first | {"traceback": "", "timestamp": int(time.time())}}))
+    return code if code >= 0 else 128 - code
+
+
+def train(mode: str, rank: int) -> None:
+    if mode == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "usr1" and rank == 0:
+        signal.signal(signal.SIGUSR1, lambda *_: print("rank 0 saved", flush=True))
+    if mode == "workers":
+        subprocess.Popen(["sleep", "600"], start_new_session=True)
+    session = TrainerSession(Token.parse(os.environ[SESSION_VARIABLE]), rank)
+    try:
+        session.wait_ready(60)
+        session.record.at(41, 42)
+        print(f"rank {rank} up", flush=True)
+        end(mode, rank, session)
+    except Exception as error:
+        session.record.fail_with(error)
+        raise
+
+
+def end(mode: str, rank: int, session: TrainerSession) -> None:
+    if mode == "raise" and rank == 1:
+        raise RuntimeError("boom")
+    if mode == "exit7" and rank == 1:
+        sys.exit(7)
+    if mode == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode not in ("ok", "late"):
+        try:
+            session.wait(lambda: None, time.monotonic() + 120)
+        except PeerLost:
+            if mode != "stubborn":
+                raise
+            time.sleep(600)
+    session.close()
+    if mode == "late" and rank == 1:
+        Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        sys.exit(torchrun(sys.argv[1], Path(sys.argv[2])))
+    train(sys.argv[1], int(sys.argv[3]))

@@ -1,0 +1,103 @@
+"""Launchers as processes of a test, and bounded waits on what they print."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shmbridge import owner
+
+PATIENCE_S = 60.0
+HERE = Path(__file__).parent
+_MARK = "SHMBRIDGE_TEST_MARK"
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"{what} did not come true within {PATIENCE_S:.0f} s")
+
+
+class Launched:
+    """A launcher with its output in a file, and a mark in the environment by which all of its processes are found."""
+
+    def __init__(self, command: Sequence[str], directory: Path, variables: Mapping[str, str]) -> None:
+        self.mark = uuid.uuid4().hex
+        self.output = directory / f"output-{self.mark[:8]}"
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, cwd=directory, env={**os.environ, **variables, _MARK: self.mark}
+            )
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def says(self, text: str, times: int = 1) -> None:
+        until(lambda: self.text.count(text) >= times or self.process.poll() is not None, f"{text!r} in the output")
+        assert self.text.count(text) >= times, self.text
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code, once it has ended and nothing of it is left."""
+        code = self.process.wait(PATIENCE_S)
+        assert self.processes() == [], self.text
+        assert not self.session or self.session not in owner.objects(), self.text
+        return code
+
+    @property
+    def session(self) -> str | None:
+        found = re.search(r"session +([0-9a-f]{32})", self.text)
+        return found[1] if found else None
+
+    def processes(self, containing: str = "") -> list[int]:
+        """Live processes of this run, but for the launcher itself, whose command line contains a text."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                environment = Path(f"/proc/{name}/environ").read_bytes()
+                command = Path(f"/proc/{name}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if f"{_MARK}={self.mark}".encode() in environment and containing in command:
+                found.append(int(name))
+        return [pid for pid in found if pid != self.process.pid]
+
+
+@contextmanager
+def launched(command: Sequence[str], directory: Path, **variables: str) -> Iterator[Launched]:
+    run = Launched(command, directory, variables)
+    try:
+        yield run
+    finally:
+        for pid in [run.process.pid] if run.process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait(PATIENCE_S)
+
+
+def supervised(
+    directory: Path, teacher: str = "ok", training: str = "ok", grace_s: float = 5.0, **variables: str
+) -> Any:
+    """The real supervisor over fake jobs."""
+    arguments = [str(directory / "run"), teacher, training, str(grace_s)]
+    return launched([sys.executable, str(HERE / "supervised.py"), *arguments], directory, **variables)
+
+
+def launch(directory: Path, *arguments: str, **variables: str) -> Any:
+    """The command itself."""
+    return launched([sys.executable, "-m", "launcher", *arguments], directory, **variables)

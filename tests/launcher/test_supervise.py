@@ -1,0 +1,207 @@
+"""Order, readiness, first failure wins, teardown: the real supervisor over fake jobs, with real processes and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.launcher.running import supervised, until
+
+
+def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
+    with supervised(tmp_path) as run:
+        assert run.wait() == 0
+        assert "[launcher] teacher ready in" in run.text
+        assert "[launcher] done in" in run.text
+        assert "[teacher]  teacher up" in run.text
+        assert not (tmp_path / "run" / "report.txt").exists()
+
+
+def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path):
+    """Row 22: training goes on alone afterwards, and that is no failure."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with supervised(tmp_path, training="late", FAKE_GATE=str(gate)) as run:
+        run.says("up", times=3)
+        until(lambda: not run.processes("fake_teacher.py"), "the end of the teacher")
+        assert run.process.poll() is None
+        gate.write_bytes(b"")
+        assert run.wait() == 0
+
+
+def test_a_teacher_that_does_not_end_is_ended_after_the_grace(tmp_path):
+    with supervised(tmp_path, teacher="lingering", grace_s=0.2) as run:
+        assert run.wait() == 0
+        assert "the grace of 0.2 s (timeouts.shutdown_s) is over" in run.text
+
+
+def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
+    """Row 1: the teacher's own traceback."""
+    with supervised(tmp_path, teacher="raise", training="wait") as run:
+        assert run.wait() == 1
+        report = (tmp_path / "run" / "report.txt").read_text()
+        assert "teacher failed: ValueError: no such weights" in report
+        assert "fake_teacher.py" in report
+        assert json.loads((tmp_path / "run" / "report.json").read_text())["cause"]["phase"] == "loading"
+
+
+def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path):
+    """Row 2."""
+    with supervised(tmp_path, teacher="killed", training="wait") as run:
+        assert run.wait() == 137
+        assert "teacher was killed by SIGKILL, likely out of memory" in run.text
+        assert "oom_kill counter" in run.text
+        assert "(peak RSS)" in run.text
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path):
+    """Row 5."""
+    with supervised(tmp_path, training="killed") as run:
+        assert run.wait() == 137
+        assert "rank 1 was killed by SIGKILL" in run.text
+        assert "step 41, sequence 42" in run.text
+
+
+def test_a_rank_that_exits_with_7_makes_the_launcher_exit_with_7(tmp_path):
+    with supervised(tmp_path, training="exit7") as run:
+        assert run.wait() == 7
+        assert "rank 1 exited with code 7" in run.text
+
+
+def test_an_exception_in_a_rank_needs_no_decorator(tmp_path):
+    with supervised(tmp_path, training="raise") as run:
+        assert run.wait() == 1
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        assert report["cause"]["reason"] == "RuntimeError: boom"
+        assert (report["cause"]["role"], report["cause"]["rank"]) == ("trainer", 1)
+        assert "fake_training.py" in report["cause"]["traceback"]
+
+
+def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_path):
+    """Row 7."""
+    with supervised(tmp_path, training="wait") as run:
+        run.says("up", times=3)
+        os.kill(run.processes("fake_teacher.py")[-1], signal.SIGKILL)
+        assert run.wait() == 137
+        assert "The run failed" in run.text
+        assert "teacher was killed by SIGKILL" in run.text
+        assert "TeacherDied" in (tmp_path / "run" / "torchrun.log").read_text()
+
+
+def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
+    """Row 12."""
+    with supervised(tmp_path, training="workers") as run:
+        run.says("up", times=3)
+        assert len(run.processes("sleep 600")) == 2
+        torchrun = min(run.processes("fake_training.py workers"), key=lambda pid: "shim.py" in cmdline(pid))
+        os.kill(first_below_shim(run, "fake_training.py"), signal.SIGKILL)
+        assert torchrun
+        assert run.wait() == 137
+        assert "torchrun was killed by SIGKILL" in run.text
+
+
+def test_the_death_of_the_launcher_ends_both_jobs(tmp_path):
+    """Row 13."""
+    with supervised(tmp_path, training="workers") as run:
+        run.says("up", times=3)
+        run.signal(signal.SIGKILL)
+        run.process.wait()
+        until(lambda: not run.processes(), "the end of both jobs")
+
+
+def test_the_death_of_a_shim_leaves_nothing(tmp_path):
+    with supervised(tmp_path, training="workers") as run:
+        run.says("up", times=3)
+        os.kill(run.processes("shim.py")[-1], signal.SIGKILL)
+        assert run.wait() == 137
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_stops_both_jobs(tmp_path, number, code):
+    with supervised(tmp_path, training="wait") as run:
+        run.says("up", times=3)
+        run.signal(number)
+        assert run.wait() == code
+        assert f"stopped by {number.name}" in run.text
+        assert "SIGKILL" not in run.text
+
+
+def test_a_job_that_ignores_sigterm_is_killed_after_one_grace(tmp_path):
+    """Row 14."""
+    with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=0.3) as run:
+        run.says("up", times=3)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert run.text.count("SIGKILL for") == 1
+
+
+def test_a_second_ctrl_c_kills_at_once(tmp_path):
+    """Row 14: the grace of five minutes is not waited for."""
+    with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=300) as run:
+        run.says("up", times=3)
+        run.signal(signal.SIGINT)
+        run.says("Ctrl-C kills at once")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert "grace" not in run.text
+
+
+def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
+    with supervised(tmp_path, training="usr1") as run:
+        run.says("up", times=3)
+        run.signal(signal.SIGUSR1)
+        run.says("rank 0 saved")
+        run.says("SIGUSR1 was sent to rank 0; not to 1, without a handler")
+        run.signal(signal.SIGUSR2)
+        run.says("SIGUSR2 was sent to no rank")
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+def test_sigusr1_sent_to_everything_ends_neither_teacher_nor_shims(tmp_path):
+    """As Slurm sends it with --signal to every process of a step."""
+    with supervised(tmp_path, training="wait") as run:
+        run.says("up", times=3)
+        for pid in [*run.processes("shim.py"), *run.processes("fake_teacher.py")]:
+            os.kill(pid, signal.SIGUSR1)
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+def test_a_teacher_that_ends_early_is_a_failure(tmp_path):
+    with supervised(tmp_path, teacher="early", training="wait") as run:
+        assert run.wait() == 1
+        assert "teacher ended although ranks were still to be served" in run.text
+
+
+def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path):
+    """Row 18, for a size that only the loaded teacher can tell."""
+    with supervised(tmp_path, teacher="huge", training="wait") as run:
+        assert run.wait() == 2
+        assert "/dev/shm has" in run.text
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    with supervised(tmp_path, teacher="loading", training="wait") as run:
+        run.says("teacher loading")
+        run.signal(signal.SIGTERM)
+        assert run.wait() == 143
+
+
+def cmdline(pid: int) -> str:
+    with open(f"/proc/{pid}/cmdline") as file:
+        return file.read()
+
+
+def first_below_shim(run, script: str) -> int:
+    """The job's first process: its parent is a shim."""
+    shims = set(run.processes("shim.py"))
+    return next(pid for pid in run.processes(script) if parent(pid) in shims and pid not in shims)
+
+
+def parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
