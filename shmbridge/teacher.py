@@ -72,13 +72,21 @@ def _watch_progress(progress: Progress) -> None:
         return
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bar = factory(*args, **{**kwargs, "disable": False, "file": open(os.devnull, "w"), "mininterval": 0})  # noqa: SIM115
-        shown = getattr(bar, "display", None)
-        if shown is not None:
-            bar.display = lambda *_, **__: progress(int(bar.n), int(bar.total or 0))
+        bar = factory(*args, **{**kwargs, "disable": False, "file": _Nowhere(), "mininterval": 0})
+        bar.display = lambda *_, **__: progress(int(bar.n), int(bar.total or 0))
         return bar
 
     set_hook(hook)
+
+
+class _Nowhere:
+    """Where a progress bar draws itself; the launcher shows the progress."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
 
 
 def _local_copy(model: str) -> str:

@@ -42,7 +42,7 @@ def main(mode: str) -> int:
     if mode in ("stubborn", "lingering"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]))
     try:
         serve(session, mode)

@@ -19,7 +19,12 @@ HERE = Path(__file__).parent
 
 
 def main(run: Path, teacher: str, training: str, grace_s: str) -> int:
-    overrides = ["teacher.model=fake:build", "train.cpu_ranks=2", "ring.max_tokens=64", f"timeouts.shutdown_s={grace_s}"]
+    overrides = [
+        "teacher.model=fake:build",
+        "train.cpu_ranks=2",
+        "ring.max_tokens=64",
+        f"timeouts.shutdown_s={grace_s}",
+    ]
     settings = config.load(overrides=overrides)
     plan = make(settings, ["-m", "anything"], Machine(cores=2, shm_free=2**30, ram_free=2**30))
     with Owner(settings, lanes=2) as owner:

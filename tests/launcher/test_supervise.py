@@ -96,9 +96,7 @@ def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
     with supervised(tmp_path, training="workers") as run:
         run.says("up", times=3)
         assert len(run.processes("sleep 600")) == 2
-        torchrun = min(run.processes("fake_training.py workers"), key=lambda pid: "shim.py" in cmdline(pid))
         os.kill(first_below_shim(run, "fake_training.py"), signal.SIGKILL)
-        assert torchrun
         assert run.wait() == 137
         assert "torchrun was killed by SIGKILL" in run.text
 
@@ -182,18 +180,6 @@ def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path):
     with supervised(tmp_path, teacher="huge", training="wait") as run:
         assert run.wait() == 2
         assert "/dev/shm has" in run.text
-
-
-def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
-    with supervised(tmp_path, teacher="loading", training="wait") as run:
-        run.says("teacher loading")
-        run.signal(signal.SIGTERM)
-        assert run.wait() == 143
-
-
-def cmdline(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline") as file:
-        return file.read()
 
 
 def first_below_shim(run, script: str) -> int:
