@@ -95,12 +95,12 @@ class Server:
         """The oldest request of each lane that has one; empty when there will be none."""
         wait = self._session.wait
         jobs = wait(self._take_or_end, None, self._check)
-        if jobs and len(jobs) < len(self._lanes) and not self._everyone():
-            lockstep = self._settings.collect == "lockstep"
-            linger = None if lockstep else time.monotonic() + self._settings.linger_ms / 1000
-            wait(self._everyone, linger, self._check)
-            return self._take()
-        return jobs or []
+        if not jobs or len(jobs) == len(self._lanes):
+            return jobs or []
+        lockstep = self._settings.collect == "lockstep"
+        linger = None if lockstep else time.monotonic() + self._settings.linger_ms / 1000
+        wait(self._everyone, linger, self._check)
+        return self._take()  # again: more may have come since
 
     def _take(self) -> list[_Job]:
         jobs = []
@@ -198,27 +198,29 @@ class Server:
             row = take.stop
 
     def _combine(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> Batch:
-        """The rows of `pieces` as one batch of the teacher's own memory, padded where lengths differ."""
-        if len(pieces) == 1:
-            ids, mask = _rows(jobs[pieces[0].request].request, pieces[0])
-            return Batch(self._to_device(ids), None if mask is None else self._to_device(mask))
+        """The rows of `pieces` as one batch of the teacher's own memory, padded where lengths differ.
+
+        Always a copy: the slots' memory must not outlive the requests in the teacher's hands.
+        """
+        parts = [_rows(jobs[piece.request].request, piece) for piece in pieces]
+        seq = pieces[0].seq
+        if all(mask is None and ids.shape[1] == seq for ids, mask in parts):
+            return Batch(self._to_device(np.concatenate([ids for ids, _ in parts])), None)
         rows, seq = sum(piece.rows for piece in pieces), max(piece.seq for piece in pieces)
         input_ids = np.full((rows, seq), self._settings.pad_id, np.int64)
         attention_mask = np.zeros((rows, seq), np.int64)
         row = 0
-        for piece in pieces:
-            ids, mask = _rows(jobs[piece.request].request, piece)
-            place = (slice(row, row + piece.rows), slice(0, piece.seq))
+        for ids, mask in parts:
+            place = (slice(row, row + ids.shape[0]), slice(0, ids.shape[1]))
             input_ids[place] = ids
             attention_mask[place] = 1 if mask is None else mask
-            row += piece.rows
-        full = attention_mask.all()
-        return Batch(self._to_device(input_ids), None if full else self._to_device(attention_mask))
+            row += ids.shape[0]
+        return Batch(self._to_device(input_ids), self._to_device(attention_mask))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        """A copy as int64: the slot's memory must not outlive the request in the teacher's hands."""
-        owned = array if array.dtype == np.int64 and array.flags.owndata else array.astype(np.int64)
-        return torch.from_numpy(owned).to(self._device)
+        """`array` as int64 on the teacher's device."""
+        tensor = torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.int64))
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
     def _finish(
         self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, error: Exception | None = None

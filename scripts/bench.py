@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Benchmarks of shmbridge: one sub-command each.
+
+    python scripts/bench.py roundtrip                       # tables on the terminal, some three minutes
+    python scripts/bench.py roundtrip --quick               # one rank, few requests
+    python scripts/bench.py roundtrip --json roundtrip.json # every figure, with machine and versions
+
+`roundtrip` needs `pip install -e .[bench]` for the ZeroMQ peer; a peer that is not installed or does not run is reported
+as failed and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before NumPy and torch load: every copy below is one thread's, and a process with threads must not fork.
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+
+from benchmarks import roundtrip
+from benchmarks.cell import PLACEMENTS
+
+
+def main() -> int:
+    """Run the sub-command that the command line names; its exit code."""
+    options = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code: int = options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; nothing is left behind", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Benchmarks of shmbridge.")
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_roundtrip(commands)
+    return parser
+
+
+def _add_roundtrip(commands: Any) -> None:
+    command = commands.add_parser(
+        "roundtrip",
+        help="IDs to the teacher and its reply back: this bridge, the raw limit, and other transports",
+        description=roundtrip.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--ranks", type=_list_of(_count), default=[1, 2, 4], help="training ranks (default: 1,2,4)")
+    command.add_argument(
+        "--sizes", type=_list_of(_nbytes), default=[1 << 10, 16 << 20], help="reply sizes (default: 1KB,16MB)"
+    )
+    command.add_argument(
+        "--placement", type=_list_of(_placement), default=list(PLACEMENTS), help="cores (default: same,across)"
+    )
+    command.add_argument("--requests", type=_count, default=1000, help="per rank and row; a tenth from 1 MB on")
+    command.add_argument("--quick", action="store_true", help="one rank and 200 requests")
+    command.add_argument("--patience", type=float, default=60.0, help="seconds until a peer counts as hung")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure, machine and versions")
+    command.set_defaults(run=roundtrip.run)
+
+
+def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(convert(item.strip()) for item in text.split(",")))
+
+    return parse
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def _nbytes(text: str) -> int:
+    """`1KB` is 1024 bytes; a multiple of 64, because a reply is whole cache lines of float32."""
+    for unit, size in (("GB", 1 << 30), ("MB", 1 << 20), ("KB", 1 << 10), ("B", 1)):
+        number = text.upper().removesuffix(unit)
+        if number != text.upper() and number.isdecimal() and int(number) * size % 64 == 0 and int(number):
+            return int(number) * size
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 1KB or 16MB, in steps of 64 bytes")
+
+
+def _placement(text: str) -> str:
+    if text not in PLACEMENTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(PLACEMENTS)}")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
