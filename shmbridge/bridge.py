@@ -495,7 +495,7 @@ def _check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, session: Train
     if not ids.flags.c_contiguous:
         ids = np.ascontiguousarray(ids)
     limit = agreed.vocab_size or 2**31
-    if ids.view(unsigned).max() >= limit:  # one pass: a negative ID is a huge unsigned one
+    if np.maximum.reduce(ids.view(unsigned), axis=None) >= limit:  # one pass: a negative ID is a huge unsigned one
         row, column = np.argwhere(ids.view(unsigned) >= limit)[0]
         raise RequestRefused(
             f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher {agreed.model} takes 0 to {limit - 1}. "

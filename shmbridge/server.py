@@ -97,9 +97,12 @@ class Server:
         jobs = wait(self._take_or_end, None, self._check)
         if not jobs or len(jobs) == len(self._lanes):
             return jobs or []
-        lockstep = self._settings.collect == "lockstep"
-        linger = None if lockstep else time.monotonic() + self._settings.linger_ms / 1000
-        wait(self._everyone, linger, self._check)
+        if self._settings.collect == "lockstep":
+            wait(self._everyone, None, self._check)
+        elif self._settings.linger_ms:
+            wait(self._everyone, time.monotonic() + self._settings.linger_ms / 1000, self._check)
+        else:
+            return jobs
         return self._take()  # again: more may have come since
 
     def _take(self) -> list[_Job]:
@@ -203,8 +206,7 @@ class Server:
         Always a copy: the slots' memory must not outlive the requests in the teacher's hands.
         """
         parts = [_rows(jobs[piece.request].request, piece) for piece in pieces]
-        seq = pieces[0].seq
-        if all(mask is None and ids.shape[1] == seq for ids, mask in parts):
+        if _alike(parts):
             return Batch(self._to_device(np.concatenate([ids for ids, _ in parts])), None)
         rows, seq = sum(piece.rows for piece in pieces), max(piece.seq for piece in pieces)
         input_ids = np.full((rows, seq), self._settings.pad_id, np.int64)
@@ -260,6 +262,12 @@ class Server:
             nbytes=nbytes,
             since_ns=since_ns,
         )
+
+
+def _alike(parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> bool:
+    """No mask, and rows of one length."""
+    seq = parts[0][0].shape[1]
+    return all(mask is None and ids.shape[1] == seq for ids, mask in parts)
 
 
 def _rows(request: Request, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
