@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher.console import Console
 
 KEPT_LINES = 20
-_CHUNK = 256 * 1024
+_CHUNK = 2**20
 _LONGEST_LINE = 64 * 1024
 _LONGEST_TRACEBACK = 200
 _TRACEBACK = "Traceback (most recent call last):"
@@ -29,7 +29,7 @@ class Tail:
         self._in_traceback = False
 
     def read(self) -> list[str]:
-        """Lines that were completed since the last call, of at most 256 KiB."""
+        """Lines that were completed since the last call, of at most 1 MiB."""
         chunk = self._chunk()
         if not chunk:
             return []

@@ -21,7 +21,7 @@ from shmbridge.session import OFF, SESSION_VARIABLE
 TEACHER, TRAIN = "teacher", "train"
 
 # What tells a process that it is a rank of some world. The teacher is a rank of none.
-_OF_A_RANK = (
+OF_A_RANK = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_*", "TORCHELASTIC_*", "PET_*", "SLURM_*"),
     *("OMPI_COMM_WORLD_*", "PMI_*", "PMIX_*", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
@@ -71,7 +71,7 @@ class Plan:
     def _teacher(self, run: Path, session: str) -> JobSpec:
         python = self.config.teacher.python or sys.executable
         argv = (python, "-m", "shmbridge.teacher_job", "--teacher-index", "0")
-        return JobSpec(TEACHER, argv, self._variables(0, session), _OF_A_RANK, run / "teacher.log")
+        return JobSpec(TEACHER, argv, self._variables(0, session), OF_A_RANK, run / "teacher.log")
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)

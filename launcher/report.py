@@ -49,13 +49,16 @@ class Report(msgspec.Struct, frozen=True):
         return table([row for row in rows if row[1]])
 
     def _evidence(self) -> str:
-        if self.cause.traceback:
-            return _quoted("its traceback", self.cause.traceback.rstrip().split("\n"))
-        return _quoted(f"the end of its log ({self.cause.who})", self.log) if self.log else ""
+        cause = self.cause
+        if cause.traceback:
+            return _quoted("its traceback", cause.traceback)
+        if "\n" in cause.reason:
+            return _quoted("the whole reason", cause.reason)
+        return _quoted(f"the end of its log ({cause.who})", "\n".join(self.log)) if self.log else ""
 
     def _end(self) -> str:
-        rows = [("next", self.action), *(("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths))]
-        return "\n" + table(rows)
+        logs = [("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths)]
+        return "\n" + table([("next", self.action), *logs])
 
 
 def make(
@@ -87,8 +90,8 @@ def _for(elapsed_s: float | None) -> str:
     return "" if elapsed_s is None else f" for {seconds(elapsed_s)}"
 
 
-def _quoted(title: str, lines: list[str]) -> str:
-    return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in lines)
+def _quoted(title: str, text: str) -> str:
+    return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
 
 
 def _gpu(cause: Cause, plan: Plan) -> str:
@@ -111,6 +114,8 @@ def _memory(ended: Exit | None, oom_kills_before: int | None) -> str:
 
 
 def _action(cause: Cause) -> str:
+    if cause.role == LAUNCHER:
+        return "See above; the logs of both jobs are in the run directory."
     if cause.signal == signal.SIGKILL and cause.role == TORCHRUN:
         return "Find out who killed torchrun; training ended with it."
     if cause.signal == signal.SIGKILL:
@@ -121,6 +126,4 @@ def _action(cause: Cause) -> str:
         return "Correct teacher.model or its settings; nothing was trained."
     if cause.traceback:
         return "Correct what the traceback tells."
-    return (
-        "Its log tells why it ended." if cause.role != LAUNCHER else "Read the message above; the logs have the rest."
-    )
+    return "Its log tells why it ended."

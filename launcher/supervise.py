@@ -94,6 +94,7 @@ class Supervisor:
             self._clear()
             self._ranks.close()
             self._signals.close()
+            self._console.flush()
 
     def _start(self) -> None:
         for spec in self._specs:
@@ -106,8 +107,9 @@ class Supervisor:
         self._sleep()
         for number in self._signals.take():
             self._on_signal(number)
-        for running in self._jobs.values():
-            if running.alive and running.poll() and running.exit and running.exit.signal:
+        for running in [running for running in self._jobs.values() if running.alive]:
+            ended = running.poll()
+            if ended and ended.signal:
                 job.sweep(self._jobs.values())
         job.reap(self._jobs.values())
         self._logs.pump()
@@ -172,7 +174,7 @@ class Supervisor:
     def _on_signal(self, number: signal.Signals) -> None:
         if number in USER:
             self._console.say(self._ranks.forward(number, self._jobs[TRAIN]))
-        elif self._ending is None:
+        elif self._ending in (None, Ending.DONE):
             self._ending = Ending.STOPPED
             self._stopped_by = number
             self._console.say(f"{number.name}: stopping; Ctrl-C kills at once")
@@ -190,9 +192,11 @@ class Supervisor:
         while time.monotonic() < deadline:
             ended = [running.poll() for running in self._jobs.values()]
             if not job.sweep(self._jobs.values()) and all(ended):
-                break
+                return
             job.reap(self._jobs.values())
             time.sleep(0.01)
+        left = ", ".join(str(pid) for running in self._jobs.values() for pid in running.children())
+        self._console.say(f"killed, but still there: {left}; they sleep in the kernel, which alone can end them")
 
     def _conclude(self) -> int:
         """Tell how it ended; the exit code."""
@@ -201,14 +205,19 @@ class Supervisor:
             self._console.say(f"stopped by {self._stopped_by.name} after {seconds(elapsed_s)}")
             return 128 + self._stopped_by
         found = self._root_cause()
-        if found is None:
-            self._console.say(f"done in {seconds(elapsed_s)}")
-            return 0
+        if found:
+            return self._report(found, elapsed_s)
+        self._console.say(f"done in {seconds(elapsed_s)}")
+        return 0
+
+    def _report(self, found: Cause, elapsed_s: float) -> int:
         ended = self._jobs.get(TEACHER if found.role == TEACHER else TRAIN)
         made = report.make(found, ended.exit if ended else None, self._plan, self._logs, elapsed_s, self._oom_kills)
         path = report.write(made, self._run)
         self._console.flush()
-        print(f"{made}\n  report  {path}", file=sys.stderr)
+        errors = Console(sys.stderr)
+        errors.write(f"{made}\n  report  {path}\n")
+        errors.flush()
         return made.exit_code
 
     def _root_cause(self) -> Cause | None:

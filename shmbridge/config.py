@@ -178,7 +178,7 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
     """A Config of nested mappings. Raises ConfigError."""
     _refuse_unknown(Config, tree, "")
     try:
-        return msgspec.convert(tree, Config)
+        return msgspec.convert(_with_gpus_as_text(tree), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"config: {error}") from None
 
@@ -233,6 +233,16 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
     tree[leaf] = value
+
+
+def _with_gpus_as_text(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """YAML reads `gpus: 7` as a number."""
+    return {
+        key: {**section, "gpus": str(section["gpus"])}
+        if isinstance(section, Mapping) and isinstance(section.get("gpus"), int)
+        else section
+        for key, section in tree.items()
+    }
 
 
 def _refuse_unknown(struct: type[msgspec.Struct], tree: Any, prefix: str) -> None:

@@ -3,13 +3,18 @@
 A doorbell is a POSIX semaphore that says "look". It carries no data and may ring too often: whoever is woken reads the
 shared memory again. So a lost, doubled or stray ring costs time and changes nothing else.
 
-Prior art: a futex with a condition in shared memory, and the doorbells of RDMA queues. posix_ipc.acquire waits on the
-realtime clock, so a long wait would be stretched by a clock step; here every sleep is a short slice, and the deadline is
-monotonic.
+Prior art: a futex with a condition in shared memory, and the doorbells of RDMA queues.
+
+posix_ipc creates and rings the semaphore; the sleep itself is libc's sem_clockwait. posix_ipc's own acquire would sleep on
+the realtime clock, which an administrator may set, and it swallows what a signal handler raises: a rank whose SIGTERM
+handler calls sys.exit() would sleep on.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,8 +28,20 @@ SLICE_S = 0.2
 T = TypeVar("T")
 
 
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.sem_open.restype = ctypes.c_void_p
+_libc.sem_open.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_libc.sem_close.argtypes = [ctypes.c_void_p]
+_sem_clockwait = _libc.sem_clockwait  # glibc 2.30
+_sem_clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Timespec)]
+
+
 class Doorbell:
-    """A named semaphore. `ring` is sem_post."""
+    """A named semaphore. `ring` is sem_post. One thread of a process waits on it."""
 
     def __init__(self, name: str, *, create: bool = False) -> None:
         self.name = name
@@ -34,6 +51,10 @@ class Doorbell:
         except posix_ipc.ExistentialError:
             raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.") from None
         self.ring = self._semaphore.release
+        self._handle = _libc.sem_open(name.encode(), 0)
+        if not self._handle:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
+        self._until = _Timespec()
 
     def wait(
         self,
@@ -63,7 +84,7 @@ class Doorbell:
         now = time.monotonic()
         next_check = now + SLICE_S
         while deadline is None or now < deadline:
-            self._sleep(next_check - now if deadline is None else min(next_check, deadline) - now)
+            self._sleep(next_check if deadline is None else min(next_check, deadline))
             value = ready()
             if value is not None:
                 return value
@@ -78,16 +99,18 @@ class Doorbell:
         """Take back one ring that was not needed, so that unneeded rings do not pile up."""
         try:
             self._semaphore.acquire(0)
-        except (posix_ipc.BusyError, posix_ipc.SignalError):
+        except posix_ipc.BusyError:
             pass
 
-    def _sleep(self, seconds: float) -> None:
-        try:
-            self._semaphore.acquire(seconds)
-        except posix_ipc.BusyError:
-            pass  # the slice is over
-        except posix_ipc.SignalError:
-            pass  # the handler has set its flag; the caller's check reads it
+    def _sleep(self, until: float) -> None:
+        """Sleep until rung, until time.monotonic() is `until`, or until a signal. What its handler raises is raised."""
+        seconds = int(until)
+        self._until.seconds, self._until.nanoseconds = seconds, int((until - seconds) * 1e9)
+        if _sem_clockwait(self._handle, time.CLOCK_MONOTONIC, self._until) != 0:
+            code = ctypes.get_errno()
+            if code not in (errno.ETIMEDOUT, errno.EINTR):
+                raise OSError(code, os.strerror(code), self.name)
 
     def close(self) -> None:
+        _libc.sem_close(self._handle)
         self._semaphore.close()

@@ -84,7 +84,7 @@ def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_pa
     """Row 7."""
     with supervised(tmp_path, training="wait") as run:
         run.says("up", times=3)
-        os.kill(run.processes("fake_teacher.py")[-1], signal.SIGKILL)
+        os.kill(first_below_shim(run, "fake_teacher.py"), signal.SIGKILL)
         assert run.wait() == 137
         assert "The run failed" in run.text
         assert "teacher was killed by SIGKILL" in run.text

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import sys
 import weakref
 
 import numpy as np
@@ -11,9 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from shmbridge import peer
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherError
 from shmbridge.payload import Batch
-from tests.harness import Echo, bench
+from tests.harness import Echo, bench, until
 
 
 def ids(batch: int, seq: int, seed: int = 0) -> torch.Tensor:
@@ -331,6 +334,36 @@ def test_deadline_names_the_request_and_wait_may_be_called_again():
         with pending.wait() as reply:
             assert torch.equal(reply["ids"], ids(1, 4))
         bridge.close()
+
+
+def test_what_a_signal_handler_raises_ends_the_wait():
+    """A SIGTERM handler that calls sys.exit, in the middle of the project's one blocking wait."""
+
+    class Slow(Echo):
+        rounds = 0
+
+        def __call__(self, batch):
+            self.rounds += 1
+            if self.rounds > 2:
+                until(lambda: peer.state(rank.pid) == "sleeping", "the rank asleep")
+                os.kill(rank.pid, signal.SIGTERM)
+                until(lambda: peer.state(rank.pid) in ("zombie", "gone"), "the rank's end")
+            return super().__call__(batch)
+
+    def body(bridge):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+        try:
+            bridge.exchange(ids(1, 4))
+        except SystemExit as ended:
+            os._exit(ended.code)
+
+    with bench() as it:
+        go, gone = os.pipe()
+        rank = it.start(lambda: (os.read(go, 1), it._train(0, body)))
+        slow = Slow()
+        it.teacher(slow)
+        os.write(gone, b"x")
+        assert rank.join() == 7
 
 
 def test_a_forked_child_cannot_use_or_close_the_bridge():

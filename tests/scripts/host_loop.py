@@ -57,7 +57,8 @@ def train() -> None:
         loader = batches(rank, 0)
         step = acc_step = 0
         state = {"position": 0}
-        while step < steps and not preempted["flag"]:
+        stop = torch.zeros(())
+        while step < steps and not stop:
             acc_step = (acc_step + 1) % ACCUMULATE
             batch, state = next(loader)
             batch = torch.tensor(batch, dtype=torch.long)
@@ -77,11 +78,10 @@ def train() -> None:
                 optimizer.zero_grad()
                 step += 1
                 stop = torch.tensor(float(preempted["flag"]))
-                dist.all_reduce(stop)
-                preempted["flag"] = bool(stop)
+                dist.all_reduce(stop)  # the ranks get the signal at different steps and stop at the same one
                 print(f"step {step} loss {loss.item():.4f} teacher {not reply.missing}", flush=True)
         if rank == 0:
-            saved = {"step": step, "preempted": preempted["flag"], **state}
+            saved = {"step": step, "preempted": bool(stop), **state}
             (directory / "checkpoint.json").write_text(json.dumps(saved))
         dist.barrier()
 

@@ -18,6 +18,11 @@ def test_overrides_win_over_the_file_and_flags(tmp_path):
     assert got.teacher.args == {"k": [1, 2]}
 
 
+def test_a_single_gpu_is_a_list_too():
+    got = config.load(overrides=["teacher.gpus=0", "train.gpus=1-3"])
+    assert (got.teacher.gpus, got.train.gpus) == ("0", "1-3")
+
+
 def test_a_section_of_the_users_own_file(tmp_path):
     file = tmp_path / "train.yaml"
     file.write_text("lr: 1\ndistillation:\n  bridge:\n    ring: {depth: 4}\n")

@@ -1,0 +1,197 @@
+"""The command: flags and overrides, refusals before anything starts, and whole runs with torchrun itself."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cli
+from shmbridge import owner
+from tests.launcher.running import launch, until
+
+TEACHER = """
+import time, torch
+class Forward:
+    vocab_size = 8
+    def __call__(self, batch):
+        return {"logits": torch.zeros(*batch.input_ids.shape, 8)}
+def build(settings):
+    return Forward()
+def broken(settings):
+    raise ValueError("no such weights")
+"""
+
+TRAIN = """
+import os, signal, sys, time, torch, shmbridge
+rank, mode = int(os.environ["LOCAL_RANK"]), sys.argv[1]
+bridge = shmbridge.connect()
+bridge.wait_ready()
+reply = bridge.exchange(torch.ones(1, 4, dtype=torch.int64), step=0)
+print(f"rank {rank} has a reply: {not reply.missing}", flush=True)
+if mode == "exit7" and rank == 1:
+    sys.exit(7)
+if mode == "killed" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+if mode == "raise" and rank == 1:
+    raise RuntimeError("boom")
+while mode == "loop":
+    bridge.exchange(torch.ones(1, 4, dtype=torch.int64))
+bridge.close()
+"""
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    (tmp_path / "toy.py").write_text(TEACHER)
+    (tmp_path / "train.py").write_text(TRAIN)
+    return tmp_path
+
+
+def flags(*more: str, teacher: str = "toy:build") -> list[str]:
+    return ["--teacher", teacher, "--cpu", "2", "ring.max_tokens=64", *more]
+
+
+def refused(directory: Path, *arguments: str, **variables: str) -> str:
+    with launch(directory, *arguments, **variables) as run:
+        assert run.wait() == 2
+        assert "Traceback" not in run.text
+        assert not (directory / "runs").exists()
+        assert run.session is None
+        return run.text
+
+
+def test_help_loads_next_to_nothing():
+    code = "import sys, launcher.cli; launcher.cli._parser(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "yaml", "msgspec", "rich", "gguf", "huggingface_hub"} & set(loaded)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cpu", "2", "--", "train.py"], "teacher.model is not set"),
+        ([*flags(), "--"], "the training command is missing"),
+        ([*flags(), "--", "nowhere.py"], "'nowhere.py' does not exist"),
+        ([*flags(teacher="/nowhere/model"), "--", "train.py"], "teacher.model is '/nowhere/model'"),
+        ([*flags("ring.dept=4"), "--", "train.py"], "did you mean `ring.depth`?"),
+        ([*flags("--teacher-gpu", ""), "--", "train.py"], "--teacher-gpu is empty"),
+        ([*flags("--config", "none.yaml"), "--", "train.py"], "none.yaml"),
+        ([*flags("--torchrun", "--max-restarts 3"), "--", "train.py"], "--max-restarts"),
+        ([*flags("ring.max_tokens=1000000000000"), "--", "train.py"], "Lower ring.max_tokens"),
+        (["--teacher", "toy:build", "--train-gpus", "0-6", "--", "train.py"], "GPU 0, which does not exist"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
+    assert message in refused(directory, *arguments, CUDA_VISIBLE_DEVICES="")
+
+
+def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monkeypatch):
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("SECRET_TOKEN", "hush")
+    Path("lab.yaml").write_text("bridge: {ring: {depth: 3}, timeouts: {shutdown_s: 4}}\nmodel: {dim: 4}\n")
+    arguments = [
+        *flags("--config", "lab.yaml#bridge", "--dry-run", "--name", "exp"),
+        "--",
+        "train.py",
+        "a.b=c",
+        "--",
+        "x",
+    ]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "shmbridge.teacher_job" in text
+    assert text.count("SHMBRIDGE_SESSION=") == 2
+    assert "train.py a.b=c -- x" in text
+    assert "lanes: 2 ranks" in text
+    assert "hush" not in text
+    assert not Path("runs").exists()
+
+
+def test_a_run(directory):
+    with launch(directory, *flags("--name", "exp"), "--", "train.py", "ok") as run:
+        assert run.wait() == 0
+        for line in ("[rank 0]   rank 0 has a reply: True", "[rank 1]   rank 1 has a reply: True", "teacher ready in"):
+            assert line in run.text
+        (made,) = (directory / "runs").iterdir()
+        assert made.name.endswith("-exp")
+        assert {path.name for path in made.iterdir()} == {
+            "config.yaml",
+            "plan.txt",
+            "teacher.log",
+            "torchrun.log",
+            "train",
+        }
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "message"),
+    [
+        ("exit7", 7, "rank 1 exited with code 7"),
+        ("killed", 137, "rank 1 was killed by SIGKILL, likely out of memory"),
+        ("raise", 1, "rank 1 failed: RuntimeError: boom"),
+    ],
+)
+def test_how_a_rank_ends_is_told_past_torchrun(directory, mode, code, message):
+    with launch(directory, *flags(), "--", "train.py", mode) as run:
+        assert run.wait() == code
+        assert f": {message}" in run.text
+
+
+def test_without_a_teacher_the_same_script_runs(directory):
+    with launch(directory, "--no-teacher", "--cpu", "2", "--", "train.py", "exit7") as run:
+        assert run.wait() == 7
+        assert "rank 0 has a reply: False" in run.text
+        assert run.session is None
+
+
+def test_a_teacher_that_cannot_load_ends_the_run(directory):
+    """Row 1."""
+    with launch(directory, *flags(teacher="toy:broken"), "--", "train.py", "ok") as run:
+        assert run.wait() == 1
+        assert "teacher failed: ValueError: no such weights" in run.text
+
+
+def test_a_second_launcher_with_a_live_name_is_refused(directory):
+    """Row 20."""
+    runtime = directory / "runtime"
+    runtime.mkdir()
+    command = [*flags("--name", "exp"), "--", "train.py", "loop"]
+    with launch(directory, *command, XDG_RUNTIME_DIR=str(runtime)) as run:
+        run.says("[launcher] session")
+        with launch(directory, *command, XDG_RUNTIME_DIR=str(runtime)) as second:
+            assert second.wait() == 2
+            assert f"held by a live launcher (pid {run.process.pid}" in second.text
+        run.says("has a reply", times=2)
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+
+
+def test_kill_9_of_the_launcher_leaves_no_process_and_the_next_start_reclaims_memory(directory):
+    """Row 13, with torchrun."""
+    with launch(directory, *flags(), "--", "train.py", "loop") as run:
+        run.says("has a reply", times=2)
+        run.signal(signal.SIGKILL)
+        run.process.wait()
+        until(lambda: not run.processes(), "the end of both jobs")
+        with launch(directory, "--no-teacher", "--cpu", "1", "--", "toy.py") as following:
+            assert following.wait() == 0
+        assert run.session not in owner.objects()
+
+
+def test_kill_9_of_torchrun_takes_the_ranks_along(directory):
+    """Row 12, with torchrun."""
+    with launch(directory, *flags(), "--", "train.py", "loop") as run:
+        run.says("has a reply", times=2)
+        torchrun = [pid for pid in run.processes("elastic.py") if "shim.py" not in cmdline(pid)]
+        assert len(torchrun) == 1
+        subprocess.run(["kill", "-9", str(torchrun[0])], check=True)
+        assert run.wait() == 137
+        assert "torchrun was killed by SIGKILL" in run.text
+
+
+def cmdline(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()

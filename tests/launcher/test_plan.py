@@ -1,0 +1,197 @@
+"""Config, training command and machine to job specs; nothing is started."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from launcher import gpus, plan, torchrun
+from launcher.gpus import Gpu
+from launcher.machine import Machine
+from launcher.plan import TEACHER, TRAIN
+from shmbridge import config
+from shmbridge.errors import ConfigError
+
+GIB = 2**30
+EIGHT = tuple(Gpu(i, str(i), 80 * GIB, 79 * GIB) for i in range(8))
+MACHINE = Machine(cores=8, shm_free=64 * GIB, ram_free=512 * GIB, gpus=EIGHT)
+
+
+def make(*overrides: str, machine: Machine = MACHINE, script: tuple[str, ...] = ("-m", "package.train")) -> plan.Plan:
+    return plan.make(config.load(overrides=["teacher.model=toy:build", *overrides]), script, machine)
+
+
+def specs(planned: plan.Plan) -> dict[str, plan.JobSpec]:
+    return {spec.name: spec for spec in planned.jobs(Path("runs/x"), "TOKEN@1")}
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("7", [7]), ("0-6", [0, 1, 2, 3, 4, 5, 6]), ("0,2,5", [0, 2, 5]), ("4-5, 1", [4, 5, 1])]
+)
+def test_gpu_lists(text, numbers):
+    assert gpus.parse(text, "train.gpus") == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "0,,1", "a", "-1", "3-1", "0-2,1", "5,5"])
+def test_gpu_lists_that_are_refused(text):
+    with pytest.raises(ConfigError, match=r"train\.gpus is"):
+        gpus.parse(text, "train.gpus")
+
+
+def test_each_job_sees_its_own_gpus_first():
+    found = specs(make("teacher.gpus='7'", "train.gpus=0-6"))
+    assert found[TEACHER].set["CUDA_VISIBLE_DEVICES"] == "7,0,1,2,3,4,5,6"
+    assert found[TRAIN].set["CUDA_VISIBLE_DEVICES"] == "0,1,2,3,4,5,6,7"
+    assert {spec.set["CUDA_DEVICE_ORDER"] for spec in found.values()} == {"PCI_BUS_ID"}
+
+
+TABLE = "0, GPU-aaa, 81559, 81000\n1, GPU-abc, 81559, 81000\n2, GPU-bbb, 81559, 81000\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["0", "1", "2"]),
+        ("2,0", ["2", "0"]),
+        ("GPU-bbb,GPU-ab", ["GPU-bbb", "GPU-ab"]),
+        ("", []),
+        ("-1", []),
+        ("NoDevFiles", []),
+        ("1,9,0", ["1"]),
+    ],
+)
+def test_gpus_are_counted_within_cuda_visible_devices(visible, names):
+    found = gpus.select_visible(TABLE, visible)
+    assert [gpu.visible for gpu in found] == names
+    assert [gpu.number for gpu in found] == list(range(len(names)))
+
+
+def test_gpus_are_named_as_slurm_named_them():
+    found = gpus.select_visible(TABLE, "GPU-bbb,0")
+    assert gpus.assign([1], [0], found) == ("0,GPU-bbb", "GPU-bbb,0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teacher.gpus='0'", "train.gpus=0-3"], "GPU 0 is given to the teacher and to training"),
+        (
+            ["teacher.gpus='8'", "train.gpus=0-3"],
+            "teacher.gpus names GPU 8, which does not exist; there are GPUs 0 to 7",
+        ),
+        (["train.gpus=0-9"], "train.gpus names GPU 8"),
+        ([], "no training ranks"),
+        (["train.gpus=0-1", "train.cpu_ranks=2"], "train on GPUs or on the CPU"),
+    ],
+)
+def test_contradictions_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        make(*overrides)
+
+
+def test_without_a_driver_the_message_names_the_cpu():
+    with pytest.raises(ConfigError, match="--cpu 2"):
+        make("train.gpus=0-1", machine=MACHINE._replace(gpus=()))
+
+
+def test_a_cpu_run_hides_the_gpus_and_divides_the_cores():
+    found = specs(make("train.cpu_ranks=2"))
+    assert found[TEACHER].set["CUDA_VISIBLE_DEVICES"] == found[TRAIN].set["CUDA_VISIBLE_DEVICES"] == ""
+    assert found[TEACHER].set["OMP_NUM_THREADS"] == found[TEACHER].set["MKL_NUM_THREADS"] == "4"
+    assert found[TRAIN].set["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "threads"),
+    [
+        (["train.cpu_ranks=2", "teacher.cpu_threads=6"], (6, 1)),
+        (["train.cpu_ranks=2", "train.cpu_threads=3"], (4, 3)),
+        (["train.cpu_ranks=16"], (4, 1)),
+        (["train.cpu_ranks=2", "enabled=false"], (None, 4)),
+        (["train.gpus=0-6", "teacher.gpus='7'"], (None, None)),
+        (["train.gpus=0-6", "teacher.gpus='7'", "train.cpu_threads=8"], (None, 8)),
+    ],
+)
+def test_threads(overrides, threads):
+    assert make(*overrides).threads == threads
+
+
+def test_the_teacher_is_a_rank_of_no_world():
+    rank = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"]
+    base = dict.fromkeys([*rank, "TORCHELASTIC_RUN_ID", "PET_NNODES", "PATH", "HF_HOME"], "x")
+    found = specs(make("train.cpu_ranks=2"))
+    teacher = found[TEACHER].environment(base)
+    assert {"PATH", "HF_HOME"} <= set(teacher)
+    assert not set(teacher) & {*rank, "TORCHELASTIC_RUN_ID", "PET_NNODES"}
+    training = found[TRAIN].environment(base)
+    assert "SLURM_PROCID" in training
+    assert "PET_NNODES" not in training
+
+
+def test_output_is_unbuffered_unless_the_user_says_otherwise():
+    spec = specs(make("train.cpu_ranks=2"))[TRAIN]
+    assert spec.environment({})["PYTHONUNBUFFERED"] == "1"
+    assert spec.environment({"PYTHONUNBUFFERED": ""})["PYTHONUNBUFFERED"] == ""
+
+
+def test_the_command_lines():
+    found = specs(make("train.cpu_ranks=2", "teacher.python=/opt/env/bin/python", "train.torchrun_args=--tee 3"))
+    assert found[TEACHER].argv[:3] == ("/opt/env/bin/python", "-m", "shmbridge.teacher_job")
+    command = shlex.join(found[TRAIN].argv)
+    assert command.endswith("-- --standalone --nproc-per-node 2 --tee 3 -m package.train")
+    assert found[TEACHER].set["SHMBRIDGE_SESSION"] == found[TRAIN].set["SHMBRIDGE_SESSION"] == "TOKEN@1"
+
+
+def test_logs_go_to_the_run_directory_unless_torchrun_was_told_otherwise():
+    def command(args: str) -> str:
+        return shlex.join(torchrun.command(torchrun.split(args), 2, ["t.py"], Path("logs"), Path("r.json")))
+
+    assert "--log-dir logs --redirects 3" in command("")
+    for own in ("--tee 3", "-t3", "-r 3", "--redirects=3", "--log_dir /x"):
+        assert "--log-dir logs" not in command(own)
+
+
+def test_without_a_teacher_there_is_one_job_and_the_bridge_is_off():
+    planned = make("train.cpu_ranks=2", "enabled=false", "teacher.model=''")
+    assert planned.memory is None
+    assert {name: spec.set["SHMBRIDGE_SESSION"] for name, spec in specs(planned).items()} == {TRAIN: "off"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["--max-restarts 3", "--max_restarts=1", "--nnodes=2", "--nproc-per-node 4", "--nproc_per_node=4", "--nproc 4"],
+)
+def test_flags_that_are_the_launchers_are_refused(args):
+    with pytest.raises(ConfigError, match="which shmbridge-launch refuses"):
+        make("train.cpu_ranks=2", f"train.torchrun_args={args}")
+
+
+@pytest.mark.parametrize("args", ["--max-restarts 0", "--nnodes=1", "--nnodes 1:1", "--standalone", "--no-python"])
+def test_flags_that_change_nothing_are_not(args):
+    make("train.cpu_ranks=2", f"train.torchrun_args={args}")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ([], "the training command is missing"),
+        (["python", "train.py"], "give the script alone"),
+        (["torchrun", "train.py"], "starts torchrun itself"),
+        (["nowhere.py"], "'nowhere.py' does not exist"),
+        (["-m"], "without a module"),
+    ],
+)
+def test_training_commands_that_are_refused(script, message):
+    with pytest.raises(ConfigError, match=message):
+        make("train.cpu_ranks=2", script=tuple(script))
+
+
+def test_a_description_shows_no_variable_but_ours():
+    planned = make("train.cpu_ranks=2")
+    base = {"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "secret", "SLURM_JWT": "secret", "RANK": "3"}
+    text = plan.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), base)
+    assert "secret" not in text
+    assert "without RANK SLURM_JWT" in text
+    assert "OMP_NUM_THREADS=4" in text

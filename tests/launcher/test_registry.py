@@ -1,0 +1,76 @@
+"""Names of live sessions, and what dead ones leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from launcher import registry, stale
+from shmbridge import config, owner
+from shmbridge.errors import ConfigError, SessionInUse
+from shmbridge.owner import Owner
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_name_is_held_once():
+    """Row 20."""
+    with registry.claim("exp") as held:
+        held.describe("ab" * 16, "/runs/exp")
+        with pytest.raises(SessionInUse, match=f"pid {os.getpid()}, run directory /runs/exp"), registry.claim("exp"):
+            pass
+        with registry.claim("other"):
+            pass
+    with registry.claim("exp"):
+        pass
+    assert list(registry.directory().iterdir()) == []
+
+
+def test_the_name_of_a_killed_launcher_is_free():
+    child = os.fork()
+    if child == 0:
+        with registry.claim("exp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert [path.name for path in registry.directory().iterdir()] == ["exp.json"]
+    with registry.claim("exp"):
+        pass
+
+
+def test_a_directory_that_others_may_write_is_refused(runtime):
+    (runtime / "shmbridge").mkdir(mode=0o755)
+    with pytest.raises(ConfigError, match="mode 0700"):
+        registry.directory()
+
+
+def test_dead_sessions_are_reclaimed_and_live_ones_are_not():
+    """Rows 13 and 20."""
+    settings = config.load(overrides=["ring.max_tokens=64"])
+    dead = dead_session(settings)
+    with Owner(settings, lanes=1) as live:
+        live.start_generation()
+        removed = dict(stale.reclaim())
+        assert live.session_id not in removed
+        assert live.session_id in owner.objects()
+        assert dead not in owner.objects()
+
+
+def dead_session(settings) -> str:
+    """The id of a session whose owner was killed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        dead = Owner(settings, lanes=1)
+        dead.start_generation()
+        os.write(write, dead.session_id.encode())
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(write)
+    with open(read, "rb") as file:
+        return file.read().decode()
