@@ -133,10 +133,11 @@ class Lease:
     The tensors lie in memory that the teacher writes again after the release: finish the backward inside the block.
     """
 
-    __slots__ = ("_bridge", "reply")
+    __slots__ = ("_bridge", "_since_ns", "reply")
 
     def __init__(self, bridge: Bridge | None, reply: Reply) -> None:
         self._bridge = bridge
+        self._since_ns = time.monotonic_ns()
         self.reply = reply
 
     def release(self) -> None:
@@ -144,7 +145,7 @@ class Lease:
         if self._bridge is not None:
             bridge, self._bridge = self._bridge, None
             self.reply._forget()
-            bridge._release(self.reply)
+            bridge._release(self.reply, self._since_ns)
 
     def __enter__(self) -> Reply:
         return self.reply
@@ -347,11 +348,10 @@ class Bridge:
                 f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. Raise timeouts.request_s if it is only slow."
             )
 
-    def _release(self, reply: Reply) -> None:
-        started = time.monotonic_ns()
+    def _release(self, reply: Reply, since_ns: int) -> None:
         self._release_slot(reply.sequence)
         if self._trace:
-            self._hand_over("release", reply.sequence, reply.step, (), 0, started)
+            self._hand_over("release", reply.sequence, reply.step, (), 0, since_ns)
 
     def _release_slot(self, sequence: int) -> None:
         """Leases may end in any order; the cursor follows the oldest that is still held."""

@@ -95,8 +95,9 @@ class RingConfig(_Section, frozen=True):
     """Largest request, batch x seq token IDs. Sizes the reply memory: depth x max_tokens x bytes per token, per rank."""
     max_batch: int = 256
     """Largest batch axis of a request. Sizes outputs that have no sequence axis."""
-    spin_us: int = 0
-    """Busy-wait this long before sleeping, in microseconds. Worth it only where every process has a core of its own."""
+    spin_us: int | None = None
+    """Busy-wait this long before sleeping, in microseconds. None: 50 where the machine has more cores than the session
+    has processes, else 0."""
 
     def __post_init__(self) -> None:
         self._require("depth", 1, "slot")
