@@ -136,12 +136,7 @@ class Record:
             self._write_failure(failure)
 
     def _write_failure(self, failure: Failure) -> None:
-        text = msgspec.json.encode(failure)
-        room = FAILURE_CAPACITY
-        if len(text) > room:  # JSON escapes make a character at most six bytes
-            kept = max(0, (room - 1024) // 6)
-            short = msgspec.structs.replace(failure, reason=failure.reason[:64], traceback=failure.traceback[-kept:])
-            text = msgspec.json.encode(short)
+        text = _fitted(failure)
         self._memory[FAILURE_OFFSET : FAILURE_OFFSET + len(text)] = text
         self._words[RecordWord.FAILURE_NBYTES] = len(text)
 
@@ -206,6 +201,18 @@ class Record:
                 f"the record of {self.role} {self.rank} tells {nbytes} bytes where {capacity} fit: garbled."
             )
         return bytes(self._memory[offset : offset + nbytes])
+
+
+def _fitted(failure: Failure) -> bytes:
+    """The failure as JSON that fits its field: the beginning of the reason and the end of the traceback are kept."""
+    reason, trace = (part.encode(errors="replace").decode() for part in (failure.reason, failure.traceback))
+    trace = trace[-FAILURE_CAPACITY:]
+    while True:
+        text = msgspec.json.encode(msgspec.structs.replace(failure, reason=reason, traceback=trace))
+        if len(text) <= FAILURE_CAPACITY:
+            return text
+        reason = reason[: max(1000, len(reason) // 2)] if trace else reason[: len(reason) // 2]
+        trace = trace[len(trace) // 4 + 1 :]
 
 
 assert FAILURE_OFFSET % WORD == 0

@@ -185,9 +185,15 @@ class Pending:
         """
         if self._bridge is None:
             raise Closed(f"sequence {self.sequence} was waited for before; a reply is leased once.")
-        lease = self._bridge._lease(self, self._batch, self._seq, timeout)
-        self._bridge = None
-        return lease
+        bridge = self._bridge
+        bridge._await(self, timeout)
+        self._bridge = None  # from here on the slot is the lease's, or given back
+        return bridge._lease(self.sequence, self.step, self._batch, self._seq)
+
+    def __del__(self) -> None:
+        """Dropped without a lease: the slot is free again once the teacher has answered."""
+        if self._bridge is not None:
+            self._bridge._dropped.append(self.sequence)
 
     def copy(self, timeout: float | None = None) -> Reply:
         """`wait`, and copy the reply out of its slot: tensors of one's own, no lease. Raises what `wait` raises."""
@@ -208,6 +214,7 @@ class Bridge:
         self._offer: Offer | None = None
         self._released = 0
         self._released_early: set[int] = set()
+        self._dropped: list[int] = []  # sequences whose Pending was dropped
         self._trace = trace.Trace.of("trainer", session.lane.index)
 
     @property
@@ -269,6 +276,8 @@ class Bridge:
             raise RequestRefused(f"step is {step}; expected a counter that is not negative, or None.")
         batch, seq = ids.shape
         ring = session.ring
+        if self._dropped:
+            self._release_dropped()
         sequence = ring.claim()
         ring.write_request(sequence, step, batch, seq, _bytes(ids), None if mask is None else _bytes(mask))
         ring.publish_request(sequence)
@@ -312,49 +321,70 @@ class Bridge:
     def _answered(self, sequence: int) -> bool:
         return self._session.ring.answered(sequence) is True
 
-    def _lease(self, pending: Pending, batch: int, seq: int, timeout: float | None) -> Lease:
+    def _await(self, pending: Pending, timeout: float | None) -> None:
+        """Sleep until the reply is published."""
         session, sequence = self._session, pending.sequence
         ring = session.ring
-        if not ring.answered(sequence):
-            self._await(pending, timeout)
-        started = time.monotonic_ns()
-        head = ring.read_reply(sequence)
-        if head.error is not None:
-            self._release_slot(sequence)
-            raise TeacherError(
-                f"the teacher could not answer rank {self.rank}, step {pending.step}, sequence {sequence}.", head.error
-            )
-        tensors = self._plane.read(sequence, batch, seq, self._target())
-        if self._trace:
-            nbytes = sum(tensor.nbytes for tensor in tensors.values())
-            self._hand_over("lease", sequence, pending.step, (batch, seq), nbytes, started)
-        return Lease(self, Reply(tensors, sequence, pending.step, head.composition))
-
-    def _await(self, pending: Pending, timeout: float | None) -> None:
-        session, sequence = self._session, pending.sequence
+        if ring.answered(sequence):
+            session.bell.drain()
+            return
         limit = session.settings.timeouts.request_s if timeout is None else timeout
-        record, ring = session.record, session.ring
-        record.enter(Phase.WAITING)
+        session.record.enter(Phase.WAITING)
         try:
             answered = session.wait(lambda: ring.answered(sequence), time.monotonic() + limit)
         except PeerLost as error:
             at = f"rank {self.rank} waited for the reply to step {pending.step}, sequence {sequence}"
             raise type(error)(f"{at}: {error}") from None
-        record.enter(Phase.TRAINING)
+        session.record.enter(Phase.TRAINING)
         if not answered:
-            teacher = session.teacher
-            raise DeadlineExceeded(
-                f"no reply to step {pending.step}, sequence {sequence} after {limit:g} s; the teacher is in phase "
-                f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. Raise timeouts.request_s if it is only slow."
-            )
+            raise DeadlineExceeded(self._late(pending, limit))
+
+    def _late(self, pending: Pending, limit: float) -> str:
+        teacher, settings = self._open.teacher, self._open.settings
+        hint = "Raise timeouts.request_s if it is only slow."
+        if teacher.phase is Phase.COLLECTING and settings.teacher.collect == "lockstep":
+            hint = "teacher.collect is lockstep: it waits for a request of every rank."
+        return (
+            f"no reply to step {pending.step}, sequence {pending.sequence} after {limit:g} s; the teacher is in phase "
+            f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. {hint}"
+        )
+
+    def _lease(self, sequence: int, step: int | None, batch: int, seq: int) -> Lease:
+        """A lease on a published reply; the slot is given back where there is none to be had."""
+        started = time.monotonic_ns()
+        try:
+            head = self._open.ring.read_reply(sequence)
+            if head.error is not None:
+                at = f"rank {self.rank}, step {step}, sequence {sequence}"
+                raise TeacherError(f"the teacher could not answer {at}.", head.error)
+            tensors = self._plane.read(sequence, batch, seq, self._target())
+        except BaseException:
+            self._release_slot(sequence)
+            raise
+        if self._trace:
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            self._hand_over("lease", sequence, step, (batch, seq), nbytes, started)
+        return Lease(self, Reply(tensors, sequence, step, head.composition))
 
     def _release(self, reply: Reply, since_ns: int) -> None:
         self._release_slot(reply.sequence)
         if self._trace:
             self._hand_over("release", reply.sequence, reply.step, (), 0, since_ns)
 
+    def _release_dropped(self) -> None:
+        """Give back the slots that nobody waits for and the teacher is done with."""
+        ring = self._open.ring
+        dropped, self._dropped = self._dropped, []
+        for sequence in dropped:
+            if ring.answered(sequence):
+                self._release_slot(sequence)
+            else:
+                self._dropped.append(sequence)
+
     def _release_slot(self, sequence: int) -> None:
         """Leases may end in any order; the cursor follows the oldest that is still held."""
+        if os.getpid() != self._process:
+            return  # a forked child's copy of a lease
         if sequence != self._released:
             self._released_early.add(sequence)
             return
@@ -423,7 +453,7 @@ class DisabledBridge(Bridge):
 
     @property
     def settings(self) -> Config:
-        """Defaults: without a session there is no run's config to read."""
+        """Defaults: the run's config lives in a session, and there is none."""
         return Config(enabled=False)
 
     @property
@@ -452,6 +482,9 @@ class DisabledBridge(Bridge):
 
 class _MissingPending(Pending):
     __slots__ = ()
+
+    def __del__(self) -> None:
+        """There is no slot to give back."""
 
     @property
     def done(self) -> bool:
@@ -521,7 +554,10 @@ def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
                 f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
                 "from the GPU would make the training stream wait."
             )
-        return value.detach().numpy() if value.requires_grad else value.numpy()
+        try:
+            return value.detach().numpy() if value.requires_grad else value.numpy()
+        except (TypeError, RuntimeError) as error:
+            raise RequestRefused(f"{name} is a tensor of {value.dtype}, {value.layout}: {error}.") from None
     if isinstance(value, np.ndarray):
         return value
     raise RequestRefused(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a NumPy array.")

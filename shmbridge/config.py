@@ -1,12 +1,13 @@
 """Settings: strict structs, read from YAML and `a.b=c` overrides, and dumped resolved with every run.
 
-A key that no struct declares is an error that names the nearest one. Environment variables are not settings: the only
-one that shmbridge reads is SHMBRIDGE_SESSION, which the launcher writes.
+A key that no struct declares is an error that names the nearest one. Environment variables are not settings:
+SHMBRIDGE_SESSION, which the launcher writes, is the only one of shmbridge's own.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,8 +25,8 @@ LogitsDtype = Literal["float32", "bfloat16", "float16"]
 class _Section(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
     def _require(self, name: str, minimum: float, unit: str) -> None:
         value = getattr(self, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"`{name}` is {value}; it must be at least {minimum} {unit}")
+        if value is not None and not (minimum <= value < math.inf):
+            raise ValueError(f"`{name}` is {value}; it must be a number of at least {minimum} {unit}")
 
 
 class OutputConfig(_Section, frozen=True):
@@ -117,16 +118,16 @@ class PayloadConfig(_Section, frozen=True):
 
 class TimeoutsConfig(_Section, frozen=True):
     startup_s: float = 600.0
-    """From connect to a loaded teacher, and from its offer to the reply memory."""
+    """From wait_ready to a loaded teacher, and from its offer to the reply memory."""
     request_s: float = 1800.0
-    """From submit to reply."""
+    """From wait to reply."""
     shutdown_s: float = 10.0
     """One shared grace for everything that was asked to end, before it is killed."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be more than 0 s")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be a number of more than 0 s")
 
 
 class LogConfig(_Section, frozen=True):
@@ -151,6 +152,14 @@ class Config(_Section, frozen=True):
     def __post_init__(self) -> None:
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
             raise ValueError(f"`name` is {self.name!r}; use at most 64 letters, digits, `_`, `.` and `-`")
+
+
+_BUILDER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_builder(model: str) -> bool:
+    """Whether teacher.model is `module:build`, a teacher of one's own."""
+    return _BUILDER.fullmatch(model) is not None
 
 
 def load(source: str | None = None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Config:

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import posix_ipc
 
-from shmbridge.errors import AttachError
+from shmbridge.errors import AttachError, PeerLost
 
 SLICE_S = 0.2
 
@@ -71,7 +71,8 @@ class Doorbell:
             deadline: time.monotonic() seconds, or None where nothing is owed and `check` bounds the wait.
             spin_s: call `ready` in a loop for this many seconds before the first sleep.
 
-        At the deadline `check` has the last word: what died is named rather than timed.
+        At the deadline `check` has the last word: what died is named rather than timed. What became ready before a peer
+        was lost is still given.
         """
         value = ready()
         if value is None and spin_s:
@@ -79,7 +80,7 @@ class Doorbell:
             while value is None and time.perf_counter() < stop:
                 value = ready()
         if value is not None:
-            self._take()
+            self.drain()
             return value
         now = time.monotonic()
         next_check = now + SLICE_S
@@ -90,15 +91,28 @@ class Doorbell:
                 return value
             now = time.monotonic()
             if now >= next_check:
-                check()
+                value = self._checked(ready, check)
+                if value is not None:
+                    return value
                 next_check = now + SLICE_S
-        check()
+        return self._checked(ready, check)
+
+    @staticmethod
+    def _checked(ready: Callable[[], T | None], check: Callable[[], None]) -> T | None:
+        try:
+            check()
+        except PeerLost:
+            value = ready()
+            if value is None:
+                raise
+            return value
         return ready()
 
-    def _take(self) -> None:
-        """Take back one ring that was not needed, so that unneeded rings do not pile up."""
+    def drain(self) -> None:
+        """Take back the rings that nobody slept for, so that they do not pile up. The next wait reads the state first."""
         try:
-            self._semaphore.acquire(0)
+            while True:
+                self._semaphore.acquire(0)
         except posix_ipc.BusyError:
             pass
 

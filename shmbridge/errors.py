@@ -84,4 +84,4 @@ class TrainerDied(PeerLost):
 
 
 class LauncherDied(PeerLost):
-    """The owner of the session is gone; its shared memory may be removed at any moment."""
+    """The owner of the session is gone, or was asked to stop."""

@@ -59,8 +59,11 @@ class HostPlane:
         count = rows.stop - rows.start
         for spec in self._outputs:
             source, target = outputs[spec.name], views[spec.name]
-            if source.shape != target.shape:
-                source = source[rows, :seq] if spec.per_token else source[rows]
+            if count != source.shape[0]:
+                source = source[rows]
+            if spec.per_token and source.shape[1] != seq:
+                source = source[:, :seq]
+            if count != batch:
                 target = target[at : at + count]
             target.copy_(source)
 

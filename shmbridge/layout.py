@@ -50,7 +50,6 @@ CACHE_LINE = 64
 WORD = 8
 
 CONTROL, LANE, REPLY = 1, 2, 3
-KIND_NAMES = {CONTROL: "control", LANE: "lane", REPLY: "reply"}
 
 
 class Header:

@@ -81,11 +81,15 @@ def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputC
 
 
 def check_outputs(specs: tuple[OutputSpec, ...], outputs: Mapping[str, torch.Tensor], batch: int, seq: int) -> None:
-    """Raise PlanError unless `outputs` holds every output of `specs` in the shape for (batch, seq)."""
+    """Raise PlanError unless `outputs` holds every output of `specs` in the shape for (batch, seq).
+
+    A float travels as any float dtype; an integer never becomes a float or the other way round."""
     for spec in specs:
         tensor = outputs.get(spec.name)
-        if tensor is None:
-            raise PlanError(f"the teacher returned {sorted(outputs)}; {spec.name!r} was offered and is missing.")
+        if not isinstance(tensor, torch.Tensor):
+            raise PlanError(f"the teacher returned {sorted(outputs)}; expected a tensor {spec.name!r} among them.")
+        if tensor.dtype.is_floating_point != DTYPES[spec.dtype].is_floating_point:
+            raise PlanError(f"the teacher returned {spec.name!r} as {tensor.dtype}; {spec.dtype} was offered.")
         if tensor.shape != spec.dims(batch, seq):
             raise PlanError(
                 f"the teacher returned {spec.name!r} of shape {tuple(tensor.shape)} for a batch of {batch} x {seq}; "

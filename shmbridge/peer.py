@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import weakref
 from typing import NamedTuple
 
 
@@ -42,11 +43,12 @@ class Peer:
         self._dead = False
         try:
             self._pidfd = os.pidfd_open(who.pid)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # gone, or a garbled number that no pid can be
             self._dead = True
         except OSError:
             pass
         else:
+            weakref.finalize(self, os.close, self._pidfd)
             self._poll = select.poll()
             self._poll.register(self._pidfd, select.POLLIN)
         if identity(who.pid) != who:  # the pid was already another process when the pidfd was opened
@@ -60,12 +62,6 @@ class Peer:
             else:
                 self._dead = identity(self.identity.pid) != self.identity or state(self.identity.pid) == "zombie"
         return not self._dead
-
-    def close(self) -> None:
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
-            self._dead = True
 
 
 def _stat(pid: int) -> list[str] | None:

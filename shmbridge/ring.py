@@ -114,8 +114,9 @@ class Ring:
         sequence = self.words[_REQUESTED]
         if sequence - self.released >= self.depth:
             raise RingFull(
-                f"{self.depth} requests are in flight and the ring has ring.depth={self.depth} slots; wait for "
-                f"sequence {self.released} and release its lease before you submit again, or raise ring.depth."
+                f"{self.depth} requests are in flight and the ring has ring.depth={self.depth} slots; the oldest is "
+                f"sequence {self.released}. Wait for its reply and release the lease before you submit again, or raise "
+                "ring.depth."
             )
         return sequence
 

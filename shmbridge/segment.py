@@ -33,7 +33,7 @@ class Segment:
         self.name = name
         self.bytes = memoryview(mapping)
         self.words = self.bytes.cast("Q")
-        _populate(mapping)
+        self._mapping = mapping
 
     @classmethod
     def create(cls, name: str, kind: int, nbytes: int, session_id: str, generation: int = 0, index: int = 0) -> Segment:
@@ -56,11 +56,20 @@ class Segment:
             raise
         finally:
             shm.close_fd()
+        segment.populate()
         words = segment.words
         words[Header.VERSION], words[Header.KIND], words[Header.NBYTES] = layout.VERSION, kind, nbytes
         words[Header.SESSION_HIGH], words[Header.SESSION_LOW] = _session_words(session_id)
         words[Header.GENERATION], words[Header.INDEX] = generation, index
         return segment
+
+    def populate(self) -> None:
+        """Touch every page now, so that the training loop meets no page fault."""
+        try:
+            self._mapping.madvise(_MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # an older kernel: the pages are reserved all the same
+                raise
 
     def publish(self) -> None:
         self.words[Header.MAGIC] = layout.MAGIC
@@ -82,12 +91,15 @@ class Segment:
         try:
             status = os.fstat(shm.fd)
             _check_ownership(name, status)
-            if status.st_size < layout.PAGE:
-                raise AttachError(f"segment {name} has {status.st_size} bytes, less than a header: it is truncated.")
+            if status.st_size < layout.PAGE or status.st_size % layout.PAGE:
+                raise AttachError(
+                    f"segment {name} has {status.st_size} bytes, no whole number of pages: it is truncated."
+                )
             segment = cls(name, mmap.mmap(shm.fd, status.st_size))
         finally:
             shm.close_fd()
         segment._check_header(kind, status.st_size, session_id, generation, index)
+        segment.populate()
         return segment
 
     def _check_header(self, kind: int, size: int, session_id: str, generation: int, index: int) -> None:
@@ -133,14 +145,6 @@ def _check_ownership(name: str, status: os.stat_result) -> None:
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
         raise AttachError(f"segment {name} has mode {mode:04o}, expected 0600: others can write to it. Refused.")
-
-
-def _populate(mapping: mmap.mmap) -> None:
-    try:
-        mapping.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # an older kernel: the pages are reserved all the same
-            raise
 
 
 def _no_room(name: str, nbytes: int) -> str:

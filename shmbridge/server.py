@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +32,6 @@ from shmbridge.trace import Trace, logger
 __all__ = ["Batch", "Forward", "Server"]
 
 _ID_TYPES = {4: np.int32, 8: np.int64}
-# CUDA errors other than out-of-memory poison the process's context: no later forward can succeed.
-_FATAL: tuple[type[Exception], ...] = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
 
 
 class _Job:
@@ -46,6 +45,14 @@ class _Job:
         self.done = 0  # rows answered
         self.composition = _NOWHERE
         self.error: str | None = None
+
+
+class _Trouble(NamedTuple):
+    """What a forward raised, as text: the exception itself would keep its frames alive."""
+
+    summary: str
+    traceback: str
+    out_of_memory: bool
 
 
 _NOWHERE = Composition(0, 0, 0, 0)
@@ -64,13 +71,14 @@ class Server:
         self._max_tokens = self._settings.max_batch_tokens
         self._forwards = 0
         self._stopping = False
+        self._last: dict[int, int] | None = None  # by lane, once stopping: sequences below it are still answered
         self._lanes = list(session.lanes)
         shape = session.control.shape
         self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in self._lanes}
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
-        """Answer what is there, then end. Safe in a signal handler."""
+        """Answer what has been submitted, then end. Safe in a signal handler."""
         self._stopping = True
 
     def serve(self) -> None:
@@ -94,22 +102,28 @@ class Server:
     def _collect(self) -> list[_Job]:
         """The oldest request of each lane that has one; empty when there will be none."""
         wait = self._session.wait
-        jobs = wait(self._take_or_end, None, self._check)
-        if not jobs or len(jobs) == len(self._lanes):
-            return jobs or []
-        if self._settings.collect == "lockstep":
-            wait(self._everyone, None, self._check)
-        elif self._settings.linger_ms:
-            wait(self._everyone, time.monotonic() + self._settings.linger_ms / 1000, self._check)
-        else:
-            return jobs
-        return self._take()  # again: more may have come since
+        while jobs := wait(self._take_or_end, None, self._check):
+            if len(jobs) == len(self._lanes):
+                return jobs
+            if self._settings.collect == "lockstep":
+                wait(self._everyone, None, self._check)
+            elif self._settings.linger_ms:
+                wait(self._everyone, time.monotonic() + self._settings.linger_ms / 1000, self._check)
+            else:
+                return jobs
+            jobs = self._take()  # again: more may have come since, and who had asked may be gone
+            if jobs:
+                return jobs
+        return []
 
     def _take(self) -> list[_Job]:
+        if self._stopping and self._last is None:
+            self._last = {lane.index: lane.ring.requested for lane in self._lanes}
+            self._session.record.enter(Phase.DRAINING)
         jobs = []
         for lane in self._lanes:
             sequence = lane.ring.next_request()
-            if sequence is not None:
+            if sequence is not None and (self._last is None or sequence < self._last[lane.index]):
                 jobs.append(_Job(lane, lane.ring.read_request(sequence)))
         return jobs
 
@@ -150,39 +164,38 @@ class Server:
             self._run(jobs, pieces)
 
     def _run(self, jobs: Sequence[_Job], pieces: list[Piece]) -> None:
-        """One forward, and what to do when it raises."""
+        """One forward, and what to do when it raises.
+
+        The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
+        """
         started = time.monotonic_ns()
+        trouble = self._try(jobs, pieces)
+        halves = batching.halve(pieces) if trouble and trouble.out_of_memory else []
+        if trouble and len(halves) == 2:
+            self._max_tokens = min(self._max_tokens, max(1, batching.padded_tokens(pieces) // 2))
+            logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            for half in halves:
+                self._run(jobs, half)
+        elif trouble and len({piece.request for piece in pieces}) > 1:
+            logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
+            for alone in batching.by_request(pieces):
+                self._run(jobs, alone)
+        else:
+            self._finish(jobs, pieces, started, trouble)
+
+    def _try(self, jobs: Sequence[_Job], pieces: list[Piece]) -> _Trouble | None:
+        """One forward; what it raised, or None. An error that ends the teacher is raised."""
         try:
             self._forward_and_write(jobs, pieces)
-        except _FATAL as error:
-            if not _out_of_memory(error):
-                raise
-            self._run_halves(jobs, pieces, error)
         except AttachError:
             raise
         except Exception as error:
-            if _out_of_memory(error):
-                self._run_halves(jobs, pieces, error)
-            elif len({piece.request for piece in pieces}) > 1:
-                logger.warning("a forward of %d ranks raised %r; trying them one by one", len(pieces), error)
-                for alone in batching.by_request(pieces):
-                    self._run(jobs, alone)
-            else:
-                self._finish(jobs, pieces, started, error)
-        else:
-            self._finish(jobs, pieces, started)
-
-    def _run_halves(self, jobs: Sequence[_Job], pieces: list[Piece], error: Exception) -> None:
-        halves = batching.halve(pieces)
-        if len(halves) == 1:
-            self._finish(jobs, pieces, time.monotonic_ns(), error)
-            return
-        self._max_tokens = max(1, batching.padded_tokens(pieces) // 2)
-        logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        for half in halves:
-            self._run(jobs, half)
+            if _poisons_the_device(error):
+                raise
+            return _Trouble(repr(error), "".join(traceback.format_exception(error)), _is_out_of_memory(error))
+        return None
 
     def _forward_and_write(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> None:
         batch = self._combine(jobs, pieces)
@@ -224,16 +237,14 @@ class Server:
         tensor = torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.int64))
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
-    def _finish(
-        self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, error: Exception | None = None
-    ) -> None:
+    def _finish(self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, trouble: _Trouble | None) -> None:
         """Count the pieces' rows as done, and publish every request that has all of its rows."""
         for piece in pieces:
             job = jobs[piece.request]
             job.done += piece.rows
-            if error is not None and job.error is None:
-                job.error = "".join(traceback.format_exception(error))
-                logger.warning("the forward of rank %d's request raised %r; the rank is told", job.lane.index, error)
+            if trouble and job.error is None:
+                job.error = trouble.traceback
+                logger.warning("rank %d's forward raised %s; the rank is told", job.lane.index, trouble.summary)
             if job.done == job.request.batch:
                 self._publish(job, started_ns)
 
@@ -279,6 +290,11 @@ def _rows(request: Request, piece: Piece) -> tuple[np.ndarray, np.ndarray | None
     return ids[piece.start : piece.stop], np.frombuffer(request.mask, np.uint8).reshape(shape)[piece.start : piece.stop]
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """A GPU's or the CPU allocator's; the latter is a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _poisons_the_device(error: Exception) -> bool:
+    """A CUDA error other than out of memory: no later forward of this process can succeed."""
+    return not _is_out_of_memory(error) and ("CUDA error" in str(error) or type(error).__name__ == "AcceleratorError")

@@ -33,7 +33,7 @@ from shmbridge.errors import (
 )
 from shmbridge.layout import ControlWord, LaneLayout, LaneWord
 from shmbridge.offer import Offer
-from shmbridge.peer import Identity, Peer, identity
+from shmbridge.peer import Identity, Peer
 from shmbridge.ring import Ring
 from shmbridge.segment import Segment
 
@@ -231,10 +231,10 @@ class TrainerSession(_Attached):
 
     def _sign_in(self) -> None:
         holder = self.record.identity
-        if holder and identity(holder.pid) == holder:
+        if holder:
             raise AttachError(
-                f"lane {self.lane.index} is held by pid {holder.pid}: two processes have the same LOCAL_RANK, or connect() "
-                "was called twice. Call it once per rank, or give connect(lane=...)."
+                f"lane {self.lane.index} was taken by pid {holder.pid}: two processes have the same LOCAL_RANK, or "
+                "connect() was called twice. A lane is used once: connect once per rank, or give connect(lane=...)."
             )
         self.record.sign_in()
         self.record.set_ready(self.token.generation)
@@ -249,7 +249,7 @@ class TrainerSession(_Attached):
             if who is None:
                 return
             self._teacher_peer = Peer(who)
-        if not self._teacher_peer.alive() and self.teacher.phase is not Phase.CLOSED:
+        if not self._teacher_peer.alive():
             name, pid = self.teacher_name(self.teacher_index), self._teacher_peer.identity.pid
             raise TeacherDied(f"{name}, pid {pid}, is gone; it was in phase {self.teacher.phase}.")
 
@@ -288,10 +288,12 @@ class TrainerSession(_Attached):
         return f"at the startup barrier {name} {where} after {timeout_s:g} s; see its log, or raise timeouts.startup_s."
 
     def close(self) -> None:
-        """Tell that no request follows, and detach. Arrays that the caller still holds keep their memory mapped."""
+        """Tell that no request follows. Memory stays mapped while tensors of the caller look into it."""
         self.ring.close_requests()
         self.record.enter(Phase.CLOSED)
         self.teacher_bell.ring()
+        self.teacher_bell.close()
+        self.bell.close()
 
 
 class TeacherSession(_Attached):
@@ -370,5 +372,5 @@ class TeacherSession(_Attached):
 
 def lost(failure: Failure) -> PeerLost:
     """The exception of whoever learns of a failure elsewhere."""
-    kind = {"teacher": TeacherDied, "trainer": TrainerDied}.get(failure.role, LauncherDied)
+    kind = {"teacher": TeacherDied, "trainer": TrainerDied, "torchrun": TrainerDied}.get(failure.role, LauncherDied)
     return kind(str(failure) + (f"\n\n{failure.traceback}" if failure.traceback else ""))

@@ -107,7 +107,7 @@ def _convert(file: Path) -> Path:
     """The cached conversion of a .gguf file, made now if it is not there. Safe for several processes at once."""
     status = file.stat()
     key = hashlib.sha256(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "shmbridge" / "gguf"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shmbridge" / "gguf"
     target = cache / f"{file.stem}-{key}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / f"{target.name}.lock", "w") as lock:

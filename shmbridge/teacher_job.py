@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -18,14 +17,12 @@ import torch
 
 from shmbridge import payload, trace
 from shmbridge.board import Phase
-from shmbridge.config import Config
+from shmbridge.config import Config, is_builder
 from shmbridge.errors import ConfigError, PeerLost
 from shmbridge.offer import Offer
 from shmbridge.payload import Forward
 from shmbridge.server import Server
 from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
-
-_BUILDER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def main() -> int:
@@ -67,7 +64,7 @@ def run(session: TeacherSession) -> None:
 def build(session: TeacherSession, settings: Config, device: torch.device) -> Forward:
     """The forward of a teacher of one's own (`module:build`), or of a HuggingFace model. Raises ConfigError."""
     model = settings.teacher.model
-    if _BUILDER.fullmatch(model):
+    if is_builder(model):
         module, _, name = model.partition(":")
         sys.path.insert(0, str(Path.cwd()))
         builder = getattr(importlib.import_module(module), name, None)

@@ -14,7 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shmbridge import peer
-from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherError
+from shmbridge.board import Phase
+from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherDied, TeacherError
 from shmbridge.payload import Batch
 from tests.harness import Echo, bench, until
 
@@ -238,21 +239,137 @@ def test_forward_that_raises_fails_only_the_culprit():
         assert [child.join() for child in [it.rank(lane, body) for lane in range(2)]] == [0, 0]
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on():
-    def forward(batch: Batch) -> dict[str, torch.Tensor]:
-        if batch.input_ids.numel() > 12:
+@pytest.mark.parametrize(("ranks", "batch", "rows"), [(2, 5, 3), (3, 2, 2), (3, 4, 4), (1, 7, 1)])
+def test_out_of_memory_halves_the_batch_and_every_rank_gets_its_own_rows(ranks, batch, rows):
+    def forward(given: Batch) -> dict[str, torch.Tensor]:
+        if len(given.input_ids) > rows and given.input_ids.shape[1] == 5:  # not in the probe
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
-        return {"ids": batch.input_ids}
+        return {"ids": given.input_ids.clone()}
 
     def body(bridge):
-        sent = ids(5, 4, seed=bridge.rank)
-        assert torch.equal(bridge.exchange(sent)["ids"], sent)
-        with pytest.raises(TeacherError, match="out of memory"):
-            bridge.exchange(ids(1, 13))
+        for step in range(3):
+            sent = ids(batch, 5, seed=10 * step + bridge.rank)
+            assert torch.equal(bridge.exchange(sent)["ids"], sent)
 
-    with bench(2, "teacher.collect=lockstep") as it:
+    with bench(ranks, "teacher.collect=lockstep") as it:
         it.teacher(forward)
-        assert [child.join() for child in [it.rank(lane, body) for lane in range(2)]] == [0, 0]
+        assert [child.join() for child in [it.rank(lane, body) for lane in range(ranks)]] == [0] * ranks
+
+
+def test_a_row_that_never_fits_is_told_to_its_rank():
+    def forward(given: Batch) -> dict[str, torch.Tensor]:
+        if given.input_ids.shape[1] > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ids": given.input_ids.clone()}
+
+    with bench() as it:
+        it.teacher(forward)
+        bridge = it.bridge()
+        with pytest.raises(TeacherError, match="out of memory"):
+            bridge.exchange(ids(2, 13))
+        assert torch.equal(bridge.exchange(ids(2, 12))["ids"], ids(2, 12)), "the slot is free and the teacher lives"
+        bridge.close()
+
+
+def test_a_retry_after_out_of_memory_finds_the_failed_forwards_memory_free():
+    alive: list[weakref.ref] = []
+
+    class Activation:
+        pass
+
+    def forward(given: Batch) -> dict[str, torch.Tensor]:
+        activation = Activation()
+        assert not [one for one in alive if one()], "the failed forward's activations are still alive"
+        alive.append(weakref.ref(activation))
+        if len(given.input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ids": given.input_ids.clone()}
+
+    with bench() as it:
+        it.teacher(forward)
+        bridge = it.bridge()
+        assert torch.equal(bridge.exchange(ids(7, 3))["ids"], ids(7, 3))
+        bridge.close()
+
+
+def test_a_rank_that_asks_once_too_often_and_leaves_does_not_end_the_teacher():
+    """It submits, closes and exits while the teacher is busy with the other rank: nobody reads its last reply."""
+    gone, tell = os.pipe()
+
+    class Busy(Echo):
+        def __call__(self, batch):
+            if (batch.input_ids == 7).any():
+                os.read(gone, 1)  # until the other rank has left
+            return super().__call__(batch)
+
+    def leaver(bridge):
+        bridge.wait_ready()
+        until(lambda: it.owner.control.teachers[0].phase is Phase.FORWARD, "a busy teacher")
+        bridge.submit(ids(1, 3))
+
+    def stayer(bridge):
+        bridge.exchange(torch.full((1, 3), 7))
+        for step in range(5):
+            bridge.exchange(ids(1, 3), step=step)
+
+    with bench(2, "teacher.linger_ms=300") as it:
+        teacher = it.teacher(Busy())
+        children = [it.rank(0, leaver), it.rank(1, stayer)]
+        assert children[0].join() == 0
+        os.write(tell, b"x")
+        assert children[1].join() == 0
+        assert teacher.join() == 0
+
+
+def test_a_teacher_that_was_told_to_stop_answers_what_was_submitted_and_no_more():
+    with bench(1, "ring.depth=2") as it:
+        teacher = it.teacher(Stopping(it.owner.lanes[0].ring))
+        bridge = it.bridge()
+        pending = [bridge.submit(ids(1, 3)), bridge.submit(ids(1, 3))]
+        for one in pending:  # the first of the two forwards sends SIGTERM to its own process
+            assert torch.equal(one.copy()["ids"], ids(1, 3))
+        with pytest.raises(TeacherDied, match=r"is gone; it was in phase (draining|closed)"):
+            bridge.exchange(ids(1, 3))
+        assert teacher.join() == 0
+        bridge.close()
+
+
+class Stopping(Echo):
+    """Asks its own process to stop, in its first forward and once two requests were submitted."""
+
+    def __init__(self, ring) -> None:
+        self.ring = ring
+        self.rounds = 0
+
+    def __call__(self, batch):
+        self.rounds += 1
+        if self.rounds == 3:
+            until(lambda: self.ring.requested == 2, "the second request")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(batch)
+
+
+def test_a_dropped_pending_gives_its_slot_back():
+    with bench(1, "ring.depth=2") as it:
+        it.teacher(Echo())
+        bridge = it.bridge()
+        for step in range(20):
+            bridge.submit(ids(1, 3), step=step)
+            until(lambda: it.owner.lanes[0].ring.replied == it.owner.lanes[0].ring.requested, "the reply")
+        assert torch.equal(bridge.exchange(ids(1, 3, 5))["ids"], ids(1, 3, 5))
+        bridge.close()
+
+
+def test_rings_that_nobody_slept_for_do_not_pile_up():
+    with bench() as it:
+        it.teacher(Echo())
+        bridge = it.bridge()
+        for step in range(50):
+            pending = bridge.submit(ids(1, 3), step=step)
+            until(lambda pending=pending: pending.done, "the reply")
+            pending.copy()
+        assert bridge._open.bell._semaphore.value <= 1
+        bridge.close()
 
 
 def test_max_batch_tokens_bounds_every_forward_and_splits_by_rows():
@@ -278,6 +395,8 @@ def test_max_batch_tokens_bounds_every_forward_and_splits_by_rows():
         (torch.ones(1, 257, dtype=torch.int64), r"Raise ring\.max_tokens"),
         (torch.ones(1, 3, dtype=torch.int64, device="meta"), "is on meta; submit the CPU tensor"),
         ([[1, 2]], "is a list; expected a torch.Tensor"),
+        (torch.ones(1, 3, dtype=torch.bfloat16), "input_ids is a tensor of torch.bfloat16"),
+        (torch.eye(3, dtype=torch.int64).to_sparse(), "input_ids is a tensor of torch.int64, torch.sparse_coo"),
     ],
 )
 def test_bad_ids_are_refused_in_the_rank_that_sent_them(bad, message):

@@ -104,6 +104,10 @@ def test_declared_outputs_are_held_to_their_word():
     forward = lambda batch: {"h": torch.zeros(*batch.input_ids.shape, 3)}  # noqa: E731
     declare = "teacher.outputs={h: {dtype: float16, shape: [seq, %d]}}"
     assert offered(forward, declare % 3) == (OutputSpec("h", "float16", ("seq", 3)),)
+    with pytest.raises(PlanError, match="returned 'h' as torch.float32; int32 was offered"):
+        offered(forward, "teacher.outputs={h: {dtype: int32, shape: [seq, 3]}}")
+    with pytest.raises(PlanError, match=r"returned \['h'\]; expected a tensor 'v' among them"):
+        offered(forward, "teacher.outputs={v: {dtype: float16, shape: [seq, 3]}}")
     with pytest.raises(PlanError, match=r"'h' of shape \(1, 4, 3\) for a batch of 1 x 4; expected \(1, 4, 5\)"):
         offered(forward, declare % 5)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,14 +47,12 @@ def test_imports_run_one_way(floor):
 
 
 def test_transformers_is_imported_in_one_module():
-    users = [file.stem for file in Path("shmbridge").glob("*.py") if "transformers" in imports(file)]
+    users = [
+        file.stem
+        for file in Path("shmbridge").glob("*.py")
+        if any(name.split(".")[0] == "transformers" for name in imports(file))
+    ]
     assert users == ["teacher"]
-
-
-def test_the_launcher_loads_neither_torch_nor_numpy():
-    code = "import launcher.cli, sys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert loaded.stdout.strip() == "[]"
 
 
 def test_the_public_names_are_these():

@@ -97,7 +97,7 @@ def test_a_garbled_lane_is_refused(word, value, message):
             TrainerSession(it.token, 0)
 
 
-@pytest.mark.parametrize("size", [0, 100, 4096, 70000])
+@pytest.mark.parametrize("size", [0, 100, 4096, 4100, 70000, 73728])
 def test_a_truncated_or_enlarged_segment_is_refused(size):
     with bench() as it:
         name = it.owner.names.lane(1, 0)
@@ -125,8 +125,37 @@ def test_a_segment_of_another_user_is_refused():
             TrainerSession(it.token, 0)
 
 
+def attach_and_look(it) -> None:
+    """What a rank does with a segment before it trains; errors of ours are what we want."""
+    try:
+        session = TrainerSession(it.token, 0)
+        session.wait_ready(0.001)
+    except ShmbridgeError:
+        pass
+
+
+@pytest.mark.parametrize("value", [0, 1, 2**31, 2**40, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("which", ["control", "lane"])
+def test_no_garbled_word_crashes_an_attach(which, value):
+    """Every word of the headers and records in turn: an error of ours, or harmless; never another exception."""
+    with bench() as it:
+        segment = it.owner.control.segment if which == "control" else it.owner.lanes[0].segment
+        records = layout.RECORDS_OFFSET if which == "control" else layout.PAGE
+        record = it.owner.lanes[0].records[0]
+        for word in [
+            *range(128),
+            *range(records // 8, (records + 2 * layout.RECORD_BYTES) // 8, 97),
+            records // 8 + 10,
+        ]:
+            if word * 8 >= segment.bytes.nbytes:
+                continue
+            before, segment.words[word] = segment.words[word], value
+            attach_and_look(it)
+            segment.words[word] = before
+            record._words[layout.RecordWord.PID] = 0
+
+
 def test_random_bytes_never_crash_an_attach():
-    """Any damage to a control or lane segment is an error of ours, or harmless; never another exception."""
     generator = random.Random(7)
     for _ in range(60):
         with bench() as it:
@@ -134,11 +163,7 @@ def test_random_bytes_never_crash_an_attach():
             for _ in range(generator.choice([1, 4, 200])):
                 at = generator.randrange(0, 1024 if generator.random() < 0.7 else target.bytes.nbytes)
                 target.bytes[at] = generator.randrange(256)
-            try:
-                session = TrainerSession(it.token, 0)
-                session.wait_ready(0.001)
-            except ShmbridgeError:
-                pass
+            attach_and_look(it)
 
 
 def test_a_rank_of_an_older_generation_is_refused():
@@ -156,7 +181,7 @@ def test_a_rank_beyond_the_lanes_is_refused():
 def test_two_ranks_with_one_lane_are_refused():
     with bench() as it:
         it.bridge(0)
-        with pytest.raises(AttachError, match="the same LOCAL_RANK"):
+        with pytest.raises(AttachError, match="two processes have the same LOCAL_RANK"):
             it.bridge(0)
 
 
@@ -205,9 +230,20 @@ def test_a_failure_of_any_length_fits_its_record():
     with bench() as it:
         record = it.owner.lanes[0].records[0]
         record.sign_in()
-        record.fail("\0" * 50_000, "\0" * 200_000 + "end")
+        record.fail("\0" * 50_000 + "\udc80", "\0" * 200_000 + "end")
         failure = record.failure
         assert failure is not None and failure.traceback.endswith("end")
+
+
+def test_a_long_traceback_keeps_what_fits():
+    with bench() as it:
+        record = it.owner.lanes[0].records[0]
+        record.sign_in()
+        record.fail("r" * 3000, "t" * 200_000 + "end")
+        failure = record.failure
+        assert failure is not None
+        assert failure.reason.startswith("r" * 1000)
+        assert failure.traceback.endswith("end") and len(failure.traceback) > 5000
 
 
 def test_a_dead_owner_is_noticed_and_its_objects_can_be_reclaimed():
