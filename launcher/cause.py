@@ -1,8 +1,9 @@
 """Which of the failures that were seen came first, and is the cause of the others.
 
 Three witnesses are heard: the board, where a participant writes its own exception; torchrun's record of how its ranks
-ended; and the exit status of the two jobs. A PeerLost on the board is a consequence by its nature. Of the rest the
-earliest counts. A death by a hard signal is dated back by a second, because an exception in another rank may be its echo
+ended; and the exit status of the two jobs. A PeerLost on the board is a consequence by its nature: it decides only where
+no other witness has come forward within a second, or by the time that both jobs have ended. Of the rest the earliest
+counts. A death by a hard signal is dated back by a second, because an exception in another rank may be its echo
 (a lost connection) and be written before the death is seen.
 """
 
@@ -24,6 +25,7 @@ from shmbridge.owner import Owner
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _ECHO_NS = 1_000_000_000
+_PATIENCE_NS = 1_000_000_000
 
 TRAINER, TORCHRUN = "trainer", "torchrun"
 
@@ -70,7 +72,14 @@ class Cause(msgspec.Struct, frozen=True):
         )
 
 
-def find(jobs: Sequence[Job], owner: Owner | None, record: Path, ended_ns: dict[int, int]) -> Cause | None:
+def find(
+    jobs: Sequence[Job],
+    owner: Owner | None,
+    record: Path,
+    ended_ns: dict[int, int],
+    oom_kills: int | None = None,
+    served: bool = False,
+) -> Cause | None:
     """The first failure of a run, or None.
 
     Args:
@@ -78,30 +87,37 @@ def find(jobs: Sequence[Job], owner: Owner | None, record: Path, ended_ns: dict[
         owner: of the session, for its board. None where the bridge is off.
         record: elastic.py's file; it may not exist.
         ended_ns: when ranks were seen to end, by rank.
+        oom_kills: how many processes the kernel has killed for want of memory; None where that is unknown.
+        served: the ranks have finished with the teacher, which is no witness then.
     """
     board = owner.failures() if owner else []
+    if served:
+        jobs = [job for job in jobs if job.name != TEACHER]
+        board = [failure for failure in board if failure.role != TEACHER]
     first = _read_record(record)
     spoke = {(failure.role, failure.rank) for failure in board}
     causes = [_raised(failure, jobs, first) for failure in board if not failure.consequence]
     if first and (TRAINER, first["local_rank"]) not in spoke:
-        causes.append(_of_rank(first, ended_ns))
-    raised = {cause.role for cause in causes}
-    silent = {TEACHER: TEACHER not in raised, TRAIN: not first and all(role != TRAINER for role, _ in spoke)}
-    causes += [
-        _of_exit(job, job.exit) for job in jobs if job.exit and job.exit.failed and not job.asked and silent[job.name]
-    ]
+        causes.append(_of_rank(first, ended_ns, oom_kills))
+    roles = {role for role, _ in spoke}
+    silent = {TEACHER: TEACHER not in roles, TRAIN: not first and TRAINER not in roles}
+    causes += [of_exit(job, job.exit, oom_kills) for job in jobs if job.exit and job.died and silent[job.name]]
     if not causes:
-        causes = [_raised(failure, jobs, first) for failure in board]
+        settled_ns = time.monotonic_ns() - (_PATIENCE_NS if any(job.alive for job in jobs) else 0)
+        causes = [_raised(failure, jobs, first) for failure in board if failure.at_ns <= settled_ns]
     found = min(causes, key=_order, default=None)
     return found and _located(found, owner)
 
 
-def describe_exit(code: int | None, number: int | None) -> str:
-    """`exited with code 7`, or `killed by SIGKILL, likely out of memory`."""
+def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -> str:
+    """`exited with code 7`, `killed by SIGSEGV`, or `killed by SIGKILL, likely out of memory`.
+
+    The last unless the kernel has counted its kills for want of memory, and there was none.
+    """
     if number is None:
         return f"exited with code {code}"
     name = signal.Signals(number).name if number in signal.Signals.__members__.values() else f"signal {number}"
-    return f"killed by {name}" + (", likely out of memory" if number == signal.SIGKILL else "")
+    return f"killed by {name}" + (", likely out of memory" if number == signal.SIGKILL and oom_kills != 0 else "")
 
 
 def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None) -> Cause:
@@ -125,19 +141,20 @@ def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None)
     )
 
 
-def _of_rank(first: dict[str, Any], ended_ns: dict[int, int]) -> Cause:
+def _of_rank(first: dict[str, Any], ended_ns: dict[int, int], oom_kills: int | None) -> Cause:
     """A rank that ended without a word on the board."""
     code, rank = first["exitcode"], first["local_rank"]
     number = -code if code < 0 else None
     at_ns = ended_ns.get(rank, time.monotonic_ns() - int((time.time() - first["timestamp"] - 1) * 1e9))
-    reason = describe_exit(code, number)
+    reason = describe_exit(code, number, oom_kills)
     status = code if number is None else 128 + number
     return Cause(TRAINER, rank, first["pid"], reason, status, at_ns, number, traceback=first["traceback"])
 
 
-def _of_exit(job: Job, ended: Exit) -> Cause:
+def of_exit(job: Job, ended: Exit, oom_kills: int | None) -> Cause:
+    """A job's own end as a failure."""
     role = TEACHER if job.name == TEACHER else TORCHRUN
-    reason = describe_exit(ended.code, ended.signal)
+    reason = describe_exit(ended.code, ended.signal, oom_kills)
     return Cause(role, 0, job.first_pid, reason, ended.status, ended.at_ns, ended.signal)
 
 

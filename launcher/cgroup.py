@@ -24,6 +24,12 @@ def oom_kills() -> int | None:
     return None
 
 
+def oom_kills_since(before: int | None) -> int | None:
+    """By how much `oom_kills` has risen; None where it could or can not be read."""
+    now = oom_kills()
+    return None if now is None or before is None else now - before
+
+
 def _room_in(directory: Path) -> int | None:
     for limit_name, usage_name in _LIMIT_AND_USAGE:
         limit, usage = _number(directory / limit_name), _number(directory / usage_name)

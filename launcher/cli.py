@@ -16,14 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.codes import INTERRUPTED, REFUSED
+
 if TYPE_CHECKING:
     from launcher.console import Console
     from launcher.gpus import Gpu
     from launcher.plan import Plan
     from shmbridge.config import Config
-
-_REFUSED = 2
-_INTERRUPTED = 130
 
 _FLAGS = {
     "teacher": "teacher.model",
@@ -46,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _launch(args, script)
     except ShmbridgeError as error:
         print(f"shmbridge-launch: {error}", file=sys.stderr)
-        return _REFUSED
+        return REFUSED
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -115,12 +114,14 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
 def _run(planned: Plan, console: Console) -> int:
     """Create the session and the run directory, run the jobs, remove the session."""
     from launcher import plan, registry
+    from launcher.signals import Signals
     from launcher.supervise import Supervisor
     from shmbridge import config
     from shmbridge.owner import Owner
 
     settings = planned.config
     with ExitStack() as stack:
+        signals = stack.enter_context(Signals())  # outermost: a signal at any moment still has the session removed
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
         owner = stack.enter_context(Owner(settings, planned.ranks)) if settings.enabled else None
         session = str(owner.start_generation()) if owner else ""
@@ -131,7 +132,7 @@ def _run(planned: Plan, console: Console) -> int:
         (run / "config.yaml").write_text(config.dump(settings))
         (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
         _header(planned, session, run, console)
-        return Supervisor(planned, jobs, os.environ, owner, run, console).run()
+        return Supervisor(planned, jobs, os.environ, owner, run, console, signals).run()
 
 
 def _run_path(settings: Config, label: str) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
+import time
 from typing import TextIO
 
 LAUNCHER = "launcher"
@@ -11,17 +13,28 @@ _PREFIX_WIDTH = len("[launcher]")
 _DIM, _TEACHER, _RANKS = "2", "35", ("36", "32", "33", "34", "96", "92", "93", "94")
 
 
+_MOST_PENDING = 8 * 2**20
+
+
 class Console:
-    """Writes whole lines. Colours where the stream is a terminal and NO_COLOR is not set."""
+    """Writes whole lines. Colours where the stream is a terminal and NO_COLOR is not set.
+
+    Bytes go to the file descriptor itself: a non-blocking one (another program's doing, the description is shared) takes a
+    part of them or none, and Python's text streams lose the rest.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._coloured = self._stream.isatty() and not os.environ.get("NO_COLOR")
+        self._fd = _descriptor(self._stream)
+        self._pending = bytearray()
+        self._skipped = 0  # bytes, since the stream was last behind
         self._open = True
 
     def say(self, text: str) -> None:
-        """A line of the launcher's own."""
+        """A line of the launcher's own, shown at once."""
         self.line(LAUNCHER, text)
+        self.flush()
 
     def line(self, source: str, text: str) -> None:
         """`[source] text`, once per line of `text`."""
@@ -34,25 +47,68 @@ class Console:
         """`text` as it is."""
         if not self._open:
             return
+        data = text.encode(self._stream.encoding or "utf-8", "backslashreplace")
+        if len(self._pending) + len(data) > _MOST_PENDING:
+            self.flush()
+        if len(self._pending) + len(data) > _MOST_PENDING:
+            self._skipped += len(data)
+        else:
+            self._pending += data
+
+    @property
+    def behind(self) -> bool:
+        """The stream has not taken everything."""
+        return bool(self._pending)
+
+    def flush(self, patience_s: float = 0.0) -> None:
+        """Give the stream what it takes now, or takes within `patience_s` where it is slow."""
+        deadline = time.monotonic() + patience_s
         try:
-            self._stream.write(text)
-        except UnicodeEncodeError:
-            self._stream.write(text.encode("ascii", "backslashreplace").decode())
+            while self._pending:
+                try:
+                    self._give()
+                except BlockingIOError:
+                    if not self._writable(deadline):
+                        return
         except OSError:
             self._lose()
 
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except OSError:
-            self._lose()
+    def _give(self) -> None:
+        if self._fd is None:
+            self._stream.write(self._pending.decode(self._stream.encoding or "utf-8"))
+            self._pending.clear()
+        else:
+            del self._pending[: os.write(self._fd, self._pending)]
+        if self._skipped and not self._pending:
+            skipped, self._skipped = self._skipped, 0
+            self.line(
+                LAUNCHER, f"{skipped} bytes are not shown here, where nobody read them; they are in the log files"
+            )
+
+    def _writable(self, deadline: float) -> bool:
+        assert self._fd is not None
+        left_s = deadline - time.monotonic()
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        return left_s > 0 and bool(poll.poll(left_s * 1000))
 
     def _lose(self) -> None:
         """Whoever read the output has gone (`| head`, a closed terminal): the run goes on, its logs are in files."""
         self._open = False
-        void = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(void, self._stream.fileno())
-        os.close(void)
+        self._pending.clear()
+        if self._fd is not None:
+            void = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(void, self._fd)
+            os.close(void)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """None for a stream in memory."""
+    try:
+        stream.flush()
+        return stream.fileno()
+    except OSError:
+        return None
 
 
 def _colour(source: str) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+# As in cause.py, which this file cannot import: it is run by path, and must not see the launcher's directory.
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
@@ -33,6 +34,7 @@ def main(record: Path, args: list[str]) -> int:
     except ChildFailedError as error:
         failures = [_describe(rank, failure) for rank, failure in error.failures.items()]
         first = _first(failures)
+        record.parent.mkdir(parents=True, exist_ok=True)  # torchrun makes it only where it logs there
         record.write_text(json.dumps({"first": first, "failures": failures}))
         code: int = first["exitcode"]
         return code if code >= 0 else 128 - code

@@ -29,7 +29,7 @@ class Gpu(NamedTuple):
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
-    """The GPUs that `environment` allows, in the user's numbering; empty where there is no driver."""
+    """The GPUs that `environment` allows, in the user's numbering; empty where there is no driver. Raises ConfigError."""
     try:
         answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -41,12 +41,17 @@ def select_visible(table: str, visible: str | None) -> list[Gpu]:
     """The rows of nvidia-smi's `table` that a value of CUDA_VISIBLE_DEVICES allows; None allows all.
 
     As in CUDA, the first entry that names no GPU ends the list.
+
+    Raises:
+        ConfigError: an entry is a MIG slice.
     """
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") == 3]
     names = [row[0] for row in rows] if visible is None else [name.strip() for name in visible.split(",")]
     found: list[Gpu] = []
     for name in names:
         row = next((row for row in rows if _names(name, row)), None)
+        if name.startswith("MIG-"):
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES names {name}: MIG slices are not supported; give whole GPUs.")
         if row is None:
             break
         found.append(Gpu(len(found), name, _mebibytes(row[2]), _mebibytes(row[3])))

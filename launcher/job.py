@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from launcher import shim
 from launcher.plan import JobSpec
+from shmbridge import peer
 
 _SHIM = Path(shim.__file__)
 
@@ -43,7 +44,7 @@ class Job:
         self.name = spec.name
         self.exit: Exit | None = None
         self.first_pid = 0  # of the teacher or torchrun, below the shim; known at the first poll that finds it
-        self.asked = False  # to end, by this launcher: its exit status is no failure then
+        self.asked = False  # to end, by this launcher, while it still ran: its exit status is no failure then
         spec.log.parent.mkdir(parents=True, exist_ok=True)
         self.pid = _spawn(spec, base)
         self.pidfd = os.pidfd_open(self.pid)
@@ -51,6 +52,11 @@ class Job:
     @property
     def alive(self) -> bool:
         return self.exit is None
+
+    @property
+    def died(self) -> bool:
+        """It has ended with a failure, and not because this launcher asked it to end."""
+        return self.exit is not None and self.exit.failed and not self.asked
 
     def poll(self) -> Exit | None:
         """The exit, once the job has ended and nothing of it is left."""
@@ -75,11 +81,15 @@ class Job:
 
     def _send(self, number: int) -> None:
         if self.exit is None:
-            self.asked = True
+            self.asked = self.asked or self._runs()
             try:
                 signal.pidfd_send_signal(self.pidfd, number)
             except ProcessLookupError:
                 pass  # it has ended; the next poll tells how
+
+    def _runs(self) -> bool:
+        """False where the first process has ended and only the shim does not tell it yet."""
+        return peer.state(self.first_pid or self.pid) not in ("zombie", "gone")
 
     def children(self) -> list[int]:
         """Pids of the job's processes: its first process, then what that has started."""

@@ -14,7 +14,9 @@ _CHUNK = 2**20
 _LONGEST_LINE = 64 * 1024
 _LONGEST_TRACEBACK = 200
 _TRACEBACK = "Traceback (most recent call last):"
-_DECORATION = re.compile(r"\033\[[0-9;]*m|^\[rank\d+\]: ?")  # colours; torch's prefix on a rank's traceback
+# Colours; the prefix of torchrun's --tee; torch's prefix on a rank's traceback.
+_COLOUR = re.compile(r"\033\[[0-9;]*m")
+_PREFIX = re.compile(r"^(?:\[(?!rank\d)\w+\d\]:)?(?:\[rank\d+\]: ?)?")
 
 
 class Tail:
@@ -30,9 +32,10 @@ class Tail:
 
     def read(self) -> list[str]:
         """Lines that were completed since the last call, of at most 1 MiB."""
-        chunk = self._chunk()
-        if not chunk:
-            return []
+        return self._split(self._chunk())
+
+    def _split(self, chunk: bytes) -> list[str]:
+        """The lines that `chunk` completes."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > _LONGEST_LINE:
             after = self._rest.rpartition(b"\r")[2]  # a progress bar: what came before is overwritten
@@ -42,8 +45,8 @@ class Tail:
     def finish(self) -> list[str]:
         """What is left in the file, its last line complete or not."""
         lines: list[str] = []
-        while more := self.read():
-            lines += more
+        while chunk := self._chunk():
+            lines += self._split(chunk)
         if self._rest:
             lines.append(self._decode(self._rest))
             self._rest = b""
@@ -63,7 +66,7 @@ class Tail:
     def _decode(self, line: bytes) -> str:
         states = [state for state in line.split(b"\r") if state]
         text = states[-1].decode(errors="replace") if states else ""
-        self._remember(_DECORATION.sub("", text))
+        self._remember(_PREFIX.sub("", _COLOUR.sub("", text)))
         return text
 
     def _remember(self, line: str) -> None:
@@ -91,12 +94,16 @@ class Logs:
         self._tails.append(Tail(source, path))
         self._last.setdefault(source, deque(maxlen=KEPT_LINES))
 
-    def pump(self) -> None:
-        """Show what was written since the last call."""
+    def pump(self) -> bool:
+        """Show what was written since the last call. Returns whether there was anything."""
         self._discover()
+        shown = 0
         for tail in self._tails:
-            self._show(tail.source, tail.read())
+            lines = tail.read()
+            self._show(tail.source, lines)
+            shown += len(lines)
         self._console.flush()
+        return shown > 0
 
     def finish(self) -> None:
         """Show all that is left."""

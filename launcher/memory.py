@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from launcher.gpus import Gpu
 from launcher.machine import Machine
-from launcher.model_card import ModelCard, is_builder
+from launcher.model_card import ModelCard
 from launcher.text import size, table
 from shmbridge import layout, offer
-from shmbridge.config import Config
+from shmbridge.config import Config, is_builder
 from shmbridge.errors import PlanError
 from shmbridge.offer import OutputSpec
 
@@ -20,7 +20,8 @@ _REMEDY = {
     "(docker run --shm-size; Docker and Kubernetes give 64 MB unless told otherwise).",
     RAM: "Lower ring.max_tokens (now {ring.max_tokens}) or ring.depth (now {ring.depth}), take a smaller teacher.model, "
     "or raise the memory limit; /dev/shm counts as RAM.",
-    "GPU": "Give the teacher more GPUs (teacher.gpus), set teacher.dtype=bfloat16, or free the GPU.",
+    "GPU": "The model goes whole to the first GPU of teacher.gpus. Set teacher.dtype=bfloat16, take a smaller teacher.model, "
+    "or free that GPU.",
 }
 
 
@@ -68,18 +69,25 @@ def plan(config: Config, ranks: int, card: ModelCard, teacher_gpus: Sequence[Gpu
     """What a session of `ranks` lanes with this teacher takes."""
     ring = config.ring
     lane = layout.LaneLayout(ring.depth, ring.max_tokens)
-    gpu = "GPU " + ",".join(str(gpu.number) for gpu in teacher_gpus)
     reply = _reply_bytes(config, card)
+    gpu = teacher_gpus[0] if teacher_gpus else None  # the model goes whole to the first
+    place = f"GPU {gpu.number}" if gpu else RAM
     items = (
         Item("control segment", SHM, layout.control_bytes(1)),
         Item(f"lanes: {ranks} ranks x {size(lane.nbytes)}", SHM, ranks * lane.nbytes),
         Item(_replies(config, ranks, reply), SHM, None if reply is None else ranks * reply),
-        Item("teacher's weights", gpu if teacher_gpus else RAM, card.weight_bytes),
+        Item("teacher's weights", place, card.weight_bytes),
     )
     free = {SHM: machine.shm_free, RAM: machine.ram_free}
-    if any(gpu.free_bytes for gpu in teacher_gpus):
-        free[gpu] = sum(gpu.free_bytes for gpu in teacher_gpus)
+    if gpu and gpu.free_bytes:
+        free[place] = gpu.free_bytes
     return MemoryPlan(items, free, config)
+
+
+def check_replies(config: Config, ranks: int, outputs: tuple[OutputSpec, ...], machine: Machine) -> None:
+    """Check the reply memory by itself, once a loaded teacher has told its outputs. Raises PlanError."""
+    item = Item(_replies(config, ranks, _bytes_of(outputs, config)), SHM, ranks * _bytes_of(outputs, config))
+    MemoryPlan((item,), {SHM: machine.shm_free, RAM: machine.ram_free}, config).check()
 
 
 def _reply_bytes(config: Config, card: ModelCard) -> int | None:
@@ -89,7 +97,11 @@ def _reply_bytes(config: Config, card: ModelCard) -> int | None:
         declared = (OutputSpec("logits", config.payload.logits.dtype, ("seq", card.vocab_size)),)
     if not declared:
         return None
-    slot = offer.slot_bytes(declared, config.ring.max_tokens, config.ring.max_batch)
+    return _bytes_of(declared, config)
+
+
+def _bytes_of(outputs: tuple[OutputSpec, ...], config: Config) -> int:
+    slot = offer.slot_bytes(outputs, config.ring.max_tokens, config.ring.max_batch)
     return layout.reply_bytes(config.ring.depth, slot)
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from shmbridge.config import TeacherConfig
+from shmbridge.config import TeacherConfig, is_builder
 from shmbridge.errors import ConfigError
 
-_BUILDER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _WEIGHTS = (".safetensors", ".bin")
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -30,11 +28,6 @@ class ModelCard(NamedTuple):
 
     vocab_size: int | None = None
     weight_bytes: int | None = None
-
-
-def is_builder(model: str) -> bool:
-    """Whether `model` is `module:build`, a teacher of one's own."""
-    return _BUILDER.fullmatch(model) is not None
 
 
 def read(teacher: TeacherConfig) -> ModelCard:

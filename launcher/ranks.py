@@ -35,15 +35,22 @@ class Ranks:
         assert self._owner
         return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in range(self.count))
 
+    @property
+    def none_failed(self) -> bool:
+        """No rank has written a failure, not even one that follows from another's."""
+        assert self._owner
+        return not any(lane.records[0].failure for lane in self._owner.lanes)
+
     def watch(self) -> list[int]:
         """File descriptors that become readable when a rank ends; takes note of the ranks that have."""
         for rank in range(self.count):
             who = self.identity(rank)
             if who and rank not in self._watched and rank not in self.ended_ns:
-                try:
-                    self._watched[rank] = os.pidfd_open(who.pid)
-                except ProcessLookupError:
+                fd = _open(who)
+                if fd is None:
                     self.ended_ns[rank] = time.monotonic_ns()
+                else:
+                    self._watched[rank] = fd
         return list(self._watched.values())
 
     def note_ended(self, ready: set[int]) -> None:
@@ -53,12 +60,11 @@ class Ranks:
                 self.ended_ns[rank] = time.monotonic_ns()
                 os.close(self._watched.pop(rank))
 
-    def forward(self, number: signal.Signals, training: Job) -> str:
+    def forward(self, number: signal.Signals, training: Job | None) -> str:
         """Send a user's signal to each rank that handles it, past torchrun. Says what was done."""
         sent, spared = [], []
-        for rank, pid in sorted(self._pids(training).items()):
-            who = identity(pid)
-            if who and signals.handles(pid, number) and _send(who, number):
+        for rank, who in sorted(self._processes(training).items()):
+            if signals.handles(who.pid, number) and _send(who, number):
                 sent.append(str(rank))
             else:
                 spared.append(str(rank))
@@ -67,17 +73,18 @@ class Ranks:
         rest = f"; not to {', '.join(spared)}, without a handler" if spared else ""
         return f"{number.name} was sent to rank {', '.join(sent)}{rest}"
 
-    def _pids(self, training: Job) -> dict[int, int]:
-        """Pids by rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
-        found: dict[int, int] = {}
-        for pid in training.children()[1:]:  # after torchrun itself; parents come first, so ranks before their workers
-            rank = _local_rank(pid)
-            if rank is not None:
-                found.setdefault(rank, pid)
+    def _processes(self, training: Job | None) -> dict[int, Identity]:
+        """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
+        found: dict[int, Identity] = {}
+        below = training.children() if training else []
+        for pid in below[1:]:  # after torchrun itself; parents come first, so ranks before their workers
+            who, rank = identity(pid), _local_rank(pid)
+            if who and rank is not None:
+                found.setdefault(rank, who)
         for rank in range(self.count):
             who = self.identity(rank)
             if who:
-                found[rank] = who.pid
+                found[rank] = who
         return found
 
     def close(self) -> None:
@@ -86,14 +93,23 @@ class Ranks:
         self._watched = {}
 
 
-def _send(who: Identity, number: int) -> bool:
+def _open(who: Identity) -> int | None:
+    """A pidfd of the process itself; None where it has ended, and also where its pid is another process by now."""
     try:
         fd = os.pidfd_open(who.pid)
     except ProcessLookupError:
+        return None
+    if identity(who.pid) == who:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _send(who: Identity, number: int) -> bool:
+    fd = _open(who)
+    if fd is None:
         return False
     try:
-        if identity(who.pid) != who:
-            return False
         signal.pidfd_send_signal(fd, number)
     except ProcessLookupError:
         return False

@@ -18,20 +18,32 @@ from shmbridge.errors import ConfigError, SessionInUse
 
 
 def directory() -> Path:
-    """$XDG_RUNTIME_DIR/shmbridge, or /tmp/shmbridge-UID; made if needed.
+    """$XDG_RUNTIME_DIR/shmbridge where that is this user's, else /tmp/shmbridge-UID; made if needed.
 
     Raises:
-        ConfigError: it belongs to somebody else, or others may write to it.
+        ConfigError: it cannot be made, belongs to somebody else, or others may write to it.
     """
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    path = Path(runtime) / "shmbridge" if runtime and Path(runtime).is_dir() else Path(f"/tmp/shmbridge-{os.geteuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    path = Path(runtime) / "shmbridge" if _is_mine(runtime) else Path(f"/tmp/shmbridge-{os.geteuid()}")
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise ConfigError(f"the directory of session names cannot be made: {path}: {error.strerror}.") from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ConfigError(
             f"{path} must be a directory of uid {os.geteuid()} with mode 0700; remove it and start again."
         )
     return path
+
+
+def _is_mine(runtime: str) -> bool:
+    """After `su` or `sudo -E` the variable still names the directory of the user before."""
+    try:
+        status = os.stat(runtime)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and os.access(runtime, os.W_OK | os.X_OK)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher import cgroup
-from launcher.cause import TORCHRUN, TRAINER, Cause, describe_exit
+from launcher.cause import TORCHRUN, TRAINER, Cause
 from launcher.console import LAUNCHER
 from launcher.job import Exit
 from launcher.logs import Logs
@@ -25,9 +24,11 @@ class Report(msgspec.Struct, frozen=True):
     elapsed_s: float  # of the run
     exit_code: int
     memory: str  # about a death that may have been for want of memory, else empty
-    log: list[str]  # the last lines of its log, or the last traceback in it
+    log_of: str  # whose log tells most: its own, or torchrun's for a rank that has none here
+    log: list[str]  # the last lines of it, or the last traceback in it
     log_paths: list[str]
     action: str
+    path: str  # of this report as text
 
     def __str__(self) -> str:
         return "\n".join(part for part in (self._headline(), self._facts(), self._evidence(), self._end()) if part)
@@ -43,7 +44,7 @@ class Report(msgspec.Struct, frozen=True):
         rows = [
             ("who", f"{cause.who}, pid {cause.pid or 'unknown'}" + (f", GPU {self.gpu}" if self.gpu else "")),
             ("where", ", ".join(part for part in where if part)),
-            ("ended", describe_exit(cause.status, cause.signal) if cause.signal else f"exit code {cause.status}"),
+            ("ended", cause.reason if cause.signal else f"exit code {cause.status}"),
             ("memory", self.memory),
         ]
         return table([row for row in rows if row[1]])
@@ -54,36 +55,38 @@ class Report(msgspec.Struct, frozen=True):
             return _quoted("its traceback", cause.traceback)
         if "\n" in cause.reason:
             return _quoted("the whole reason", cause.reason)
-        return _quoted(f"the end of its log ({cause.who})", "\n".join(self.log)) if self.log else ""
+        return _quoted(f"the end of its log ({self.log_of})", "\n".join(self.log)) if self.log else ""
 
     def _end(self) -> str:
         logs = [("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths)]
-        return "\n" + table([("next", self.action), *logs])
+        return "\n" + table([("next", self.action), *logs, ("report", self.path)])
 
 
 def make(
-    cause: Cause, ended: Exit | None, plan: Plan, logs: Logs, elapsed_s: float, oom_kills_before: int | None
+    cause: Cause, ended: Exit | None, plan: Plan, logs: Logs, elapsed_s: float, oom_kills: int | None, directory: Path
 ) -> Report:
-    """The report of a cause; `ended` is the exit of the job that it happened in."""
-    paths = [str(path) for path in logs.paths(cause.who)]
+    """The report of a cause; `ended` is the exit of the job that it happened in, `oom_kills` the run's, where known."""
+    # Where train.torchrun_args has log flags of its own, what the ranks print is torchrun's output, or in files elsewhere.
+    log_of = TORCHRUN if cause.role == TRAINER and not logs.paths(cause.who) else cause.who
     return Report(
         cause=cause,
         gpu=_gpu(cause, plan),
         elapsed_s=elapsed_s,
         exit_code=cause.status,
-        memory=_memory(ended, oom_kills_before) if cause.signal == signal.SIGKILL else "",
-        log=[] if cause.traceback else logs.last_lines(cause.who),
-        log_paths=paths,
-        action=_action(cause),
+        memory=_memory(ended, oom_kills) if cause.signal == signal.SIGKILL else "",
+        log_of=log_of,
+        log=[] if cause.traceback else logs.last_lines(log_of),
+        log_paths=[str(path) for path in logs.paths(log_of)],
+        action=_action(cause, oom_kills),
+        path=str(directory / "report.txt"),
     )
 
 
-def write(report: Report, directory: Path) -> Path:
-    """report.txt and report.json in the run directory. Returns the path of the first."""
-    path = directory / "report.txt"
+def write(report: Report) -> None:
+    """report.txt and report.json in the run directory."""
+    path = Path(report.path)
     path.write_text(f"{report}\n")
-    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
-    return path
+    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
 
 
 def _for(elapsed_s: float | None) -> str:
@@ -102,22 +105,20 @@ def _gpu(cause: Cause, plan: Plan) -> str:
     return ""
 
 
-def _memory(ended: Exit | None, oom_kills_before: int | None) -> str:
+def _memory(ended: Exit | None, oom_kills: int | None) -> str:
     """What the kernel counted, and how large the job had grown."""
-    now = cgroup.oom_kills()
-    if now is None or oom_kills_before is None:
-        counted = "the cgroup's oom_kill counter is not readable"
-    else:
-        counted = f"the cgroup's oom_kill counter rose by {now - oom_kills_before}"
+    counted = "the cgroup's oom_kill counter " + ("is not readable" if oom_kills is None else f"rose by {oom_kills}")
     peak = f"; the largest process of the job had {size(ended.peak_rss)} (peak RSS)" if ended else ""
     return counted + peak
 
 
-def _action(cause: Cause) -> str:
+def _action(cause: Cause, oom_kills: int | None) -> str:
     if cause.role == LAUNCHER:
         return "See above; the logs of both jobs are in the run directory."
     if cause.signal == signal.SIGKILL and cause.role == TORCHRUN:
         return "Find out who killed torchrun; training ended with it."
+    if cause.signal == signal.SIGKILL and oom_kills == 0:
+        return "Find out who or what sent SIGKILL (a user, the batch system): the kernel's out-of-memory killer counted nothing."
     if cause.signal == signal.SIGKILL:
         return "See `dmesg` for the kernel's reason; use less memory, or raise the limit."
     if cause.signal:

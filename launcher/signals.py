@@ -33,6 +33,12 @@ class Signals:
     def _take(self, number: int, _: FrameType | None) -> None:
         self._taken.append(signal.Signals(number))
 
+    def __enter__(self) -> Signals:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         signal.set_wakeup_fd(self._wake_before)
         for number, handler in self._before.items():

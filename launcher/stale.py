@@ -9,13 +9,14 @@ from shmbridge import owner
 
 
 def reclaim() -> Iterator[tuple[str, int]]:
-    """(session id, number of objects) of each dead session of this user, once it has been removed."""
+    """(session id, number of objects) of each dead session of this user, once they have been removed."""
     for session_id, names in owner.objects().items():
         if not _is_mine(names):
             continue
         with owner.lock_if_dead(session_id) as dead:
-            if dead:
-                yield session_id, owner.unlink_session(session_id)
+            count = owner.unlink_session(session_id) if dead else 0
+        if count:  # none where its owner was just removing it
+            yield session_id, count
 
 
 def _is_mine(names: list[str]) -> bool:

@@ -1,11 +1,11 @@
 """Order, readiness, first failure wins, teardown.
 
-The two jobs start together. The loop sleeps on their pidfds, the ranks' and the signals', 0.1 s at most, and then looks
+The two jobs start together. The loop sleeps on their pidfds, the ranks' and the signals', 0.5 s at most, and then looks
 at everything again. A run ends in one of three ways, and whichever comes first decides the exit code:
 
     training ends with 0      the teacher is told, drains and ends by itself
     something fails           the cause goes on the board, so that everyone stops with it; then the jobs are ended
-    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended
+    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended; once the teacher has, so do all waits for it
 
 Ending a job is SIGTERM, then one grace (timeouts.shutdown_s) for all, then SIGKILL.
 """
@@ -21,8 +21,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher import cause, cgroup, job, report
+from launcher import cause, cgroup, job, machine, memory, report
 from launcher.cause import Cause
+from launcher.codes import REFUSED
 from launcher.console import LAUNCHER, Console
 from launcher.job import Job
 from launcher.logs import Logs
@@ -37,9 +38,10 @@ from shmbridge.layout import ControlWord
 from shmbridge.offer import Offer
 from shmbridge.owner import Owner
 
-_TICK_MS = 100
+# How long the loop sleeps: short while log lines come, twice as long each time that nothing did.
+_TICK_MS, _LONGEST_TICK_MS, _LONGEST_BUSY_TICK_MS = 50, 500, 100
 _CLEAR_S = 5.0
-_REFUSED = 2
+_SHOW_S = 5.0
 
 
 class Ending(enum.Enum):
@@ -61,18 +63,25 @@ class Supervisor:
         owner: Owner | None,
         run: Path,
         console: Console,
+        signals: Signals,
     ) -> None:
+        """`signals` outlives the run, and `owner`: what it takes from before the start on is acted on here."""
         self._plan = plan
         self._specs = specs
         self._base = base
         self._owner = owner
         self._run = run
         self._console = console
+        self._signals = signals
+        self._tick_ms = _TICK_MS
         self._grace_s = plan.config.timeouts.shutdown_s
         self._logs = Logs(console, run / "train", plan.ranks)
         self._ranks = Ranks(owner, plan.ranks)
         self._record = run / "train" / "failures.json"
-        self._oom_kills = cgroup.oom_kills()
+        self._oom_kills_before = cgroup.oom_kills()
+        self._served = False  # the ranks need the teacher no more
+        self._told_stop = False
+        self._warned = False
         self._jobs: dict[str, Job] = {}
         self._ending: Ending | None = None
         self._cause: Cause | None = None
@@ -82,10 +91,11 @@ class Supervisor:
     def run(self) -> int:
         """Run to the end; the launcher's exit code."""
         self._started = time.monotonic()
-        self._signals = Signals()
         job.adopt_orphans()
         try:
-            self._start()
+            self._take_signals()
+            if self._ending is None:
+                self._start()
             while any(running.alive for running in self._jobs.values()) and not self._teardown.stuck:
                 self._tick()
             self._logs.finish()
@@ -93,8 +103,7 @@ class Supervisor:
         finally:
             self._clear()
             self._ranks.close()
-            self._signals.close()
-            self._console.flush()
+            self._console.flush(_SHOW_S)
 
     def _start(self) -> None:
         for spec in self._specs:
@@ -105,20 +114,30 @@ class Supervisor:
 
     def _tick(self) -> None:
         self._sleep()
-        for number in self._signals.take():
-            self._on_signal(number)
+        self._take_signals()
         for running in [running for running in self._jobs.values() if running.alive]:
             ended = running.poll()
             if ended and ended.signal:
                 job.sweep(self._jobs.values())
         job.reap(self._jobs.values())
-        self._logs.pump()
+        shown = self._logs.pump()
         if self._owner and self._ending is None:
             self._agree(self._owner)
             self._progress.show()
+        if self._owner and self._ending in (None, Ending.DONE):
+            self._tolerate_late_crash()
         if self._ending is None:
             self._look()
+        elif self._owner and self._ending is Ending.STOPPED:
+            self._stop_waits(self._owner)
         self._teardown.advance()
+        self._tick_ms = _TICK_MS if shown else min(2 * self._tick_ms, self._longest_tick_ms)
+
+    @property
+    def _longest_tick_ms(self) -> int:
+        """Nothing but a sleep's end tells of a teacher's offer or a due SIGKILL; all else wakes the loop or can wait."""
+        quiet = self._ending is None and (self._owner is None or self._progress.ready)
+        return _LONGEST_TICK_MS if quiet and not self._console.behind else _LONGEST_BUSY_TICK_MS
 
     def _sleep(self) -> None:
         poll = select.poll()
@@ -126,7 +145,7 @@ class Supervisor:
             poll.register(fd, select.POLLIN)
         for fd in self._ranks.watch():
             poll.register(fd, select.POLLIN)
-        self._ranks.note_ended({fd for fd, _ in poll.poll(_TICK_MS)})
+        self._ranks.note_ended({fd for fd, _ in poll.poll(self._tick_ms)})
 
     def _agree(self, owner: Owner) -> None:
         """Create the reply memory once the teacher has said what it returns."""
@@ -134,9 +153,11 @@ class Supervisor:
         if offered is None or owner.control.words[ControlWord.REPLIES_READY] == owner.generation:
             return
         try:
-            nbytes = owner.create_replies(Offer.decode(offered))
+            agreed = Offer.decode(offered)
+            memory.check_replies(self._plan.config, self._plan.ranks, agreed.outputs, machine.look(with_gpus=False))
+            nbytes = owner.create_replies(agreed)
         except ShmbridgeError as error:
-            self._fail(self._of_launcher(str(error), _REFUSED))
+            self._fail(self._of_launcher(str(error), REFUSED))
         else:
             self._console.say(f"reply memory: {size(nbytes)} in /dev/shm")
 
@@ -144,14 +165,32 @@ class Supervisor:
 
     def _look(self) -> None:
         """End the run where something failed, or training has finished."""
-        found = cause.find(list(self._jobs.values()), self._owner, self._record, self._ranks.ended_ns)
+        found = self._find()
         teacher, training = self._jobs.get(TEACHER), self._jobs[TRAIN]
         if found:
             self._fail(found)
-        elif training.exit:
+        elif training.exit and not training.exit.failed:
             self._finish()
         elif teacher and teacher.exit and not self._ranks.all_finished:
             self._fail(self._of_launcher("the teacher ended although ranks were still to be served", 1))
+
+    def _find(self) -> Cause | None:
+        jobs = list(self._jobs.values())
+        return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, self._oom_kills, self._served)
+
+    @property
+    def _oom_kills(self) -> int | None:
+        return cgroup.oom_kills_since(self._oom_kills_before)
+
+    def _tolerate_late_crash(self) -> None:
+        """A teacher that crashes in its exit, with every rank done, takes nothing from the training."""
+        training, teacher = self._jobs[TRAIN].exit, self._jobs[TEACHER]
+        done = self._ranks.all_finished or (training is not None and not training.failed)
+        self._served = self._served or (done and self._ranks.none_failed)
+        if self._served and teacher.exit and teacher.died and not self._warned:
+            self._warned = True
+            late = cause.of_exit(teacher, teacher.exit, self._oom_kills)
+            self._console.say(f"warning: {late.sentence} after the ranks had finished with it; see {teacher.spec.log}")
 
     def _finish(self) -> None:
         self._ending = Ending.DONE
@@ -171,9 +210,13 @@ class Supervisor:
         if not of_teacher:
             self._teardown.terminate(TEACHER)
 
+    def _take_signals(self) -> None:
+        for number in self._signals.take():
+            self._on_signal(number)
+
     def _on_signal(self, number: signal.Signals) -> None:
         if number in USER:
-            self._console.say(self._ranks.forward(number, self._jobs[TRAIN]))
+            self._console.say(self._ranks.forward(number, self._jobs.get(TRAIN)))
         elif self._ending in (None, Ending.DONE):
             self._ending = Ending.STOPPED
             self._stopped_by = number
@@ -181,6 +224,16 @@ class Supervisor:
             self._teardown.begin(after_s=0.0)
         elif number == signal.SIGINT:
             self._teardown.kill()
+
+    def _stop_waits(self, owner: Owner) -> None:
+        """Once the teacher has ended, end the waits of ranks that handle SIGTERM themselves.
+
+        Not before: it drains, so that a rank whose handler only took note can finish its step and save.
+        """
+        if not self._told_stop and not self._jobs[TEACHER].alive:
+            self._told_stop = True
+            assert self._stopped_by is not None
+            owner.fail(self._of_launcher(f"stopped by {self._stopped_by.name}", 128 + self._stopped_by).as_failure())
 
     # Ending
 
@@ -212,20 +265,21 @@ class Supervisor:
 
     def _report(self, found: Cause, elapsed_s: float) -> int:
         ended = self._jobs.get(TEACHER if found.role == TEACHER else TRAIN)
-        made = report.make(found, ended.exit if ended else None, self._plan, self._logs, elapsed_s, self._oom_kills)
-        path = report.write(made, self._run)
-        self._console.flush()
+        made = report.make(
+            found, ended.exit if ended else None, self._plan, self._logs, elapsed_s, self._oom_kills, self._run
+        )
+        report.write(made)
+        self._console.flush(_SHOW_S)
         errors = Console(sys.stderr)
-        errors.write(f"{made}\n  report  {path}\n")
-        errors.flush()
+        errors.write(f"{made}\n")
+        errors.flush(_SHOW_S)
         return made.exit_code
 
     def _root_cause(self) -> Cause | None:
         """With everything ended, torchrun's record and the exit codes are there; they may name an earlier failure."""
         if self._cause and self._cause.role == LAUNCHER:
             return self._cause
-        found = cause.find(list(self._jobs.values()), self._owner, self._record, self._ranks.ended_ns)
-        return found or self._cause
+        return self._find() or self._cause
 
     def _of_launcher(self, reason: str, status: int) -> Cause:
         return Cause(LAUNCHER, 0, os.getpid(), reason, status, time.monotonic_ns())

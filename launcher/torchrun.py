@@ -77,5 +77,8 @@ def _logs_itself(args: Sequence[str]) -> bool:
 
 
 def _means(name: str, flag: str) -> bool:
-    """Whether argparse would take `name` for `flag`: in full, with underscores, or shortened."""
-    return name.startswith("--") and len(name) > 4 and flag.startswith(name.replace("_", "-"))
+    """Whether argparse would take `name` for `flag`: in full, with underscores, or shortened.
+
+    A shortening that means several flags counts too; torchrun refuses it anyway.
+    """
+    return name.startswith("--") and len(name) > 2 and flag.startswith(name.replace("_", "-"))

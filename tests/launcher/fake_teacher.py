@@ -32,10 +32,19 @@ def serve(session: TeacherSession, mode: str) -> None:
     session.wait(lambda: True if session.training_done or closed(session) else None, None)
     if mode == "lingering":
         time.sleep(600)
+    if mode == "crashes late":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if mode == "raises late":
+        raise RuntimeError("CUDA error: driver shutting down")
 
 
 def closed(session: TeacherSession) -> bool:
     return all(lane.ring.closed for lane in session.lanes)
+
+
+def drain(session: TeacherSession) -> None:
+    session.record.enter(Phase.CLOSED)
+    os._exit(0)
 
 
 def main(mode: str) -> int:
@@ -44,6 +53,8 @@ def main(mode: str) -> int:
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]))
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda *_: drain(session))
     try:
         serve(session, mode)
     except PeerLost as error:

@@ -31,6 +31,8 @@ def torchrun(mode: str, record: Path) -> int:
     ]
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif mode == "notes":  # as torchrun: SIGTERM goes on to the ranks, which have time
+        signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     while any(rank.poll() is None for rank in ranks):
@@ -48,6 +50,7 @@ def fail(record: Path, ranks: list[subprocess.Popen[bytes]], number: int) -> int
     for rank in ranks:
         rank.wait()
     first = {"rank": number, "local_rank": number, "pid": ranks[number].pid, "exitcode": code}
+    record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({"first": first | {"traceback": "", "timestamp": int(time.time())}}))
     return code if code >= 0 else 128 - code
 
@@ -55,6 +58,8 @@ def fail(record: Path, ranks: list[subprocess.Popen[bytes]], number: int) -> int
 def train(mode: str, rank: int) -> None:
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "notes":
+        signal.signal(signal.SIGTERM, lambda *_: print(f"rank {rank} takes note", flush=True))
     if mode == "usr1" and rank == 0:
         signal.signal(signal.SIGUSR1, lambda *_: print("rank 0 saved", flush=True))
     if mode == "workers":
@@ -80,7 +85,10 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
     if mode not in ("ok", "late"):
         try:
             session.wait(lambda: None, time.monotonic() + 120)
-        except PeerLost:
+        except PeerLost as error:
+            if mode == "notes":
+                print(f"rank {rank} saves: {error}", flush=True)
+                return
             if mode != "stubborn":
                 raise
             time.sleep(600)

@@ -11,7 +11,7 @@ import pytest
 
 from launcher import cli
 from shmbridge import owner
-from tests.launcher.running import launch, until
+from tests.launcher.running import launch, launched, until
 
 TEACHER = """
 import time, torch
@@ -131,7 +131,7 @@ def test_a_run(directory):
     ("mode", "code", "message"),
     [
         ("exit7", 7, "rank 1 exited with code 7"),
-        ("killed", 137, "rank 1 was killed by SIGKILL, likely out of memory"),
+        ("killed", 137, "rank 1 was killed by SIGKILL"),
         ("raise", 1, "rank 1 failed: RuntimeError: boom"),
     ],
 )
@@ -139,6 +139,51 @@ def test_how_a_rank_ends_is_told_past_torchrun(directory, mode, code, message):
     with launch(directory, *flags(), "--", "train.py", mode) as run:
         assert run.wait() == code
         assert f": {message}" in run.text
+
+
+def test_log_flags_of_the_users_own_hide_neither_the_ranks_nor_their_failure(directory):
+    with launch(directory, *flags("--torchrun", "--tee 3"), "--", "train.py", "exit7") as run:
+        assert run.wait() == 7
+        assert ": rank 1 exited with code 7" in run.text
+        assert "[torchrun] [default0]:rank 0 has a reply: True" in run.text
+        report = run.text[run.text.index("The run failed") :]
+        assert "the end of its log (torchrun)" in report
+        assert "has a reply: True" in report
+        assert "torchrun.log" in report
+
+
+SIGNALLED = """
+import os, signal, sys
+from launcher import cli
+from shmbridge.owner import Owner
+moment = getattr(Owner, sys.argv[1])
+def signalled(self):
+    result = moment(self)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return result
+def before(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return moment(self)
+setattr(Owner, sys.argv[1], before if sys.argv[1] == "close" else signalled)
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("moment", "code"), [("start_generation", 143), ("close", 0)])
+def test_a_signal_while_the_session_is_made_or_removed_leaves_nothing(directory, moment, code):
+    before = set(owner.objects())
+    command = [sys.executable, "-c", SIGNALLED, moment, *flags(), "--", "train.py", "ok"]
+    with launched(command, directory) as run:
+        assert run.wait() == code
+        assert ("has a reply" in run.text) == (code == 0)
+    assert run.session is None or run.session not in owner.objects()
+    assert not {session for session in set(owner.objects()) - before if _is_dead(session)}
+
+
+def _is_dead(session: str) -> bool:
+    """Other tests' sessions live meanwhile."""
+    with owner.lock_if_dead(session) as dead:
+        return dead
 
 
 def test_without_a_teacher_the_same_script_runs(directory):

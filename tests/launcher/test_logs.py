@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -80,6 +82,79 @@ def test_a_traceback_is_kept_though_a_chatty_log_follows(tmp_path, prefix):
     assert logs.last_lines("teacher") == [line.decode() for line in lines]
 
 
+def test_a_traceback_of_a_tee_is_kept_whole(tmp_path):
+    logs, path, _ = follow(tmp_path)
+    lines = [b"Traceback (most recent call last):", b'  File "x.py", line 1', b"ValueError: boom"]
+    append(path, b"".join(b"[default1]:[rank1]: " + line + b"\n" for line in lines))
+    logs.pump()
+    assert logs.last_lines("teacher") == [line.decode() for line in lines]
+
+
+def test_a_traceback_after_a_line_longer_than_a_read_is_kept(tmp_path):
+    logs, path, _ = follow(tmp_path)
+    append(path, b"x" * (5 * 2**19) + b"\nTraceback (most recent call last):\n  f\nValueError: the cause\n")
+    logs.finish()
+    assert logs.last_lines("teacher") == ["Traceback (most recent call last):", "  f", "ValueError: the cause"]
+
+
+def pipe() -> tuple[int, TextIO]:
+    """A pipe whose writing end does not block, as a terminal is that a Node.js program has set up."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    os.set_blocking(read, False)
+    return read, open(write, "w")
+
+
+def drain(read: int) -> bytes:
+    found = b""
+    while True:
+        try:
+            found += os.read(read, 2**20)
+        except BlockingIOError:
+            return found
+
+
+def test_a_stream_that_takes_nothing_now_gets_it_later():
+    read, stream = pipe()
+    console = Console(stream)
+    lines = [f"{i:99}" for i in range(5000)]
+    for line in lines:
+        console.write(line + "\n")
+        console.flush()
+    assert console.behind
+    found = b""
+    while console.behind:
+        found += drain(read)
+        console.flush()
+    assert (found + drain(read)).decode().splitlines() == lines
+    os.close(read)
+    stream.close()
+
+
+def test_a_stream_that_nobody_reads_takes_bounded_memory_and_is_told():
+    read, stream = pipe()
+    console = Console(stream)
+    for _ in range(12):
+        console.write("x" * 2**20 + "\n")
+    found = b""
+    while console.behind:
+        found += drain(read)
+        console.flush()
+    assert b"bytes are not shown here" in (found + drain(read)).splitlines()[-1]
+    os.close(read)
+    stream.close()
+
+
+def test_a_stream_whose_reader_has_gone_ends_nothing():
+    read, stream = pipe()
+    os.close(read)
+    console = Console(stream)
+    console.say("x")
+    console.say("y")
+    assert not console.behind
+    stream.close()
+
+
 def test_ranks_are_found_as_torchrun_makes_their_files(tmp_path):
     logs, _, stream = follow(tmp_path, ranks=2)
     logs.pump()
@@ -95,9 +170,13 @@ def test_ranks_are_found_as_torchrun_makes_their_files(tmp_path):
 def test_colours_are_for_terminals_that_want_them(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = Terminal()
-    Console(coloured).line("rank 1", "x")
+    colours = Console(coloured)
+    colours.line("rank 1", "x")
+    colours.flush()
     assert coloured.getvalue() == "\033[32m[rank 1]  \033[0m x\n"
     monkeypatch.setenv("NO_COLOR", "1")
     plain = Terminal()
-    Console(plain).line("rank 1", "x")
+    without = Console(plain)
+    without.line("rank 1", "x")
+    without.flush()
     assert plain.getvalue() == "[rank 1]   x\n"

@@ -17,6 +17,7 @@ from launcher.text import seconds, size
 from shmbridge import config, layout
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
+from shmbridge.offer import OutputSpec
 
 GIB = 2**30
 MACHINE = Machine(cores=8, shm_free=8 * GIB, ram_free=64 * GIB)
@@ -141,6 +142,32 @@ def test_weights_that_do_not_fit_the_gpu_are_refused():
     gpu = Gpu(7, "7", 80 * GIB, 79 * GIB)
     with pytest.raises(PlanError, match=r"of GPU 7"):
         plan(ModelCard(None, 100 * GIB), gpus=(gpu,)).check()
+
+
+def test_of_several_gpus_the_first_holds_the_model():
+    """teacher_job puts it whole on cuda:0."""
+    two = (Gpu(6, "6", 80 * GIB, 79 * GIB), Gpu(7, "7", 80 * GIB, 79 * GIB))
+    with pytest.raises(PlanError, match=r"needs 100 GiB of GPU 6, and 79.0 GiB are free") as caught:
+        plan(ModelCard(None, 100 * GIB), gpus=two).check()
+    assert "ore GPUs" not in str(caught.value)
+    assert "teacher.dtype=bfloat16" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        (MACHINE._replace(shm_free=GIB), "needs 1.2 GiB of /dev/shm, and 1.0 GiB are free"),
+        (MACHINE._replace(ram_free=GIB), "needs 1.2 GiB of RAM, and 1.0 GiB are free"),
+    ],
+)
+def test_replies_known_only_after_loading_are_checked_too(machine, message):
+    """Row 18: what fits /dev/shm may still wake the out-of-memory killer."""
+    outputs = (OutputSpec("logits", "bfloat16", ("seq", 20_000)),)
+    settings = config.load(overrides=["ring.max_tokens=8192"])
+    memory.check_replies(settings, 2, outputs, MACHINE)
+    with pytest.raises(PlanError, match=message) as caught:
+        memory.check_replies(settings, 2, outputs, machine)
+    assert "Lower ring.max_tokens (now 8192)" in str(caught.value)
 
 
 @pytest.mark.parametrize(

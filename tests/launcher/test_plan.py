@@ -68,6 +68,11 @@ def test_gpus_are_counted_within_cuda_visible_devices(visible, names):
     assert [gpu.number for gpu in found] == list(range(len(names)))
 
 
+def test_mig_slices_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"names MIG-1f2e: MIG slices are not supported; give whole GPUs"):
+        gpus.select_visible(TABLE, "MIG-1f2e")
+
+
 def test_gpus_are_named_as_slurm_named_them():
     found = gpus.select_visible(TABLE, "GPU-bbb,0")
     assert gpus.assign([1], [0], found) == ("0,GPU-bbb", "GPU-bbb,0")
@@ -149,7 +154,7 @@ def test_logs_go_to_the_run_directory_unless_torchrun_was_told_otherwise():
         return shlex.join(torchrun.command(torchrun.split(args), 2, ["t.py"], Path("logs"), Path("r.json")))
 
     assert "--log-dir logs --redirects 3" in command("")
-    for own in ("--tee 3", "-t3", "-r 3", "--redirects=3", "--log_dir /x"):
+    for own in ("--tee 3", "--t 3", "-t3", "-r 3", "--redirects=3", "--log_dir /x"):
         assert "--log-dir logs" not in command(own)
 
 
@@ -161,7 +166,17 @@ def test_without_a_teacher_there_is_one_job_and_the_bridge_is_off():
 
 @pytest.mark.parametrize(
     "args",
-    ["--max-restarts 3", "--max_restarts=1", "--nnodes=2", "--nproc-per-node 4", "--nproc_per_node=4", "--nproc 4"],
+    [
+        "--max-restarts 3",
+        "--max_restarts=1",
+        "--nnodes=2",
+        "--nproc-per-node 4",
+        "--nproc_per_node=4",
+        "--nproc 4",
+        "--np 4",
+        "--nn=2",
+        "--v",
+    ],
 )
 def test_flags_that_are_the_launchers_are_refused(args):
     with pytest.raises(ConfigError, match="which shmbridge-launch refuses"):

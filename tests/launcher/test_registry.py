@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,35 @@ def test_a_directory_that_others_may_write_is_refused(runtime):
     (runtime / "shmbridge").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match="mode 0700"):
         registry.directory()
+
+
+@pytest.mark.parametrize("runtime_is", ["missing", "a file", "somebody else's"])
+def test_without_a_usable_runtime_directory_names_are_in_tmp(tmp_path, monkeypatch, runtime_is):
+    """After su or sudo -E it is the other user's."""
+    path = tmp_path / "runtime"
+    if runtime_is == "a file":
+        path.touch()
+    if runtime_is == "somebody else's":
+        if os.geteuid() == 0:
+            path.mkdir()
+            os.chown(path, 65534, 65534)
+        else:
+            path = Path("/usr")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(path))
+    assert registry.directory() == Path(f"/tmp/shmbridge-{os.geteuid()}")
+
+
+def test_a_directory_that_cannot_be_made_is_a_message(runtime):
+    (runtime / "shmbridge").touch()
+    with pytest.raises(ConfigError, match="shmbridge"):
+        registry.directory()
+
+
+def test_a_session_that_its_owner_removes_meanwhile_is_not_told(monkeypatch):
+    dying = "ab" * 16
+    listing = {dying: []}
+    monkeypatch.setattr(owner, "objects", lambda session_id=None: {} if session_id else listing)
+    assert list(stale.reclaim()) == []
 
 
 def test_dead_sessions_are_reclaimed_and_live_ones_are_not():

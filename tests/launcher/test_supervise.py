@@ -48,13 +48,33 @@ def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
         assert json.loads((tmp_path / "run" / "report.json").read_text())["cause"]["phase"] == "loading"
 
 
-def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path):
+@pytest.mark.parametrize(("oom_kills", "counted"), [("1", "rose by 1"), ("unreadable", "is not readable")])
+def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path, oom_kills, counted):
     """Row 2."""
-    with supervised(tmp_path, teacher="killed", training="wait") as run:
+    with supervised(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS=oom_kills) as run:
         assert run.wait() == 137
         assert "teacher was killed by SIGKILL, likely out of memory" in run.text
-        assert "oom_kill counter" in run.text
+        assert f"oom_kill counter {counted}" in run.text
         assert "(peak RSS)" in run.text
+        assert "dmesg" in run.text
+
+
+def test_a_sigkill_that_the_kernel_did_not_count_is_not_put_down_to_memory(tmp_path):
+    with supervised(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS="0") as run:
+        assert run.wait() == 137
+        assert "teacher was killed by SIGKILL\n" in run.text
+        assert "likely" not in run.text
+        assert "oom_kill counter rose by 0" in run.text
+        assert "the kernel's out-of-memory killer counted nothing" in run.text
+
+
+def test_the_end_of_the_report_is_one_table(tmp_path):
+    with supervised(tmp_path, training="exit7") as run:
+        run.wait()
+        end = (tmp_path / "run" / "report.txt").read_text().rstrip().split("\n\n")[-1].splitlines()
+        assert [line.split()[0] for line in end] == ["next", "log", "report"]
+        assert {line[:10] for line in end} == {"  next    ", "  log     ", "  report  "}
+        assert end[-1].endswith("run/report.txt")
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path):
@@ -91,6 +111,36 @@ def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_pa
         assert "TeacherDied" in (tmp_path / "run" / "torchrun.log").read_text()
 
 
+def test_the_teacher_is_the_cause_though_its_end_is_seen_after_what_the_ranks_say(tmp_path):
+    """Row 7, with a shim that tells late: the ranks' TeacherDied alone decides only for want of anything better."""
+    with supervised(tmp_path, training="wait") as run:
+        run.says("up", times=3)
+        teacher = first_below_shim(run, "fake_teacher.py")
+        os.kill(parent(teacher), signal.SIGSTOP)
+        os.kill(teacher, signal.SIGKILL)
+        run.says("stopping")
+        assert "teacher was killed" not in run.text
+        os.kill(parent(teacher), signal.SIGCONT)
+        assert run.wait() == 137
+        assert "The run failed" in run.text
+        assert ": teacher was killed by SIGKILL" in run.text
+
+
+@pytest.mark.parametrize("how", ["crashes late", "raises late"])
+def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_training(tmp_path, how):
+    """Row 22: as in CUDA's teardown, while rank 1 writes its last checkpoint."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with supervised(tmp_path, teacher=how, training="late", FAKE_GATE=str(gate)) as run:
+        run.says("after the ranks had finished with it")
+        assert "[launcher] warning: teacher" in run.text
+        assert run.process.poll() is None
+        gate.write_bytes(b"")
+        assert run.wait() == 0
+        assert run.text.count("warning") == 1
+        assert "The run failed" not in run.text
+
+
 def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
     """Row 12."""
     with supervised(tmp_path, training="workers") as run:
@@ -125,6 +175,20 @@ def test_a_signal_stops_both_jobs(tmp_path, number, code):
         assert run.wait() == code
         assert f"stopped by {number.name}" in run.text
         assert "SIGKILL" not in run.text
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_rank_that_handles_sigterm_gets_its_grace_and_is_told_why_no_reply_comes(tmp_path, number, code):
+    with supervised(tmp_path, training="notes", grace_s=60) as run:
+        run.says("up", times=3)
+        run.signal(number)
+        assert run.wait() == code
+        for rank in (0, 1):
+            assert f"rank {rank} takes note" in run.text
+            assert f"rank {rank} saves: launcher 0" in run.text
+        assert run.text.count(f": stopped by {number.name}") == 2
+        assert "The run failed" not in run.text
+        assert not (tmp_path / "run" / "report.txt").exists()
 
 
 def test_a_job_that_ignores_sigterm_is_killed_after_one_grace(tmp_path):
@@ -179,7 +243,8 @@ def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path):
     """Row 18, for a size that only the loaded teacher can tell."""
     with supervised(tmp_path, teacher="huge", training="wait") as run:
         assert run.wait() == 2
-        assert "/dev/shm has" in run.text
+        assert "of /dev/shm, and" in run.text
+        assert "Lower ring.max_tokens (now 64)" in run.text
 
 
 def first_below_shim(run, script: str) -> int:

@@ -1,0 +1,49 @@
+"""The launcher starts fast and survives its jobs: no module of it loads what computes."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import launcher
+
+HOUSE = Path(launcher.__file__).parent
+MODULES = sorted(f"launcher.{file.stem}" for file in HOUSE.glob("*.py") if not file.stem.startswith("__"))
+HEAVY = ("torch", "numpy", "transformers", "safetensors", "accelerate", "gguf", "huggingface_hub", "rich")
+TORCH_FREE = {
+    *("errors", "layout", "config", "offer", "segment", "peer", "board", "doorbell", "ring", "session", "owner"),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_loads_nothing_heavy(module):
+    code = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_the_torch_free_half_alone(module):
+    source = (HOUSE / f"{module.rpartition('.')[2]}.py").read_text()
+    names = set(imported(ast.parse(source)))
+    of_shmbridge = {name.split(".")[1] for name in names if name.startswith("shmbridge.")}
+    assert "shmbridge" not in names
+    assert of_shmbridge <= TORCH_FREE
+    if module != "launcher.elastic":  # runs in the training job's own process
+        assert not {name.split(".")[0] for name in names} & {"torch", "numpy", "transformers"}
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """`package.module` of every import, wherever it stands; of `from shmbridge import x` both parts."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0
+            joined = node.module == "shmbridge"
+            yield from (f"shmbridge.{alias.name}" for alias in node.names) if joined else [node.module]

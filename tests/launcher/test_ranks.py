@@ -1,0 +1,61 @@
+"""Ranks seen from outside: a process is its pid and its start time."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.ranks import Ranks
+from shmbridge import config
+from shmbridge.layout import RecordWord
+from shmbridge.owner import Owner
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """Of one rank, which is this process."""
+    with Owner(config.load(overrides=["ring.max_tokens=64"]), lanes=1) as owner:
+        owner.start_generation()
+        owner.lanes[0].records[0].sign_in()
+        watched = Ranks(owner, 1)
+        yield watched
+        watched.close()
+
+
+@pytest.fixture
+def taken() -> Iterator[list[int]]:
+    """SIGUSR1s that this process got."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: found.append(number))
+    yield found
+    signal.signal(signal.SIGUSR1, before)
+
+
+def make_stranger(ranks: Ranks) -> None:
+    """Let the pid on the board be used again: a rank with this pid had started at another time."""
+    assert ranks._owner
+    ranks._owner.lanes[0].records[0]._words[RecordWord.START] -= 1
+
+
+def test_a_signal_is_forwarded_to_the_rank_itself(ranks, taken):
+    assert ranks.forward(signal.SIGUSR1, None) == "SIGUSR1 was sent to rank 0"
+    assert taken == [signal.SIGUSR1]
+
+
+def test_a_signal_is_not_sent_to_a_stranger_with_the_ranks_pid(ranks, taken):
+    make_stranger(ranks)
+    assert ranks.forward(signal.SIGUSR1, None) == "SIGUSR1 was sent to no rank: none has a handler for it"
+    assert taken == []
+
+
+def test_a_rank_is_watched_until_it_ends(ranks):
+    assert len(ranks.watch()) == 1
+    assert ranks.ended_ns == {}
+
+
+def test_a_stranger_is_not_watched_and_the_rank_counts_as_ended(ranks):
+    make_stranger(ranks)
+    assert ranks.watch() == []
+    assert set(ranks.ended_ns) == {0}
