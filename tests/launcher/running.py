@@ -88,6 +88,10 @@ def launched(command: Sequence[str], directory: Path, **variables: str) -> Itera
         for pid in [run.process.pid] if run.process.poll() is None else []:
             os.kill(pid, signal.SIGKILL)
         run.process.wait(PATIENCE_S)
+        if run.session:
+            with owner.lock_if_dead(run.session) as dead:  # a launcher that the test killed could not remove it
+                if dead:
+                    owner.unlink_session(run.session)
 
 
 def supervised(
