@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 STUDENT, HELD_OUT, TEACHER = "#2166ac", "#b2182b", "#4d4d4d"
+SIDE = 4  # steps averaged before and behind each
 
 
 def plot(out: Path) -> None:
@@ -32,47 +34,50 @@ def plot(out: Path) -> None:
 
 
 def draw_kl(axis: Any, metrics: list[dict[str, float]], summary: dict[str, float]) -> None:
-    draw_curve(axis, metrics, [each["kl"] for each in metrics])
+    losses = [each["kl"] for each in metrics]
+    draw_curve(axis, metrics, losses, smooth(losses))
     draw_held_out(axis, summary, "kl", "{:.2f}")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("KL(teacher ‖ student), nats per token")
+    axis.legend(frameon=False)
 
 
 def draw_perplexity(axis: Any, metrics: list[dict[str, float]], summary: dict[str, float]) -> None:
-    draw_curve(axis, metrics, [2.718281828459045 ** each["ce"] for each in metrics])
+    losses = [each["ce"] for each in metrics]
+    draw_curve(axis, metrics, *([math.exp(value) for value in values] for values in (losses, smooth(losses))))
     draw_held_out(axis, summary, "perplexity", "{:,.0f}")
-    if summary["teacher_perplexity"] is not None:
-        axis.axhline(summary["teacher_perplexity"], color=TEACHER, linestyle=":", label="teacher, held out")
+    teacher = summary["teacher_perplexity"]
+    if teacher is not None:
+        axis.axhline(teacher, color=TEACHER, linestyle=":", label=f"teacher, held-out files: {teacher:.0f}")
     axis.set_yscale("log")
     axis.set_ylabel("perplexity of the next token")
+    axis.legend(frameon=False)
 
 
-def draw_curve(axis: Any, metrics: list[dict[str, float]], values: list[float]) -> None:
+def draw_curve(axis: Any, metrics: list[dict[str, float]], values: list[float], smoothed: list[float]) -> None:
     steps = [each["step"] + 1 for each in metrics]
-    axis.plot(steps, values, color=STUDENT, alpha=0.25, linewidth=1)
-    axis.plot(steps, smooth(values), color=STUDENT, linewidth=2, label="student, training batches")
+    axis.plot(steps, values, color=STUDENT, alpha=0.3, linewidth=1, label="student, each training batch")
+    axis.plot(steps, smoothed, color=STUDENT, linewidth=2, label=f"student, mean of {2 * SIDE + 1} batches")
     axis.set_xlabel("optimizer step")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_held_out(axis: Any, summary: dict[str, float], key: str, shape: str) -> None:
-    steps, values = [0, summary["steps"]], [summary[f"{key}_before"], summary[f"{key}_after"]]
+    """The two scores, written to the right of the first marker and above the last."""
+    steps, values = (0, summary["steps"]), (summary[f"{key}_before"], summary[f"{key}_after"])
     axis.plot(steps, values, "D", color=HELD_OUT, markersize=7, zorder=3, label="student, held-out files")
-    for step, value in zip(steps, values, strict=True):
-        axis.annotate(shape.format(value), (step, value), (8, 6), textcoords="offset points", color=HELD_OUT)
-    axis.margins(x=0.08)
-    axis.legend(frameon=False)
+    for step, value, offset, side in zip(steps, values, ((10, -12), (0, 9)), ("left", "center"), strict=True):
+        text = shape.format(value)
+        axis.annotate(text, (step, value), offset, textcoords="offset points", ha=side, color=HELD_OUT)
+    axis.margins(x=0.06)
 
 
-def smooth(values: list[float], keep: float = 0.8) -> list[float]:
-    """An exponential moving average, corrected for its start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total = keep * total + (1 - keep) * value
-        weight = keep * weight + (1 - keep)
-        smoothed.append(total / weight)
-    return smoothed
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours: SIDE on either side, fewer where an end is near."""
+    sides = (min(SIDE, i, len(values) - 1 - i) for i in range(len(values)))
+    windows = (values[i - side : i + side + 1] for i, side in enumerate(sides))
+    return [sum(window) / len(window) for window in windows]
 
 
 def title(summary: dict[str, float]) -> str:

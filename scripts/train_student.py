@@ -22,9 +22,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import corpus
 import torch
@@ -61,6 +61,7 @@ def parse() -> argparse.Namespace:
         "--bf16", action="store_true", help="autocast; fast on GPUs and on CPUs with AVX512-BF16 or AMX"
     )
     parser.add_argument("--eval-batches", type=int, default=12, help="held-out batches of each rank")
+    parser.add_argument("--ahead", type=int, default=1, help="steps submitted before their turn; below ring.depth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", help="model to cut the student from (default: the teacher's own files)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -141,7 +142,11 @@ def cut(base: str, layers: int) -> torch.nn.Module:
 
 
 def fit(
-    args: argparse.Namespace, student: torch.nn.Module, bridge: shmbridge.Bridge, batches: Any, device: torch.device
+    args: argparse.Namespace,
+    student: torch.nn.Module,
+    bridge: shmbridge.Bridge,
+    batches: Iterator[torch.Tensor],
+    device: torch.device,
 ) -> None:
     """The training loop."""
     model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None).train()
@@ -149,9 +154,7 @@ def fit(
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.warmup, args.steps))
     with Metrics(args, device) as metrics:
-        for step in range(args.steps):
-            input_ids = next(batches)
-            pending = bridge.submit(input_ids, step=step)
+        for step, input_ids, pending in submitted(bridge, batches, args.steps, args.ahead):
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 logits = model(input_ids=input_ids.to(device), use_cache=False).logits  # while the teacher computes
             waited = time.monotonic()
@@ -166,6 +169,19 @@ def fit(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+def submitted(
+    bridge: shmbridge.Bridge, batches: Iterator[torch.Tensor], steps: int, ahead: int
+) -> Iterator[tuple[int, torch.Tensor, shmbridge.Pending]]:
+    """Each step's number, batch and pending reply, with the batches of `ahead` more steps at the teacher already."""
+    waiting: deque[tuple[int, torch.Tensor, shmbridge.Pending]] = deque()
+    for step in range(steps + ahead):
+        if step < steps:
+            input_ids = next(batches)
+            waiting.append((step, input_ids, bridge.submit(input_ids, step=step)))
+        if step >= ahead:
+            yield waiting.popleft()
 
 
 def total(kl: torch.Tensor | None, ce: torch.Tensor, ce_weight: float) -> torch.Tensor:

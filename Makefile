@@ -1,0 +1,37 @@
+# make demo     environment, install, model, then distillation on two ranks; see runs/demo
+# make test     the checks, then the test suite
+# make check    ruff and mypy
+# make clean    what these made
+#
+# Everything is installed into .venv; VENV=DIRECTORY names another place, or an environment of your own. A torch that is
+# there already, in VENV or in PYTHON's environment (an active conda or virtual environment included), is used and never
+# replaced; without one the pinned torch is installed. See scripts/install.py.
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.shmbridge-installed
+
+IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
+
+.PHONY: demo test check clean install
+
+demo: $(INSTALLED)
+	$(IN_VENV) scripts/demo.sh
+
+test: check
+	$(IN_VENV) pytest -n 2
+
+check: $(INSTALLED)
+	$(IN_VENV) ruff check
+	$(IN_VENV) ruff format --check
+	$(IN_VENV) mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt scripts/install.py
+	$(PYTHON) scripts/install.py $(VENV)
+	touch $@
+
+# A VENV of your own is left alone.
+clean:
+	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
