@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from shmbridge import owner
 
 torch.set_num_threads(1)
+# Children inherit what is ignored: under nohup the launcher would rightly ignore SIGHUP, and its test would not.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
