@@ -13,8 +13,6 @@ handler calls sys.exit() would sleep on.
 from __future__ import annotations
 
 import ctypes
-import errno
-import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -32,12 +30,10 @@ class _Timespec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None)
 _libc.sem_open.restype = ctypes.c_void_p
-_libc.sem_open.argtypes = [ctypes.c_char_p, ctypes.c_int]
-_libc.sem_close.argtypes = [ctypes.c_void_p]
-_sem_clockwait = _libc.sem_clockwait  # glibc 2.30
-_sem_clockwait.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.POINTER(_Timespec)]
+_sem_clockwait = getattr(_libc, "sem_clockwait", None)  # glibc 2.30
+_MONOTONIC = ctypes.c_int(time.CLOCK_MONOTONIC)
 
 
 class Doorbell:
@@ -51,10 +47,12 @@ class Doorbell:
         except posix_ipc.ExistentialError:
             raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.") from None
         self.ring = self._semaphore.release
-        self._handle = _libc.sem_open(name.encode(), 0)
-        if not self._handle:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
+        handle = _libc.sem_open(name.encode(), 0)
+        if not handle:
+            raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.")
+        self._handle = ctypes.c_void_p(handle)
         self._until = _Timespec()
+        self._until_reference = ctypes.byref(self._until)
 
     def wait(
         self,
@@ -117,13 +115,20 @@ class Doorbell:
             pass
 
     def _sleep(self, until: float) -> None:
-        """Sleep until rung, until time.monotonic() is `until`, or until a signal. What its handler raises is raised."""
+        """Sleep until rung, until time.monotonic() is `until`, or until a signal. What its handler raises is raised.
+
+        The result is not looked at: whatever woke us, the caller reads the state and the clock.
+        """
+        if (
+            _sem_clockwait is None
+        ):  # an older libc knows the realtime clock alone; the slices bound what a step of it does
+            until += time.time() - time.monotonic()
         seconds = int(until)
         self._until.seconds, self._until.nanoseconds = seconds, int((until - seconds) * 1e9)
-        if _sem_clockwait(self._handle, time.CLOCK_MONOTONIC, self._until) != 0:
-            code = ctypes.get_errno()
-            if code not in (errno.ETIMEDOUT, errno.EINTR):
-                raise OSError(code, os.strerror(code), self.name)
+        if _sem_clockwait is None:
+            _libc.sem_timedwait(self._handle, self._until_reference)
+        else:
+            _sem_clockwait(self._handle, _MONOTONIC, self._until_reference)
 
     def close(self) -> None:
         _libc.sem_close(self._handle)
