@@ -88,7 +88,11 @@ def shuffled(rows: torch.Tensor, batch: int, rank: int, world: int, seed: int) -
 def spread(rows: torch.Tensor, batches: int, batch: int, rank: int, world: int) -> list[torch.Tensor]:
     """This rank's share of `batches` fixed batches for each rank, spread evenly over `rows`; fewer where those are few."""
     batches = min(batches, len(rows) // (batch * world))
-    chosen = torch.arange(batches * world * batch) * len(rows) // max(1, batches * world * batch)
+    if not batches:
+        raise ValueError(
+            f"{len(rows)} held-out windows are fewer than {world} ranks x batch {batch}; take a smaller --batch"
+        )
+    chosen = torch.arange(batches * world * batch) * len(rows) // (batches * world * batch)
     return list(rows[chosen.view(batches, world, batch)[:, rank]])
 
 

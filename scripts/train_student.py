@@ -69,6 +69,8 @@ def parse() -> argparse.Namespace:
     for name in ("steps", "batch", "layers", "eval_batches"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.ahead < 0:
+        parser.error(f"--ahead is {args.ahead}; 0 submits each step in its turn")
     if args.seq < 2:
         parser.error(f"--seq is {args.seq}; it must be at least 2, a token and the next")
     return args

@@ -34,7 +34,8 @@ from shmbridge.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmbridge.bridge import Bridge, Lease, Pending, Reply, connect
+    from shmbridge.bridge import Bridge, Lease, Pending, Reply
+    from shmbridge.connection import connect
     from shmbridge.server import Batch
 
 __version__ = "0.1.0"
@@ -69,7 +70,7 @@ _LAZY = {
     "Lease": "shmbridge.bridge",
     "Pending": "shmbridge.bridge",
     "Reply": "shmbridge.bridge",
-    "connect": "shmbridge.bridge",
+    "connect": "shmbridge.connection",
 }
 
 

@@ -1,4 +1,4 @@
-"""The trainer's side: connect, submit, wait, lease.
+"""The trainer's side: submit, wait, lease.
 
     bridge = shmbridge.connect()
     bridge.wait_ready()
@@ -14,15 +14,10 @@ a slot nor a mapping longer than its own variables do.
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
 import time
-import weakref
 from types import TracebackType
-from typing import Any
 
-import numpy as np
 import torch
 
 from shmbridge import trace
@@ -31,7 +26,6 @@ from shmbridge.config import Config
 from shmbridge.errors import (
     Closed,
     DeadlineExceeded,
-    NotLaunched,
     PeerLost,
     RequestRefused,
     TeacherError,
@@ -39,43 +33,8 @@ from shmbridge.errors import (
 from shmbridge.host_plane import HostPlane
 from shmbridge.offer import Offer
 from shmbridge.ring import Composition
-from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
-
-IntArray = np.ndarray[Any, np.dtype[Any]]
-
-_UNSIGNED = {np.dtype(np.int64): np.uint64, np.dtype(np.int32): np.uint32}
-
-
-def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:
-    """This rank's bridge to the teacher, from SHMBRIDGE_SESSION. Initialises no CUDA and may come before set_device.
-
-    Args:
-        lane: the ring of this rank. None: LOCAL_RANK.
-        device: where replies are wanted. None: the current CUDA device at the first reply where the launcher gave
-            training GPUs, else the CPU.
-
-    Returns:
-        A Bridge, usable as a context manager: an exception in the `with` block is told to the other side, a plain end
-        closes. Where the bridge is switched off its `enabled` is False and its replies have no tensors.
-
-    Raises:
-        NotLaunched: the script was started without shmbridge-launch.
-        AttachError: the session has ended, or has no such lane.
-    """
-    text = os.environ.get(SESSION_VARIABLE)
-    if text == OFF:
-        return DisabledBridge()
-    if not text:
-        raise NotLaunched(
-            f"{SESSION_VARIABLE} is not set: this script runs without a teacher. Start it with\n"
-            "    shmbridge-launch --teacher MODEL --teacher-gpu 7 --train-gpus 0-6 -- train.py ...\n"
-            f"or, to train without the bridge, set {SESSION_VARIABLE}={OFF} (shmbridge-launch --no-teacher does)."
-        )
-    session = TrainerSession(Token.parse(text), _lane() if lane is None else lane)
-    trace.configure(session.settings.log.level)
-    bridge = Bridge(session, None if device is None else torch.device(device))
-    _report_exit(bridge)
-    return bridge
+from shmbridge.session import TrainerSession
+from shmbridge.token_ids import IntArray, check_ids, check_mask
 
 
 class Reply:
@@ -270,8 +229,8 @@ class Bridge:
         """
         started = time.monotonic_ns()
         session, agreed = self._session, self._ready()
-        ids = _check_ids(input_ids, agreed, session)
-        mask = None if attention_mask is None else _check_mask(attention_mask, ids)
+        ids = check_ids(input_ids, agreed, session.control.shape)
+        mask = None if attention_mask is None else check_mask(attention_mask, ids)
         if step is not None and step < 0:
             raise RequestRefused(f"step is {step}; expected a counter that is not negative, or None.")
         batch, seq = ids.shape
@@ -279,7 +238,9 @@ class Bridge:
         if self._dropped:
             self._release_dropped()
         sequence = ring.claim()
-        ring.write_request(sequence, step, batch, seq, _bytes(ids), None if mask is None else _bytes(mask))
+        ring.write_request(
+            sequence, step, batch, seq, ids.data.cast("B"), None if mask is None else mask.data.cast("B")
+        )
         ring.publish_request(sequence)
         session.teacher_bell.ring()
         session.record.at(step, sequence)
@@ -436,148 +397,3 @@ class Bridge:
             nbytes=nbytes,
             since_ns=since_ns,
         )
-
-
-class DisabledBridge(Bridge):
-    """The bridge of a run without a teacher: the same calls, replies without tensors."""
-
-    enabled = False
-
-    def __init__(self) -> None:
-        self._closed = False
-        self._submitted = 0
-
-    @property
-    def rank(self) -> int:
-        return _lane()
-
-    @property
-    def settings(self) -> Config:
-        """Defaults: the run's config lives in a session, and there is none."""
-        return Config(enabled=False)
-
-    @property
-    def teacher(self) -> Offer:
-        raise Closed("the bridge is off; there is no teacher.")
-
-    def wait_ready(self, timeout: float | None = None) -> None:
-        """Returns at once."""
-
-    def submit(
-        self,
-        input_ids: torch.Tensor | IntArray,
-        attention_mask: torch.Tensor | IntArray | None = None,
-        *,
-        step: int | None = None,
-    ) -> Pending:
-        self._submitted += 1
-        return _MissingPending(self, self._submitted - 1, step, 0, 0)
-
-    def close(self) -> None:
-        self._closed = True
-
-    def _fail(self, error: BaseException) -> None:
-        pass
-
-
-class _MissingPending(Pending):
-    __slots__ = ()
-
-    def __del__(self) -> None:
-        """There is no slot to give back."""
-
-    @property
-    def done(self) -> bool:
-        return True
-
-    def wait(self, timeout: float | None = None) -> Lease:
-        return Lease(None, Reply({}, self.sequence, self.step, None))
-
-
-def _lane() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def _bytes(array: IntArray) -> memoryview:
-    return array.data.cast("B")
-
-
-def _check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, session: TrainerSession) -> IntArray:
-    """The IDs as a contiguous array, once every limit was checked. Raises RequestRefused."""
-    ids = _to_array("input_ids", input_ids)
-    unsigned = _UNSIGNED.get(ids.dtype)
-    if unsigned is None:
-        raise RequestRefused(f"input_ids has dtype {ids.dtype}; expected int32 or int64.")
-    if ids.ndim != 2:
-        raise RequestRefused(f"input_ids has shape {ids.shape}; expected (batch, seq).")
-    if ids.size == 0:
-        raise RequestRefused(f"input_ids is empty, shape {ids.shape}; skip the exchange for an empty batch.")
-    shape = session.control.shape
-    batch, seq = ids.shape
-    if ids.size > shape.max_tokens:
-        raise RequestRefused(
-            f"input_ids has {batch} x {seq} = {ids.size} tokens; a request takes {shape.max_tokens}. "
-            f"Raise ring.max_tokens (it sizes the reply memory), or submit fewer rows at a time."
-        )
-    if batch > shape.max_batch:
-        raise RequestRefused(f"input_ids has {batch} rows; a request takes {shape.max_batch}. Raise ring.max_batch.")
-    if agreed.max_seq is not None and seq > agreed.max_seq:
-        raise RequestRefused(
-            f"input_ids is {seq} tokens long; the teacher {agreed.model} has {agreed.max_seq} positions."
-        )
-    if not ids.flags.c_contiguous:
-        ids = np.ascontiguousarray(ids)
-    limit = agreed.vocab_size or 2**31
-    if np.maximum.reduce(ids.view(unsigned), axis=None) >= limit:  # one pass: a negative ID is a huge unsigned one
-        row, column = np.argwhere(ids.view(unsigned) >= limit)[0]
-        raise RequestRefused(
-            f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher {agreed.model} takes 0 to {limit - 1}. "
-            "Use the teacher's tokenizer, or mask positions such as -100 out before you submit."
-        )
-    return ids
-
-
-def _check_mask(attention_mask: torch.Tensor | IntArray, ids: IntArray) -> IntArray:
-    """The mask as contiguous uint8. Raises RequestRefused."""
-    mask = _to_array("attention_mask", attention_mask)
-    if mask.shape != ids.shape:
-        raise RequestRefused(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}.")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise RequestRefused("attention_mask holds values other than 0 and 1; expected 1 for a token, 0 for padding.")
-    return np.ascontiguousarray(mask, dtype=np.uint8)
-
-
-def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
-    if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
-            raise RequestRefused(
-                f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
-                "from the GPU would make the training stream wait."
-            )
-        try:
-            return value.detach().numpy() if value.requires_grad else value.numpy()
-        except (TypeError, RuntimeError) as error:
-            raise RequestRefused(f"{name} is a tensor of {value.dtype}, {value.layout}: {error}.") from None
-    if isinstance(value, np.ndarray):
-        return value
-    raise RequestRefused(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a NumPy array.")
-
-
-def _report_exit(bridge: Bridge) -> None:
-    """An exception that ends the rank reaches the launcher's report; a rank that ends without close has closed."""
-    latest = weakref.ref(bridge)
-    previous = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        failing = latest()
-        if failing is not None:
-            failing._fail(error)
-        previous(kind, error, trace)
-
-    def at_exit() -> None:
-        ending = latest()
-        if ending is not None:
-            ending.close()
-
-    sys.excepthook = hook
-    atexit.register(at_exit)

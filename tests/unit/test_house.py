@@ -16,10 +16,10 @@ FLOORS = [
     {"doorbell", "ring"},
     {"session"},
     {"owner", "payload"},
-    {"host_plane"},
+    {"host_plane", "token_ids"},
     {"bridge", "server"},
-    {"teacher"},
-    {"teacher_job"},
+    {"disabled", "teacher"},
+    {"connection", "teacher_job"},
 ]
 
 
@@ -57,7 +57,7 @@ def test_transformers_is_imported_in_one_module():
 
 def test_the_public_names_are_these():
     assert sorted(shmbridge.__all__) == shmbridge.__all__
-    for name in shmbridge.__all__:
+    for name in shmbridge.__all__ * 2:  # again: a module of the same name would now have taken its place
         assert getattr(shmbridge, name).__name__ == name
     assert [name for name in shmbridge.__all__ if not name.endswith(("Error", "Died", "Lost", "Full", "Closed"))] == [
         "Batch",

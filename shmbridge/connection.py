@@ -1,0 +1,71 @@
+"""From SHMBRIDGE_SESSION to this rank's bridge, and what happens when the rank ends without closing it."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from types import TracebackType
+
+import torch
+
+from shmbridge import trace
+from shmbridge.bridge import Bridge
+from shmbridge.disabled import DisabledBridge
+from shmbridge.errors import NotLaunched
+from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
+
+
+def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:
+    """This rank's bridge to the teacher, from SHMBRIDGE_SESSION. Initialises no CUDA and may come before set_device.
+
+    Args:
+        lane: the ring of this rank. None: LOCAL_RANK.
+        device: where replies are wanted. None: the current CUDA device at the first reply where the launcher gave
+            training GPUs, else the CPU.
+
+    Returns:
+        A Bridge, usable as a context manager: an exception in the `with` block is told to the other side, a plain end
+        closes. Where the bridge is switched off its `enabled` is False and its replies have no tensors.
+
+    Raises:
+        NotLaunched: the script was started without shmbridge-launch.
+        AttachError: the session has ended, or has no such lane.
+    """
+    text = os.environ.get(SESSION_VARIABLE)
+    if lane is None:
+        lane = int(os.environ.get("LOCAL_RANK", "0"))
+    if text == OFF:
+        return DisabledBridge(lane)
+    if not text:
+        raise NotLaunched(
+            f"{SESSION_VARIABLE} is not set: this script runs without a teacher. Start it with\n"
+            "    shmbridge-launch --teacher MODEL --teacher-gpu 7 --train-gpus 0-6 -- train.py ...\n"
+            f"or, to train without the bridge, set {SESSION_VARIABLE}={OFF} (shmbridge-launch --no-teacher does)."
+        )
+    session = TrainerSession(Token.parse(text), lane)
+    trace.configure(session.settings.log.level)
+    bridge = Bridge(session, None if device is None else torch.device(device))
+    _report_exit(bridge)
+    return bridge
+
+
+def _report_exit(bridge: Bridge) -> None:
+    """An exception that ends the rank reaches the launcher's report; a rank that ends without close has closed."""
+    latest = weakref.ref(bridge)
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        failing = latest()
+        if failing is not None:
+            failing._fail(error)
+        previous(kind, error, trace)
+
+    def at_exit() -> None:
+        ending = latest()
+        if ending is not None:
+            ending.close()
+
+    sys.excepthook = hook
+    atexit.register(at_exit)

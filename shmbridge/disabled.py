@@ -1,0 +1,68 @@
+"""The bridge of a run without a teacher: the same calls, replies without tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from shmbridge.bridge import Bridge, Lease, Pending, Reply
+from shmbridge.config import Config
+from shmbridge.errors import Closed
+from shmbridge.offer import Offer
+from shmbridge.token_ids import IntArray
+
+
+class DisabledBridge(Bridge):
+    """`enabled` is False, and every reply is `missing`."""
+
+    enabled = False
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._closed = False
+        self._submitted = 0
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def settings(self) -> Config:
+        """Defaults: the run's config lives in a session, and there is none."""
+        return Config(enabled=False)
+
+    @property
+    def teacher(self) -> Offer:
+        raise Closed("the bridge is off; there is no teacher.")
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Returns at once."""
+
+    def submit(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        *,
+        step: int | None = None,
+    ) -> Pending:
+        self._submitted += 1
+        return _MissingPending(self, self._submitted - 1, step, 0, 0)
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _fail(self, error: BaseException) -> None:
+        pass
+
+
+class _MissingPending(Pending):
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        """There is no slot to give back."""
+
+    @property
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> Lease:
+        return Lease(None, Reply({}, self.sequence, self.step, None))
