@@ -309,6 +309,10 @@ def test_a_rank_that_asks_once_too_often_and_leaves_does_not_end_the_teacher():
 
     def stayer(bridge):
         bridge.exchange(torch.full((1, 3), 7))
+        record = it.owner.control.teachers[0]  # longer than the linger, in which the teacher misses the leaver
+        until(
+            lambda: record.phase is Phase.CLOSED or record.seconds_in_phase > 1, "a teacher that collects, or has ended"
+        )
         for step in range(5):
             bridge.exchange(ids(1, 3), step=step)
 

@@ -88,6 +88,15 @@ def test_a_reply_of_another_sequence_or_generation_is_refused():
             ring.read_reply(0)
 
 
+@pytest.mark.parametrize(("generation", "sequence"), [(3, 1), (2, 0)])
+def test_a_request_of_another_sequence_or_generation_is_refused(generation, sequence):
+    ring = make(depth=1)
+    ask(ring)
+    REQUEST.pack_into(ring.memory, ring.layout.request(0), generation, sequence, 9, 2, 4, 8, 0, 0)
+    with pytest.raises(AttachError, match="refused"):
+        ring.read_request(0)
+
+
 @pytest.mark.parametrize(("requested", "replied"), [(3, 0), (0, 1), (2**63, 0), (7, 4)])
 def test_garbled_cursors_are_named(requested, replied):
     ring = make(depth=2)
