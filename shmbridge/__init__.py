@@ -22,6 +22,7 @@ from shmbridge.errors import (
     DeadlineExceeded,
     LauncherDied,
     NotLaunched,
+    ParityError,
     PeerLost,
     PlanError,
     RequestRefused,
@@ -36,7 +37,10 @@ from shmbridge.errors import (
 if TYPE_CHECKING:
     from shmbridge.bridge import Bridge, Lease, Pending, Reply
     from shmbridge.connection import connect
-    from shmbridge.server import Batch
+    from shmbridge.head import Head
+    from shmbridge.payload import Batch
+    from shmbridge.prefetch import Prefetch
+    from shmbridge.stats import Stats
 
 __version__ = "0.1.0"
 
@@ -47,17 +51,21 @@ __all__ = [
     "Closed",
     "ConfigError",
     "DeadlineExceeded",
+    "Head",
     "LauncherDied",
     "Lease",
     "NotLaunched",
+    "ParityError",
     "PeerLost",
     "Pending",
     "PlanError",
+    "Prefetch",
     "Reply",
     "RequestRefused",
     "RingFull",
     "SessionInUse",
     "ShmbridgeError",
+    "Stats",
     "TeacherDied",
     "TeacherError",
     "TrainerDied",
@@ -65,11 +73,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Batch": "shmbridge.server",
+    "Batch": "shmbridge.payload",
     "Bridge": "shmbridge.bridge",
+    "Head": "shmbridge.head",
     "Lease": "shmbridge.bridge",
     "Pending": "shmbridge.bridge",
+    "Prefetch": "shmbridge.prefetch",
     "Reply": "shmbridge.bridge",
+    "Stats": "shmbridge.stats",
     "connect": "shmbridge.connection",
 }
 

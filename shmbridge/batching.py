@@ -1,4 +1,4 @@
-"""How the requests of several ranks become one forward, and which rows of it belong to whom. Pure."""
+"""How the requests of several ranks become forwards, and which rows of each belong to whom. Pure."""
 
 from __future__ import annotations
 
@@ -28,24 +28,33 @@ def padded_tokens(pieces: Sequence[Piece]) -> int:
     return rows * longest
 
 
-def compose(shapes: Sequence[tuple[int, int]], max_tokens: int) -> list[list[Piece]]:
-    """Split requests of (batch, seq) into forwards of at most `max_tokens` padded tokens, in order.
+def compose(shapes: Sequence[tuple[int, int]], max_tokens: int, max_padding: float) -> list[list[Piece]]:
+    """Requests of (batch, seq) as forwards of at most `max_tokens` tokens, of which at most `max_padding` (a share) is
+    padding.
 
-    A request stays whole where it fits into a forward of its own; a single row is never split.
+    One forward in the order of the requests where that fits; else they are sorted by length, so that rows of like length
+    meet. A request stays whole where it fits into a forward of its own; a single row is never split.
     """
     whole = [Piece(request, 0, batch, seq) for request, (batch, seq) in enumerate(shapes)]
-    if padded_tokens(whole) <= max_tokens:
+    if _fits(whole, max_tokens, max_padding):
         return [whole]
     forwards: list[list[Piece]] = []
-    for request, (batch, seq) in enumerate(shapes):
+    for request, _, batch, seq in sorted(whole, key=lambda piece: piece.seq):
         rows_at_once = max(1, max_tokens // seq)
         for start in range(0, batch, rows_at_once):
             piece = Piece(request, start, min(batch, start + rows_at_once), seq)
-            if forwards and padded_tokens([*forwards[-1], piece]) <= max_tokens:
+            if forwards and _fits([*forwards[-1], piece], max_tokens, max_padding):
                 forwards[-1].append(piece)
             else:
                 forwards.append([piece])
     return forwards
+
+
+def _fits(pieces: Sequence[Piece], max_tokens: int, max_padding: float) -> bool:
+    padded = padded_tokens(pieces)
+    if padded > max_tokens:
+        return False
+    return sum((stop - start) * seq for _, start, stop, seq in pieces) >= (1 - max_padding) * padded
 
 
 def halve(pieces: Sequence[Piece]) -> list[list[Piece]]:

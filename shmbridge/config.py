@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args
 
 import msgspec
 import yaml
@@ -64,6 +65,14 @@ class TeacherConfig(_Section, frozen=True):
     """How long a greedy forward waits for the lanes that have not submitted yet, in milliseconds."""
     max_batch_tokens: int = 16384
     """Padded tokens of one forward; more are split by rank and row."""
+    max_padding: float = 0.25
+    """Share of a combined forward that may be padding; requests whose lengths differ by more go into forwards of their
+    own."""
+    replicas: int | None = None
+    """Copies of the teacher; lane i is served by replica i % replicas. None: one for each GPU of teacher.gpus, one on a
+    CPU. Fewer replicas than GPUs: each model is spread over its share of them."""
+    compile: bool = False
+    """torch.compile the model. Sequence lengths are dynamic after the first recompilation."""
     cpu_threads: int | None = None
     """Threads of the teacher's process. None: half of the cores on a CPU, torch's default on a GPU."""
 
@@ -72,6 +81,9 @@ class TeacherConfig(_Section, frozen=True):
         self._require("max_batch_tokens", 1, "token")
         self._require("cpu_threads", 1, "thread")
         self._require("vocab_size", 1, "token")
+        self._require("replicas", 1, "replica")
+        if not 0 <= self.max_padding < 1:
+            raise ValueError(f"`max_padding` is {self.max_padding}; it is a share of 0 to below 1")
 
 
 class TrainConfig(_Section, frozen=True):
@@ -93,7 +105,10 @@ class RingConfig(_Section, frozen=True):
     depth: int = 2
     """Requests that one rank may have in flight."""
     max_tokens: int = 8192
-    """Largest request, batch x seq token IDs. Sizes the reply memory: depth x max_tokens x bytes per token, per rank."""
+    """Largest request, batch x seq token IDs."""
+    max_positions: int | None = None
+    """Positions of one request whose outputs come back, at most. None: max_tokens; less where requests carry a
+    `positions` mask. Sizes the reply memory of each rank: depth x max_positions x bytes per position."""
     max_batch: int = 256
     """Largest batch axis of a request. Sizes outputs that have no sequence axis."""
     spin_us: int | None = None
@@ -104,6 +119,7 @@ class RingConfig(_Section, frozen=True):
         self._require("depth", 1, "slot")
         self._require("max_tokens", 1, "token")
         self._require("max_batch", 1, "row")
+        self._require("max_positions", 1, "position")
         self._require("spin_us", 0, "us")
 
 
@@ -112,8 +128,66 @@ class LogitsConfig(_Section, frozen=True):
     """What the logits travel in, whatever the weights are in."""
 
 
+class TopkConfig(_Section, frozen=True):
+    k: int = 64
+    """Words of each position, by their log-probability in the full softmax at temperature 1."""
+    temperatures: tuple[float, ...] = (1.0,)
+    """The exact log-mass of all other words is sent for each of these."""
+
+    def __post_init__(self) -> None:
+        self._require("k", 1, "word")
+        if not self.temperatures or not all(0 < t < math.inf for t in self.temperatures):
+            raise ValueError(f"`temperatures` is {list(self.temperatures)}; it lists numbers of more than 0")
+
+
+class LogprobsConfig(_Section, frozen=True):
+    entropy: bool = False
+    """Send the entropy of each position's distribution too, in nats."""
+    candidates: int = 0
+    """IDs per position whose log-probabilities a request may ask for (`submit(candidates=...)`); 0: none."""
+
+    def __post_init__(self) -> None:
+        self._require("candidates", 0, "candidates")
+
+
+class HiddenConfig(_Section, frozen=True):
+    """The last hidden state, in the model's dtype, and the output head once per session."""
+
+
+class StreamConfig(_Section, frozen=True):
+    chunk_positions: int = 256
+    """Positions of one chunk."""
+    chunks: int = 3
+    """Chunks of each rank's ring. Reply memory of each rank: chunks x chunk_positions x bytes per position."""
+
+    def __post_init__(self) -> None:
+        self._require("chunk_positions", 1, "position")
+        self._require("chunks", 1, "chunk")
+
+
 class PayloadConfig(_Section, frozen=True):
-    logits: LogitsConfig = LogitsConfig()
+    """What a reply carries: every section that is there. None is there: logits of a model, and whatever a teacher of one's
+    own returns."""
+
+    vocab: int | None = None
+    """The teacher's distribution is over its first `vocab` words; the rest, padding, is in no payload and no softmax."""
+    logits: LogitsConfig | None = None
+    topk: TopkConfig | None = None
+    logprobs: LogprobsConfig | None = None
+    hidden: HiddenConfig | None = None
+    stream: StreamConfig | None = None
+    """Replies come in chunks (`pending.chunks()`), so that reply memory does not grow with the request. None: whole."""
+
+    def __post_init__(self) -> None:
+        self._require("vocab", 1, "word")
+        k = self.topk.k if self.topk else 0
+        if self.vocab is not None and k > self.vocab:
+            raise ValueError(f"`topk.k` is {k}, above the {self.vocab} words of `vocab`; lower payload.topk.k")
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The payloads that are there, by name."""
+        return tuple(name for name in ("logits", "topk", "logprobs", "hidden") if getattr(self, name) is not None)
 
 
 class TimeoutsConfig(_Section, frozen=True):
@@ -133,6 +207,19 @@ class TimeoutsConfig(_Section, frozen=True):
 class LogConfig(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """debug shows every hand-over."""
+    stats_every: int = 50
+    """Replies between two lines of rank 0 that tell whether teacher or student is the longer, and by how much. 0: none."""
+
+    def __post_init__(self) -> None:
+        self._require("stats_every", 0, "replies")
+
+
+_BUILDER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_builder(model: str) -> bool:
+    """Whether teacher.model is `module:build`, a teacher of one's own."""
+    return _BUILDER.fullmatch(model) is not None
 
 
 class Config(_Section, frozen=True):
@@ -146,20 +233,18 @@ class Config(_Section, frozen=True):
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
     payload: PayloadConfig = PayloadConfig()
+    parity: bool = True
+    """Before step 1 every rank sends a probe batch and compares the reply with what the model gives in its own process.
+    Off for a teacher whose answers to the same batch differ."""
     timeouts: TimeoutsConfig = TimeoutsConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
         if self.name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
             raise ValueError(f"`name` is {self.name!r}; use at most 64 letters, digits, `_`, `.` and `-`")
-
-
-_BUILDER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-
-
-def is_builder(model: str) -> bool:
-    """Whether teacher.model is `module:build`, a teacher of one's own."""
-    return _BUILDER.fullmatch(model) is not None
+        if not self.payload.named and not is_builder(self.teacher.model):
+            logits = msgspec.structs.replace(self.payload, logits=LogitsConfig())
+            msgspec.structs.force_setattr(self, "payload", logits)
 
 
 def load(source: str | None = None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None) -> Config:
@@ -264,6 +349,7 @@ def _refuse_unknown(struct: type[msgspec.Struct], tree: Any, prefix: str) -> Non
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known here: {', '.join(fields)}"
             raise ConfigError(f"unknown setting `{prefix}{key}`; {hint}")
-        kind = fields[key].type
-        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-            _refuse_unknown(kind, value, f"{prefix}{key}.")
+        declared = fields[key].type
+        for kind in get_args(declared) if isinstance(declared, UnionType) else (declared,):  # X, or X | None
+            if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+                _refuse_unknown(kind, value, f"{prefix}{key}.")

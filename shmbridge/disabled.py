@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any, Unpack
+
 import torch
 
-from shmbridge.bridge import Bridge, Lease, Pending, Reply
+from shmbridge.bridge import Bridge
 from shmbridge.config import Config
 from shmbridge.errors import Closed
-from shmbridge.offer import Offer
-from shmbridge.token_ids import IntArray
+from shmbridge.head import Head
+from shmbridge.offer import Extent, Offer
+from shmbridge.reply import Lease, Pending, Reply
+from shmbridge.stats import Meter
+from shmbridge.token_ids import Extras, IntArray
 
 
 class DisabledBridge(Bridge):
@@ -20,6 +26,7 @@ class DisabledBridge(Bridge):
         self._rank = rank
         self._closed = False
         self._submitted = 0
+        self._meter = Meter(0)
 
     @property
     def rank(self) -> int:
@@ -34,18 +41,25 @@ class DisabledBridge(Bridge):
     def teacher(self) -> Offer:
         raise Closed("the bridge is off; there is no teacher.")
 
-    def wait_ready(self, timeout: float | None = None) -> None:
+    @property
+    def head(self) -> Head:
+        raise Closed("the bridge is off; there is no teacher.")
+
+    @property
+    def free_slots(self) -> int:
+        return 1
+
+    def wait_ready(self, timeout: float | None = None, **_: Any) -> None:
         """Returns at once."""
 
     def submit(
         self,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
-        *,
-        step: int | None = None,
+        **extras: Unpack[Extras],
     ) -> Pending:
         self._submitted += 1
-        return _MissingPending(self, self._submitted - 1, step, 0, 0)
+        return _MissingPending(self, self._submitted - 1, extras.get("step"), Extent(0, 0))
 
     def close(self) -> None:
         self._closed = True
@@ -66,3 +80,13 @@ class _MissingPending(Pending):
 
     def wait(self, timeout: float | None = None) -> Lease:
         return Lease(None, Reply({}, self.sequence, self.step, None))
+
+    def chunks(self, timeout: float | None = None) -> Iterator[tuple[slice, Reply]]:
+        """One, of all rows, that is `missing`."""
+        yield slice(0, None), Reply({}, self.sequence, self.step, None)
+
+    def copy(self, timeout: float | None = None) -> Reply:
+        return Reply({}, self.sequence, self.step, None)
+
+    def cancel(self) -> None:
+        """There is nothing to cancel."""

@@ -5,6 +5,7 @@
     ├── PlanError                             the run does not fit /dev/shm, RAM or the GPU
     ├── NotLaunched                           no session: the script was not started by shmbridge-launch
     ├── AttachError                           a segment is missing, garbled, foreign or of another version
+    ├── ParityError                           what comes over the bridge is not what the model gives in its own process
     ├── SessionInUse                          the session's name is held by a live launcher
     ├── RequestRefused        (ValueError)    submit was given something the teacher could not take
     ├── RingFull                              as many requests in flight as the ring is deep
@@ -41,6 +42,10 @@ class NotLaunched(ShmbridgeError):
 
 class AttachError(ShmbridgeError):
     """Shared memory is not what this process was told to expect."""
+
+
+class ParityError(ShmbridgeError):
+    """A check at the startup barrier failed: the teacher over the bridge is not the model, or not the student's match."""
 
 
 class SessionInUse(ShmbridgeError):

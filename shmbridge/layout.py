@@ -16,13 +16,18 @@ LANE, one per rank and generation. Who writes what:
 
     0       header, lane constants                                  owner
     512     cursor line: requested, closed                          the rank
-    576     cursor line: replied                                    the teacher
-    640     cursor lines: released, one per reader                  each reader
+    576     cursor line: replied, streamed                          the teacher
+    640     cursor lines: released, consumed, abandoned             each reader
     4096    records: one for each reader                            each reader
-    ...     request slots: depth x (descriptor, IDs, mask)          the rank
+    ...     request slots: depth x (descriptor, IDs, arrays)        the rank
     ...     reply heads: depth x (descriptor, error text)           the teacher
+    ...     chunk heads: chunks x descriptor                        the teacher
 
-REPLY, one per rank and generation on the host plane: after one page of header, depth x slot_bytes of payload.
+REPLY, one per rank and generation on the host plane: after one page of header, the reply slots: one per slot of the ring, or
+one per chunk where replies are streamed.
+
+HEAD, one per session where the payload is hidden: after one page of header, the weight and the bias of the output head.
+Teacher 0 writes it before it opens the barrier; everyone else reads it.
 
 The state of slot `sequence % depth` is derived from the cursors, never stored:
 
@@ -32,6 +37,12 @@ The state of slot `sequence % depth` is derived from the cursors, never stored:
         replied  <= sequence < requested  submitted: the teacher owns the slot
         released <= sequence < replied    answered: the readers own the slot
         sequence <  released              free again
+
+Where replies are streamed, chunk `index % chunks` is a slot of its own ring, for all requests of the lane in turn:
+
+    consumed <= streamed <= consumed + chunks
+
+`abandoned` tells that nobody will read the reply to any sequence below it; the teacher then answers without computing.
 
 A cursor is one aligned 64-bit word that only grows and has one writer. It is stored through memoryview.cast("Q"), which
 moves the word whole; struct.pack_into must never touch a cursor, because it clears the bytes first.
@@ -44,12 +55,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MAGIC = int.from_bytes(b"SHMBRDGE", "little")
-VERSION = 1
+VERSION = 2
 PAGE = 4096
 CACHE_LINE = 64
 WORD = 8
 
-CONTROL, LANE, REPLY = 1, 2, 3
+CONTROL, LANE, REPLY, HEAD = 1, 2, 3, 4
 
 
 class Header:
@@ -69,10 +80,14 @@ class ControlWord:
     DEPTH = 13
     MAX_TOKENS = 14
     MAX_BATCH = 15
-    SETTINGS_NBYTES = 16
-    CURRENT_GENERATION = 17
-    REPLIES_READY = 18  # the generation whose reply segments exist
-    TRAINING_DONE = 19  # the last generation whose training group has ended
+    MAX_POSITIONS = 16
+    CANDIDATES = 17
+    CHUNKS = 18
+    CHUNK_POSITIONS = 19
+    SETTINGS_NBYTES = 20
+    CURRENT_GENERATION = 21
+    REPLIES_READY = 22  # the generation whose reply segments exist
+    TRAINING_DONE = 23  # the last generation whose training group has ended
 
 
 SETTINGS_OFFSET = PAGE
@@ -96,9 +111,9 @@ class RecordWord:
     FAILURE_NBYTES = 10
 
 
-RECORD_BYTES = 16 * 1024
+RECORD_BYTES = 32 * 1024
 OFFER_OFFSET = 512
-OFFER_CAPACITY = 4096
+OFFER_CAPACITY = 16 * 1024
 FAILURE_OFFSET = OFFER_OFFSET + OFFER_CAPACITY
 FAILURE_CAPACITY = RECORD_BYTES - FAILURE_OFFSET
 
@@ -112,25 +127,39 @@ class LaneWord:
     TEACHER = 11  # which teacher serves this lane
     REQUESTED = 64
     CLOSED = 65
+    CANDIDATES = 12
+    CHUNKS = 13
     REPLIED = 72
-    RELEASED = 80  # of reader 0; the next reader's is RELEASED_STRIDE words on
-    RELEASED_STRIDE = 8
+    STREAMED = 73
+    RELEASED = 80  # of reader 0; the next reader's is READER_STRIDE words on
+    CONSUMED = 81
+    ABANDONED = 82
+    READER_STRIDE = 8
 
 
-MAX_READERS = (PAGE // WORD - LaneWord.RELEASED) // LaneWord.RELEASED_STRIDE
+LANE_CONSTANTS = (LaneWord.DEPTH, LaneWord.READERS, LaneWord.MAX_TOKENS, LaneWord.CANDIDATES, LaneWord.CHUNKS)
+MAX_READERS = (PAGE // WORD - LaneWord.RELEASED) // LaneWord.READER_STRIDE
 
-# generation, sequence, step, batch, seq, itemsize of an ID, 1 if a mask follows, submitted (CLOCK_MONOTONIC, ns)
-REQUEST = struct.Struct("<8Q")
+# generation, sequence, step, batch, seq, itemsize of an ID, the arrays that follow (bits in the order of ARRAYS, and
+# PROBE), chosen positions, submitted (CLOCK_MONOTONIC, ns)
+REQUEST = struct.Struct("<9Q")
 REQUEST_DATA = 128
 ID_BYTES = 8
-MASK_BYTES = 1
+# What may travel beside the IDs, with the bytes of one token: masks as 0 and 1, all else as int32.
+ARRAYS = {"mask": 1, "positions": 1, "position_ids": 4, "targets": 4, "candidates": 4}
+IGNORED = -100  # a target that is none
+PROBE = 1 << len(ARRAYS)  # a request of the parity check
 
-# generation, sequence, status, forward, row offset and rows of that forward, its padded length, nbytes of error text
-REPLY_HEAD = struct.Struct("<8Q")
+# generation, sequence, status, forward, row offset and rows of that forward, its padded length, its tokens without padding,
+# its nanoseconds, CRC-32 of the IDs that a probe brought, nbytes of error text
+REPLY_HEAD = struct.Struct("<11Q")
 REPLY_HEAD_BYTES = 16 * 1024
 ERROR_OFFSET = 128
 ERROR_CAPACITY = REPLY_HEAD_BYTES - ERROR_OFFSET
 ANSWERED, RAISED = 1, 2
+
+# generation, sequence, first position and number of positions
+CHUNK_HEAD = struct.Struct("<4Q")
 
 NO_STEP = 2**64 - 1
 
@@ -145,25 +174,38 @@ def control_bytes(teachers: int) -> int:
     return RECORDS_OFFSET + (1 + teachers) * RECORD_BYTES
 
 
-def reply_bytes(depth: int, slot_bytes: int) -> int:
+def reply_bytes(slots: int, slot_bytes: int) -> int:
     """Size of a reply segment in bytes."""
-    return PAGE + depth * slot_bytes
+    return PAGE + slots * slot_bytes
 
 
 @dataclass(frozen=True)
 class LaneLayout:
-    """Offsets in bytes of one lane: `depth` slots of at most `max_tokens` token IDs, read by `readers` processes."""
+    """Offsets in bytes of one lane: `depth` slots of at most `max_tokens` token IDs, read by `readers` processes, with
+    `candidates` IDs per token at most and a ring of `chunks` (0 where replies are not streamed)."""
 
     depth: int
     max_tokens: int
     readers: int = 1
+    candidates: int = 0
+    chunks: int = 0
 
     def record(self, reader: int) -> int:
         return PAGE + reader * RECORD_BYTES
 
+    def array_bytes(self, name: str, tokens: int) -> int:
+        """Bytes of one of ARRAYS for a request of `tokens` tokens."""
+        return tokens * ARRAYS[name] * (self.candidates if name == "candidates" else 1)
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """What the lane's words at LANE_CONSTANTS tell."""
+        return self.depth, self.readers, self.max_tokens, self.candidates, self.chunks
+
     @cached_property
     def request_stride(self) -> int:
-        return align(REQUEST_DATA + self.max_tokens * (ID_BYTES + MASK_BYTES))
+        arrays = sum(align(self.array_bytes(name, self.max_tokens), WORD) for name in ARRAYS)
+        return align(REQUEST_DATA + self.max_tokens * ID_BYTES + arrays)
 
     @cached_property
     def requests(self) -> int:
@@ -174,11 +216,18 @@ class LaneLayout:
         return align(self.requests + self.depth * self.request_stride, PAGE)
 
     @cached_property
-    def nbytes(self) -> int:
+    def chunk_heads(self) -> int:
         return self.reply_heads + self.depth * REPLY_HEAD_BYTES
+
+    @cached_property
+    def nbytes(self) -> int:
+        return self.chunk_heads + self.chunks * CACHE_LINE
 
     def request(self, slot: int) -> int:
         return self.requests + slot * self.request_stride
 
     def reply_head(self, slot: int) -> int:
         return self.reply_heads + slot * REPLY_HEAD_BYTES
+
+    def chunk_head(self, slot: int) -> int:
+        return self.chunk_heads + slot * CACHE_LINE

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import posix_ipc
 
-from shmbridge import config, layout, offer
+from shmbridge import config, layout
 from shmbridge.board import Failure
 from shmbridge.config import Config
 from shmbridge.doorbell import Doorbell
-from shmbridge.errors import ConfigError
+from shmbridge.errors import ConfigError, PlanError
 from shmbridge.layout import ControlWord, LaneWord
 from shmbridge.offer import Offer
 from shmbridge.peer import myself
@@ -91,12 +91,12 @@ class Owner:
             PlanError: /dev/shm has no room.
             ConfigError: the settings are larger than their field.
         """
-        ring = settings.ring
-        self.shape = Shape(lanes, teachers, readers, ring.depth, ring.max_tokens, ring.max_batch)
+        self.shape = Shape.of(settings, lanes, teachers, readers)
         self.settings = settings
         self.generation = 0
         self.lanes: list[Lane] = []
         self._rank_bells: list[Doorbell] = []
+        self._has_head = False
         with ExitStack() as undo:
             segment = self._create_control(undo)
             self.control = Control(segment)
@@ -153,26 +153,48 @@ class Owner:
         name = self.names.lane(self.generation, index)
         segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, self.generation, index)
         words = segment.words
-        words[LaneWord.DEPTH], words[LaneWord.READERS] = shape.depth, shape.readers
-        words[LaneWord.MAX_TOKENS], words[LaneWord.TEACHER] = shape.max_tokens, index % self.shape.teachers
+        words[LaneWord.TEACHER] = index % self.shape.teachers
+        for word, value in zip(layout.LANE_CONSTANTS, shape.constants, strict=True):
+            words[word] = value
         segment.publish()
         return Lane(segment, shape, index, self.generation)
 
+    def offered(self) -> Offer | None:
+        """What all teachers offer, once each has.
+
+        Raises:
+            PlanError: they differ, so the ranks would not get the same.
+        """
+        texts = [record.offer for record in self.control.teachers]
+        offers = [Offer.decode(text) for text in texts if text is not None]
+        if len(offers) < len(texts):
+            return None
+        first, *others = offers
+        for index, other in enumerate(others, 1):
+            if not other.agrees(first):
+                raise PlanError(
+                    f"teacher {index} offers {other.outputs}, teacher 0 offers {first.outputs}; replicas load the same model."
+                )
+        return first
+
     def create_replies(self, agreed: Offer) -> int:
-        """Create the reply memory that `agreed` needs and tell the teachers. Returns its size in bytes.
+        """Create the memory of replies and head that `agreed` needs and tell the teachers. Returns its size in bytes.
 
         Raises:
             PlanError: /dev/shm has no room.
         """
-        slot = offer.slot_bytes(agreed.outputs, self.shape.max_tokens, self.shape.max_batch)
-        nbytes = layout.reply_bytes(self.shape.depth, slot)
+        nbytes = self.shape.reply_bytes(agreed.outputs)
+        head = agreed.head.nbytes if agreed.head else 0
+        if head and not self._has_head:
+            Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()
+            self._has_head = True
         for lane in range(self.shape.lanes):
             name = self.names.reply(self.generation, lane)
             segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
             segment.publish()
         self.control.words[ControlWord.REPLIES_READY] = self.generation
         self.ring_all()
-        return nbytes * self.shape.lanes
+        return nbytes * self.shape.lanes + head
 
     def end_training(self) -> None:
         """Announce that this generation's training group has ended; the teacher drains and stops."""

@@ -16,7 +16,7 @@ import torch
 
 from shmbridge.config import OutputConfig, TorchDtype
 from shmbridge.errors import PlanError
-from shmbridge.offer import OutputSpec
+from shmbridge.offer import Extent, OutputSpec
 
 DTYPES: dict[TorchDtype, torch.dtype] = {
     "float64": torch.float64,
@@ -40,22 +40,37 @@ class Batch(NamedTuple):
     """One combined forward, on the teacher's device."""
 
     input_ids: torch.Tensor  # (rows, seq) int64, padded on the right with teacher.pad_id
-    attention_mask: torch.Tensor | None  # (rows, seq) int64, 1 where a token is real; None where all are
+    attention_mask: torch.Tensor | None  # (rows, seq) int64, 1 where a token is real; None where causality is mask enough
+    position_ids: torch.Tensor | None = None  # (rows, seq) int64, from 0 again at each packed document
 
 
 Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
 
 
-def view(memory: memoryview, offset: int, spec: OutputSpec, batch: int, seq: int) -> torch.Tensor:
-    """The tensor of `spec` for a (batch, seq) request, in place at `offset` bytes of `memory`.
+def view(memory: memoryview, offset: int, spec: OutputSpec, extent: Extent) -> torch.Tensor:
+    """The tensor of `spec` for a request of `extent`, in place at `offset` bytes of `memory`.
 
     Never an inference tensor, even where it is first made within inference_mode: autograd may need it later.
     """
-    dims = spec.dims(batch, seq)
-    array = np.frombuffer(memory, _CARRIERS[spec.dtype], prod(dims), offset).reshape(dims)
+    dims = spec.dims(extent)
+    return over(memory, offset, spec.dtype, dims)
+
+
+def over(memory: memoryview, offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of `dims` in place at `offset` bytes of `memory`. Never an inference tensor."""
     with torch.inference_mode(False):
+        if not prod(dims):
+            return torch.empty(dims, dtype=DTYPES[dtype])
+        array = np.frombuffer(memory, _CARRIERS[dtype], prod(dims), offset).reshape(dims)
         tensor = torch.from_numpy(array)
-        return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
+        return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> TorchDtype:
+    """How a dtype is called in an offer. Raises PlanError, naming `what`, for one that cannot travel."""
+    if dtype not in _NAMES:
+        raise PlanError(f"{what} has the dtype {dtype}; a reply carries {', '.join(DTYPES)}.")
+    return _NAMES[dtype]
 
 
 def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputConfig]) -> tuple[OutputSpec, ...]:
@@ -90,10 +105,11 @@ def check_outputs(specs: tuple[OutputSpec, ...], outputs: Mapping[str, torch.Ten
             raise PlanError(f"the teacher returned {sorted(outputs)}; expected a tensor {spec.name!r} among them.")
         if tensor.dtype.is_floating_point != DTYPES[spec.dtype].is_floating_point:
             raise PlanError(f"the teacher returned {spec.name!r} as {tensor.dtype}; {spec.dtype} was offered.")
-        if tensor.shape != spec.dims(batch, seq):
+        expected = spec.dims(Extent(batch, seq))
+        if tensor.shape != expected:
             raise PlanError(
                 f"the teacher returned {spec.name!r} of shape {tuple(tensor.shape)} for a batch of {batch} x {seq}; "
-                f"expected {spec.dims(batch, seq)}. The first axis is the batch; axis 1 may be the sequence."
+                f"expected {expected}. The first axis is the batch; axis 1 may be the sequence."
             )
 
 
@@ -117,8 +133,7 @@ def _infer(name: str, tensors: list[torch.Tensor | None], shapes: tuple[tuple[in
             )
     first, second = tensors
     assert first is not None and second is not None
-    if first.dtype not in _NAMES:
-        raise PlanError(f"output {name!r} has the dtype {first.dtype}; a reply carries {', '.join(DTYPES)}.")
+    dtype = dtype_name(first.dtype, f"output {name!r}")
     per_token = first.ndim > 1 and (first.shape[1], second.shape[1]) == (shapes[0][1], shapes[1][1])
     rest = tuple(first.shape[1 + per_token :])
     if rest != tuple(second.shape[1 + per_token :]):
@@ -126,4 +141,4 @@ def _infer(name: str, tensors: list[torch.Tensor | None], shapes: tuple[tuple[in
             f"output {name!r} has the shapes {tuple(first.shape)} and {tuple(second.shape)} for batches of {shapes[0]} and "
             f"{shapes[1]}; only axis 0 may follow the batch and only axis 1 the sequence."
         )
-    return OutputSpec(name, _NAMES[first.dtype], ("seq", *rest) if per_token else rest)
+    return OutputSpec(name, dtype, ("seq", *rest) if per_token else rest)

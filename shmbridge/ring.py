@@ -6,6 +6,11 @@ announces. layout.py draws the bytes and the states.
     rank      claim -> write_request -> publish_request      read_reply -> release
     teacher   next_request -> read_request -> write_reply -> publish_reply
 
+and, where replies are streamed, between read_request and write_reply
+
+    teacher   has_room -> write_chunk -> publish_chunk
+    rank      next_chunk -> consume
+
 Everything read from memory that the other side writes is checked before it is used: a garbled word raises AttachError,
 it never becomes an offset.
 """
@@ -13,23 +18,30 @@ it never becomes an offset.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 from shmbridge.errors import AttachError, RingFull
 from shmbridge.layout import (
     ANSWERED,
+    ARRAYS,
+    CHUNK_HEAD,
     ERROR_CAPACITY,
     ERROR_OFFSET,
     NO_STEP,
+    PROBE,
     RAISED,
     REPLY_HEAD,
     REQUEST,
     REQUEST_DATA,
+    WORD,
     LaneLayout,
     LaneWord,
+    align,
 )
+from shmbridge.offer import Extent
 
-_REQUESTED, _CLOSED, _REPLIED = LaneWord.REQUESTED, LaneWord.CLOSED, LaneWord.REPLIED
+_REQUESTED, _CLOSED, _REPLIED, _STREAMED = LaneWord.REQUESTED, LaneWord.CLOSED, LaneWord.REPLIED, LaneWord.STREAMED
 
 
 class Words(Protocol):
@@ -44,30 +56,46 @@ class Request(NamedTuple):
 
     sequence: int
     step: int | None
-    batch: int
-    seq: int
+    extent: Extent
     itemsize: int  # 4 or 8: int32 or int64 token IDs
     ids: memoryview  # bytes, batch x seq x itemsize
-    mask: memoryview | None  # bytes, batch x seq, 0 or 1
+    arrays: dict[str, memoryview]  # bytes, by the names of layout.ARRAYS
+    probe: bool
     submitted_ns: int
 
 
 class Composition(NamedTuple):
     """Where a request stood in the teacher's forward: what the bits of its reply depend on.
 
-    A request that was split by rows names its last forward."""
+    A request that was split by rows names its last forward; `forward_ns` is the time of all."""
 
     forward: int
     row: int
     rows: int
     padded_seq: int
+    tokens: int  # of all rows, without padding
+    forward_ns: int
+
+    @property
+    def padded_fraction(self) -> float:
+        """The share of the forward's rows x padded_seq that was padding."""
+        return 1 - self.tokens / (self.rows * self.padded_seq) if self.rows else 0.0
 
 
 class ReplyHead(NamedTuple):
     """What the teacher says about its reply to one request. `error` is the remote traceback, or None."""
 
     composition: Composition
+    echo: int  # CRC-32 of the IDs that a probe brought, else 0
     error: str | None
+
+
+class Chunk(NamedTuple):
+    """A piece of a streamed reply: `positions` of them from `start` on, in chunk `number` of the lane."""
+
+    number: int
+    start: int
+    positions: int
 
 
 class Ring:
@@ -79,7 +107,10 @@ class Ring:
         self.layout = layout
         self.depth = layout.depth
         self.generation = generation
-        self._released = [LaneWord.RELEASED + i * LaneWord.RELEASED_STRIDE for i in range(layout.readers)]
+        readers = [i * LaneWord.READER_STRIDE for i in range(layout.readers)]
+        self._released = [LaneWord.RELEASED + i for i in readers]
+        self._consumed = [LaneWord.CONSUMED + i for i in readers]
+        self._abandoned = [LaneWord.ABANDONED + i for i in readers]
         self._slots = [layout.request(slot) for slot in range(layout.depth)]
 
     # Cursors
@@ -95,9 +126,27 @@ class Ring:
     @property
     def released(self) -> int:
         """Of the slowest reader."""
-        if len(self._released) == 1:
-            return self.words[self._released[0]]
-        return min(self.words[i] for i in self._released)
+        return self._slowest(self._released)
+
+    @property
+    def streamed(self) -> int:
+        """Chunks that the teacher has published."""
+        return self.words[_STREAMED]
+
+    @property
+    def consumed(self) -> int:
+        """Chunks that the slowest reader has given back."""
+        return self._slowest(self._consumed)
+
+    @property
+    def abandoned(self) -> int:
+        """Nobody will read the reply to any sequence below this one."""
+        return self._slowest(self._abandoned)
+
+    def _slowest(self, cursors: list[int]) -> int:
+        if len(cursors) == 1:
+            return self.words[cursors[0]]
+        return min(self.words[i] for i in cursors)
 
     @property
     def closed(self) -> bool:
@@ -121,26 +170,41 @@ class Ring:
         return sequence
 
     def write_request(
-        self, sequence: int, step: int | None, batch: int, seq: int, ids: memoryview, mask: memoryview | None
+        self,
+        sequence: int,
+        step: int | None,
+        extent: Extent,
+        ids: memoryview,
+        arrays: Mapping[str, memoryview] = {},
+        *,
+        probe: bool = False,
     ) -> None:
-        """Copy a request (both buffers as bytes) into its slot; the teacher cannot see it yet."""
+        """Copy a request (all buffers as bytes) into its slot; the teacher cannot see it yet."""
         slot = self._slots[sequence % self.depth]
-        tokens = batch * seq
-        data = slot + REQUEST_DATA
+        tokens = extent.batch * extent.seq
         nbytes = len(ids)
-        self.memory[data : data + nbytes] = ids
-        if mask is not None:
-            self.memory[data + nbytes : data + nbytes + tokens] = mask
+        at = slot + REQUEST_DATA
+        self.memory[at : at + nbytes] = ids
+        carried = PROBE if probe else 0
+        if arrays:
+            at += align(nbytes, WORD)
+            for bit, name in enumerate(ARRAYS):
+                if name in arrays:
+                    carried |= 1 << bit
+                    end = at + len(arrays[name])
+                    self.memory[at:end] = arrays[name]
+                    at = align(end, WORD)
         REQUEST.pack_into(
             self.memory,
             slot,
             self.generation,
             sequence,
             NO_STEP if step is None else step,
-            batch,
-            seq,
+            extent.batch,
+            extent.seq,
             nbytes // tokens,
-            mask is not None,
+            carried,
+            extent.positions,
             time.monotonic_ns(),
         )
 
@@ -163,12 +227,38 @@ class Ring:
         error = None
         if head[2] == RAISED:
             start = offset + ERROR_OFFSET
-            error = bytes(self.memory[start : start + min(head[7], ERROR_CAPACITY)]).decode(errors="replace")
-        return ReplyHead(Composition(*head[3:7]), error)
+            error = bytes(self.memory[start : start + min(head[10], ERROR_CAPACITY)]).decode(errors="replace")
+        return ReplyHead(Composition(*head[3:9]), head[9], error)
 
     def release(self, sequence: int, reader: int = 0) -> None:
         """Give the slots of all sequences up to and including `sequence` back."""
         self.words[self._released[reader]] = sequence + 1
+
+    def abandon(self, sequence: int, reader: int = 0) -> None:
+        """Tell that this reader will not read the replies of all sequences up to and including `sequence`."""
+        self.words[self._abandoned[reader]] = sequence + 1
+
+    def next_chunk(self, sequence: int, reader: int = 0) -> Chunk | None:
+        """The oldest chunk of the reply to `sequence` that is not consumed, or None. Raises AttachError.
+
+        Chunks of earlier replies, which were abandoned, are consumed on the way."""
+        words, chunks = self.words, self.layout.chunks
+        while (index := words[self._consumed[reader]]) != words[_STREAMED]:
+            head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head(index % chunks))
+            generation, found, start, count = head
+            if generation != self.generation or found > sequence or not index < words[_STREAMED] <= index + chunks:
+                raise AttachError(
+                    f"chunk {index} of generation {self.generation}, sequence {sequence} holds generation {generation}, "
+                    f"sequence {found}: refused."
+                )
+            if found == sequence:
+                return Chunk(index, start, count)
+            self.consume(index, reader)
+        return None
+
+    def consume(self, index: int, reader: int = 0) -> None:
+        """Give chunk `index` and all before it back."""
+        self.words[self._consumed[reader]] = index + 1
 
     # The teacher's side
 
@@ -186,33 +276,60 @@ class Ring:
     def read_request(self, sequence: int) -> Request:
         """A submitted request, in place. Raises AttachError if its descriptor is not one that a rank could write."""
         slot = self._slots[sequence % self.depth]
-        generation, found, step, batch, seq, itemsize, masked, submitted = REQUEST.unpack_from(self.memory, slot)
+        head = REQUEST.unpack_from(self.memory, slot)
+        generation, found, step, batch, seq, itemsize, carried, count, submitted = head
         tokens = batch * seq
         if (
             generation != self.generation
             or found != sequence
             or not 0 < tokens <= self.layout.max_tokens
             or itemsize not in (4, 8)
-            or masked > 1
+            or carried >= PROBE << 1
+            or count > tokens
         ):
             raise AttachError(
                 f"the request slot of generation {self.generation}, sequence {sequence} holds generation {generation}, "
-                f"sequence {found}, shape {batch} x {seq}, itemsize {itemsize}, mask {masked}: refused."
+                f"sequence {found}, shape {batch} x {seq}, itemsize {itemsize}, arrays {carried:#x}, {count} positions: "
+                "refused."
             )
         start = slot + REQUEST_DATA
         end = start + tokens * itemsize
         ids = self.memory[start:end]
-        mask = self.memory[end : end + tokens] if masked else None
-        return Request(sequence, None if step == NO_STEP else step, batch, seq, itemsize, ids, mask, submitted)
+        arrays = self._arrays(end, tokens, carried) if carried else {}
+        extent = Extent(batch, seq, count if "positions" in arrays else None)
+        step = None if step == NO_STEP else step
+        return Request(sequence, step, extent, itemsize, ids, arrays, bool(carried & PROBE), submitted)
 
-    def write_reply(self, sequence: int, composition: Composition, error: str | None = None) -> None:
+    def _arrays(self, at: int, tokens: int, carried: int) -> dict[str, memoryview]:
+        found = {}
+        for bit, name in enumerate(ARRAYS):
+            if carried & 1 << bit:
+                at = align(at, WORD)
+                end = at + self.layout.array_bytes(name, tokens)
+                found[name] = self.memory[at:end]
+                at = end
+        return found
+
+    def has_room(self) -> bool:
+        """Whether a chunk is free."""
+        return self.words[_STREAMED] - self.consumed < self.layout.chunks
+
+    def write_chunk(self, sequence: int, start: int, count: int) -> None:
+        """Write the head of the next chunk; its payload is written before, by the plane."""
+        offset = self.layout.chunk_head(self.words[_STREAMED] % self.layout.chunks)
+        CHUNK_HEAD.pack_into(self.memory, offset, self.generation, sequence, start, count)
+
+    def publish_chunk(self) -> None:
+        self.words[_STREAMED] += 1
+
+    def write_reply(self, sequence: int, composition: Composition, error: str | None = None, echo: int = 0) -> None:
         """Write a reply's head; its payload is written before, by the plane."""
         text = (error or "").encode(errors="replace")
         if len(text) > ERROR_CAPACITY:  # the end of a traceback tells what was raised
             text = b"...\n" + text[-(ERROR_CAPACITY - 4) :]
         offset = self.layout.reply_head(sequence % self.depth)
         status = ANSWERED if error is None else RAISED
-        REPLY_HEAD.pack_into(self.memory, offset, self.generation, sequence, status, *composition, len(text))
+        REPLY_HEAD.pack_into(self.memory, offset, self.generation, sequence, status, *composition, echo, len(text))
         if text:
             start = offset + ERROR_OFFSET
             self.memory[start : start + len(text)] = text

@@ -1,8 +1,8 @@
 """The teacher's loop over one protocol: forward(batch) -> named tensors with a leading batch axis.
 
 Each round takes the oldest request of every lane that has one, combines them into one forward (or as few as
-teacher.max_batch_tokens allows), and gives every rank its own rows. A lane's second request waits for the next round, so
-that ranks with requests in flight meet in the same forward.
+teacher.max_batch_tokens and teacher.max_padding allow), and gives every rank its own rows. A lane's second request waits for
+the next round, so that ranks with requests in flight meet in the same forward.
 
 A forward that raises is tried again lane by lane, so only the culprit's rank gets the error; one that runs out of memory is
 halved and tried again. Every request is answered or failed; none is dropped.
@@ -15,36 +15,23 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from shmbridge import batching, payload
+from shmbridge import batching, combine
 from shmbridge.batching import Piece
 from shmbridge.board import Phase
+from shmbridge.combine import Answer
+from shmbridge.encode import Encoder, Rows
 from shmbridge.errors import AttachError
 from shmbridge.host_plane import HostPlane
-from shmbridge.offer import Offer
+from shmbridge.offer import Extent, Offer, reply_bytes
 from shmbridge.payload import Batch, Forward
-from shmbridge.ring import Composition, Request
+from shmbridge.ring import Composition
 from shmbridge.session import Lane, TeacherSession
+from shmbridge.streams import Streams
 from shmbridge.trace import Trace, logger
 
 __all__ = ["Batch", "Forward", "Server"]
-
-_ID_TYPES = {4: np.int32, 8: np.int64}
-
-
-class _Job:
-    """One request on its way through a round."""
-
-    __slots__ = ("composition", "done", "error", "lane", "request")
-
-    def __init__(self, lane: Lane, request: Request) -> None:
-        self.lane = lane
-        self.request = request
-        self.done = 0  # rows answered
-        self.composition = _NOWHERE
-        self.error: str | None = None
 
 
 class _Trouble(NamedTuple):
@@ -55,26 +42,32 @@ class _Trouble(NamedTuple):
     out_of_memory: bool
 
 
-_NOWHERE = Composition(0, 0, 0, 0)
-
-
 class Server:
     """Serves the lanes of one teacher until every rank has closed."""
 
-    def __init__(self, session: TeacherSession, forward: Forward, agreed: Offer, device: torch.device) -> None:
+    def __init__(
+        self, session: TeacherSession, forward: Forward, encoder: Encoder, agreed: Offer, device: torch.device
+    ) -> None:
         """Map the reply memory, which the owner has created for `agreed`. Raises AttachError."""
         self._session = session
         self._forward = forward
-        self._agreed = agreed
+        self._encoder = encoder
+        self._outputs = agreed.outputs
         self._device = device
         self._settings = session.settings.teacher
+        self._with_targets = session.settings.payload.logprobs is not None
         self._max_tokens = self._settings.max_batch_tokens
         self._forwards = 0
+        self._tokens = self._padded_tokens = 0
         self._stopping = False
         self._last: dict[int, int] | None = None  # by lane, once stopping: sequences below it are still answered
         self._lanes = list(session.lanes)
         shape = session.control.shape
+        self._chunks = shape.chunks
         self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in self._lanes}
+        self._streams = Streams(
+            encoder, self._planes, shape.chunk_positions, self._sent_chunk, self._fail_stream, self._publish
+        )
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
@@ -91,53 +84,69 @@ class Server:
         record = self._session.record
         record.enter(Phase.COLLECTING)
         with torch.inference_mode():
-            while jobs := self._collect():
+            while answers := self._collect():
                 record.enter(Phase.FORWARD)
-                self._answer(jobs)
+                self._answer(answers)
                 record.enter(Phase.COLLECTING)
         record.enter(Phase.CLOSED)
+        logger.info(self._summary())
 
     # Collecting
 
-    def _collect(self) -> list[_Job]:
+    def _collect(self) -> list[Answer]:
         """The oldest request of each lane that has one; empty when there will be none."""
         wait = self._session.wait
-        while jobs := wait(self._take_or_end, None, self._check):
-            if len(jobs) == len(self._lanes):
-                return jobs
+        while answers := wait(self._take_or_end, None, self._check):
+            if len(answers) == len(self._lanes):
+                return answers
             if self._settings.collect == "lockstep":
                 wait(self._everyone, None, self._check)
             elif self._settings.linger_ms:
                 wait(self._everyone, time.monotonic() + self._settings.linger_ms / 1000, self._check)
             else:
-                return jobs
-            jobs = self._take()  # again: more may have come since, and who had asked may be gone
-            if jobs:
-                return jobs
+                return answers
+            answers = self._take()  # again: more may have come since, and who had asked may be gone
+            if answers:
+                return answers
         return []
 
-    def _take(self) -> list[_Job]:
+    def _take(self) -> list[Answer]:
         if self._stopping and self._last is None:
             self._last = {lane.index: lane.ring.requested for lane in self._lanes}
             self._session.record.enter(Phase.DRAINING)
-        jobs = []
+        answers = []
         for lane in self._lanes:
-            sequence = lane.ring.next_request()
+            sequence = None if lane.index in self._streams else self._next_wanted(lane)
             if sequence is not None and (self._last is None or sequence < self._last[lane.index]):
-                jobs.append(_Job(lane, lane.ring.read_request(sequence)))
-        return jobs
+                answers.append(Answer(lane, lane.ring.read_request(sequence)))
+        return answers
 
-    def _take_or_end(self) -> list[_Job] | None:
-        return self._take() or ([] if self._ended() else None)
+    def _next_wanted(self, lane: Lane) -> int | None:
+        """The lane's oldest request; those before it that were abandoned are answered with nothing."""
+        ring = lane.ring
+        while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
+            self._publish(Answer(lane, ring.read_request(sequence)))
+        return sequence
+
+    def _take_or_end(self) -> list[Answer] | None:
+        self._streams.advance()
+        answers = self._take()
+        if answers:
+            return answers
+        return [] if self._ended() and not self._streams else None
 
     def _everyone(self) -> bool | None:
         """True when no open lane is still to submit."""
+        self._streams.advance()
         if self._ended():
             return True
         greedy = self._settings.collect == "greedy"
         for lane in self._lanes:
             ring = lane.ring
-            if ring.next_request() is None and not ring.closed and (lane.records[0].identity or not greedy):
+            if lane.index in self._streams:
+                if not greedy:
+                    return None
+            elif self._next_wanted(lane) is None and not ring.closed and (lane.records[0].identity or not greedy):
                 return None
         return True
 
@@ -151,25 +160,28 @@ class Server:
             if not lane.ring.closed:
                 logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
             self._lanes.remove(lane)
+            self._streams.drop(lane.index)
 
     # Answering
 
-    def _answer(self, jobs: Sequence[_Job]) -> None:
-        for job in jobs:
-            request = job.request
+    def _answer(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            request = answer.request
             self._session.record.at(request.step, request.sequence)
             if self._trace:
-                self._hand_over("collect", job, request.submitted_ns)
-        for pieces in batching.compose([(job.request.batch, job.request.seq) for job in jobs], self._max_tokens):
-            self._run(jobs, pieces)
+                self._hand_over("collect", answer, len(request.ids), request.submitted_ns)
+        for kind in (False, True):
+            alike = [answer for answer in answers if combine.packed(answer.request) is kind]
+            shapes = [(answer.request.extent.batch, answer.request.extent.seq) for answer in alike]
+            for pieces in batching.compose(shapes, self._max_tokens, self._settings.max_padding) if alike else ():
+                self._run(alike, pieces)
 
-    def _run(self, jobs: Sequence[_Job], pieces: list[Piece]) -> None:
+    def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:
         """One forward, and what to do when it raises.
 
         The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
         """
-        started = time.monotonic_ns()
-        trouble = self._try(jobs, pieces)
+        trouble = self._try(answers, pieces)
         halves = batching.halve(pieces) if trouble and trouble.out_of_memory else []
         if trouble and len(halves) == 2:
             self._max_tokens = min(self._max_tokens, max(1, batching.padded_tokens(pieces) // 2))
@@ -177,117 +189,131 @@ class Server:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             for half in halves:
-                self._run(jobs, half)
+                self._run(answers, half)
         elif trouble and len({piece.request for piece in pieces}) > 1:
             logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
             for alone in batching.by_request(pieces):
-                self._run(jobs, alone)
+                self._run(answers, alone)
         else:
-            self._finish(jobs, pieces, started, trouble)
+            self._finish(answers, pieces, trouble)
 
-    def _try(self, jobs: Sequence[_Job], pieces: list[Piece]) -> _Trouble | None:
+    def _try(self, answers: Sequence[Answer], pieces: list[Piece]) -> _Trouble | None:
         """One forward; what it raised, or None. An error that ends the teacher is raised."""
         try:
-            self._forward_and_write(jobs, pieces)
+            self._forward_and_write(answers, pieces)
         except AttachError:
             raise
         except Exception as error:
-            if _poisons_the_device(error):
-                raise
-            return _Trouble(repr(error), "".join(traceback.format_exception(error)), _is_out_of_memory(error))
+            return _trouble(error)
         return None
 
-    def _forward_and_write(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> None:
-        batch = self._combine(jobs, pieces)
-        rows, padded = batch.input_ids.shape
-        outputs = self._forward(batch)
-        payload.check_outputs(self._agreed.outputs, outputs, rows, padded)
-        self._forwards += 1
+    def _forward_and_write(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
+        started = time.monotonic_ns()
+        requests = [answer.request for answer in answers]
+        batch = combine.combine(requests, pieces, self._settings.pad_id, self._device)
+        rows, seq = batch.input_ids.shape
+        whole = not self._chunks and not any("positions" in requests[piece.request].arrays for piece in pieces)
+        returned = self._encoder.prepare(self._forward(batch), rows, seq, whole)
+        chosen = []
         row = 0
         for piece in pieces:
-            job = jobs[piece.request]
-            request = job.request
-            plane = self._planes[job.lane.index]
-            take = slice(row, row + piece.rows)
-            plane.write(request.sequence, request.batch, request.seq, piece.start, outputs, take)
-            job.composition = Composition(self._forwards, row, rows, padded)
-            row = take.stop
+            choice = combine.choice(requests[piece.request], piece, row, self._device, self._with_targets)
+            chosen.append(self._encoder.select(returned, choice))
+            row += piece.rows
+        if not self._chunks:
+            for piece, part in zip(pieces, chosen, strict=True):
+                self._write(answers[piece.request], piece, part)
+        self._note(answers, pieces, chosen, (rows, seq), time.monotonic_ns() - started)
 
-    def _combine(self, jobs: Sequence[_Job], pieces: Sequence[Piece]) -> Batch:
-        """The rows of `pieces` as one batch of the teacher's own memory, padded where lengths differ.
+    def _write(self, answer: Answer, piece: Piece, part: Rows) -> None:
+        """A part of a whole reply into its slot."""
+        request = answer.request
+        plane = self._planes[answer.lane.index]
+        position = combine.first_position(request, piece)
+        for start, outputs in self._encoder.encode(part):
+            plane.write(request.sequence, request.extent, outputs, position + start, piece.start)
 
-        Always a copy: the slots' memory must not outlive the requests in the teacher's hands.
-        """
-        parts = [_rows(jobs[piece.request].request, piece) for piece in pieces]
-        if _alike(parts):
-            return Batch(self._to_device(np.concatenate([ids for ids, _ in parts])), None)
-        rows, seq = sum(piece.rows for piece in pieces), max(piece.seq for piece in pieces)
-        input_ids = np.full((rows, seq), self._settings.pad_id, np.int64)
-        attention_mask = np.zeros((rows, seq), np.int64)
+    def _note(
+        self, answers: Sequence[Answer], pieces: Sequence[Piece], chosen: list[Rows], shape: tuple[int, int], took: int
+    ) -> None:
+        """What a forward that succeeded says of each request in it."""
+        tokens = combine.tokens([answer.request for answer in answers], pieces)
+        self._forwards += 1
+        self._tokens += tokens
+        self._padded_tokens += shape[0] * shape[1]
         row = 0
-        for ids, mask in parts:
-            place = (slice(row, row + ids.shape[0]), slice(0, ids.shape[1]))
-            input_ids[place] = ids
-            attention_mask[place] = 1 if mask is None else mask
-            row += ids.shape[0]
-        return Batch(self._to_device(input_ids), self._to_device(attention_mask))
+        for piece, part in zip(pieces, chosen, strict=True):
+            answer = answers[piece.request]
+            forward_ns = answer.composition.forward_ns + took
+            answer.composition = Composition(self._forwards, row, *shape, tokens, forward_ns)
+            if self._chunks:
+                answer.parts.append(part)
+            row += piece.rows
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        """`array` as int64 on the teacher's device."""
-        tensor = torch.from_numpy(array if array.dtype == np.int64 else array.astype(np.int64))
-        return tensor if self._device.type == "cpu" else tensor.to(self._device)
-
-    def _finish(self, jobs: Sequence[_Job], pieces: Sequence[Piece], started_ns: int, trouble: _Trouble | None) -> None:
+    def _finish(self, answers: Sequence[Answer], pieces: Sequence[Piece], trouble: _Trouble | None) -> None:
         """Count the pieces' rows as done, and publish every request that has all of its rows."""
         for piece in pieces:
-            job = jobs[piece.request]
-            job.done += piece.rows
-            if trouble and job.error is None:
-                job.error = trouble.traceback
-                logger.warning("rank %d's forward raised %s; the rank is told", job.lane.index, trouble.summary)
-            if job.done == job.request.batch:
-                self._publish(job, started_ns)
+            answer = answers[piece.request]
+            answer.done += piece.rows
+            if trouble and answer.error is None:
+                self._fail(answer, trouble)
+            if answer.done == answer.request.extent.batch:
+                if self._chunks and answer.error is None:
+                    self._streams.begin(answer)
+                else:
+                    self._publish(answer)
+        self._streams.advance()
 
-    def _publish(self, job: _Job, started_ns: int) -> None:
-        ring, sequence = job.lane.ring, job.request.sequence
-        ring.write_reply(sequence, job.composition, job.error)
+    def _fail(self, answer: Answer, trouble: _Trouble) -> None:
+        answer.error = trouble.traceback
+        logger.warning("rank %d's forward raised %s; the rank is told", answer.lane.index, trouble.summary)
+
+    def _publish(self, answer: Answer) -> None:
+        ring, sequence = answer.lane.ring, answer.request.sequence
+        ring.write_reply(sequence, answer.composition, answer.error, answer.echo)
         ring.publish_reply(sequence)
-        self._session.ring_readers(job.lane)
+        self._session.ring_readers(answer.lane)
         if self._trace:
-            self._hand_over("reply", job, started_ns)
+            nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
+            self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
 
-    def _hand_over(self, event: str, job: _Job, since_ns: int) -> None:
+    # Streams
+
+    def _sent_chunk(self, answer: Answer, count: int) -> None:
+        self._session.ring_readers(answer.lane)
+        if self._trace:
+            nbytes = reply_bytes(self._outputs, Extent(0, 0, count))
+            self._hand_over("chunk", answer, nbytes, answer.request.submitted_ns)
+
+    def _fail_stream(self, answer: Answer, error: Exception) -> None:
+        self._fail(answer, _trouble(error))
+
+    # Telling
+
+    def _summary(self) -> str:
+        padding = 1 - self._tokens / self._padded_tokens if self._padded_tokens else 0.0
+        return f"the teacher ends after {self._forwards} forwards, {padding:.1%} of their tokens padding"
+
+    def _hand_over(self, event: str, answer: Answer, nbytes: int, since_ns: int) -> None:
         assert self._trace
-        request = job.request
-        nbytes = len(request.ids)
-        if event == "reply" and job.error is None:
-            views = self._planes[job.lane.index].views(request.sequence, request.batch, request.seq)
-            nbytes = sum(tensor.nbytes for tensor in views.values())
+        request = answer.request
         self._trace.hand_over(
             event,
-            lane=job.lane.index,
+            lane=answer.lane.index,
             step=request.step,
             sequence=request.sequence,
-            slot=request.sequence % job.lane.ring.depth,
-            shape=(request.batch, request.seq),
+            slot=request.sequence % answer.lane.ring.depth,
+            shape=(request.extent.batch, request.extent.seq),
             nbytes=nbytes,
             since_ns=since_ns,
         )
 
 
-def _alike(parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> bool:
-    """No mask, and rows of one length."""
-    seq = parts[0][0].shape[1]
-    return all(mask is None and ids.shape[1] == seq for ids, mask in parts)
-
-
-def _rows(request: Request, piece: Piece) -> tuple[np.ndarray, np.ndarray | None]:
-    """The IDs and the mask of a piece, in the slot's memory."""
-    shape = (request.batch, request.seq)
-    ids = np.frombuffer(request.ids, _ID_TYPES[request.itemsize]).reshape(shape)
-    if request.mask is None:
-        return ids[piece.start : piece.stop], None
-    return ids[piece.start : piece.stop], np.frombuffer(request.mask, np.uint8).reshape(shape)[piece.start : piece.stop]
+def _trouble(error: Exception) -> _Trouble:
+    """What a forward raised. An error that ends the teacher is raised."""
+    if _poisons_the_device(error):
+        raise error
+    return _Trouble(repr(error), "".join(traceback.format_exception(error)), _is_out_of_memory(error))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

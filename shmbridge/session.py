@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from shmbridge import config, layout
+from shmbridge import config, layout, offer
 from shmbridge.board import Failure, Phase, Record
 from shmbridge.config import Config
 from shmbridge.doorbell import Doorbell
@@ -32,7 +32,7 @@ from shmbridge.errors import (
     TrainerDied,
 )
 from shmbridge.layout import ControlWord, LaneLayout, LaneWord
-from shmbridge.offer import Offer
+from shmbridge.offer import Offer, OutputSpec
 from shmbridge.peer import Identity, Peer
 from shmbridge.ring import Ring
 from shmbridge.segment import Segment
@@ -76,6 +76,9 @@ class Names:
     def reply(self, generation: int, lane: int) -> str:
         return f"{self._stem}-g{generation}-reply{lane}"
 
+    def head(self) -> str:
+        return f"{self._stem}-head"
+
     def teacher_bell(self, teacher: int) -> str:
         return f"{self._stem}-teacher{teacher}"
 
@@ -92,10 +95,46 @@ class Shape(NamedTuple):
     depth: int
     max_tokens: int
     max_batch: int
+    max_positions: int
+    candidates: int
+    chunks: int  # 0 where replies are not streamed
+    chunk_positions: int
+
+    @classmethod
+    def of(cls, settings: Config, lanes: int, teachers: int = 1, readers: int = 1) -> Shape:
+        """The shape that the settings ask for."""
+        ring, payload = settings.ring, settings.payload
+        return cls(
+            lanes=lanes,
+            teachers=teachers,
+            readers=readers,
+            depth=ring.depth,
+            max_tokens=ring.max_tokens,
+            max_batch=ring.max_batch,
+            max_positions=min(ring.max_positions or ring.max_tokens, ring.max_tokens),
+            candidates=payload.logprobs.candidates if payload.logprobs else 0,
+            chunks=payload.stream.chunks if payload.stream else 0,
+            chunk_positions=payload.stream.chunk_positions if payload.stream else 0,
+        )
 
     @property
     def lane_layout(self) -> LaneLayout:
-        return LaneLayout(self.depth, self.max_tokens, self.readers)
+        return LaneLayout(self.depth, self.max_tokens, self.readers, self.candidates, self.chunks)
+
+    @property
+    def reply_slots(self) -> int:
+        """Of one lane: one for each slot of the ring, or one for each chunk."""
+        return self.chunks or self.depth
+
+    def slot_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
+        """Bytes of one reply slot."""
+        if self.chunks:
+            return offer.slot_bytes(outputs, self.chunk_positions, 0)
+        return offer.slot_bytes(outputs, self.max_positions, self.max_batch)
+
+    def reply_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
+        """Bytes of one lane's reply segment."""
+        return layout.reply_bytes(self.reply_slots, self.slot_bytes(outputs))
 
 
 class Control:
@@ -104,7 +143,7 @@ class Control:
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.words = segment.words
-        self.shape = Shape(*self.words[ControlWord.LANES : ControlWord.MAX_BATCH + 1])
+        self.shape = Shape(*self.words[ControlWord.LANES : ControlWord.CHUNK_POSITIONS + 1])
         if not (
             self.shape.lanes >= 1
             and 1 <= self.shape.readers <= layout.MAX_READERS
@@ -153,11 +192,12 @@ class Lane:
         segment = Segment.attach(name, layout.LANE, token.session_id, token.generation, index)
         lane = shape.lane_layout
         words = segment.words
-        found = (words[LaneWord.DEPTH], words[LaneWord.READERS], words[LaneWord.MAX_TOKENS], segment.bytes.nbytes)
-        expected = (lane.depth, lane.readers, lane.max_tokens, layout.align(lane.nbytes, layout.PAGE))
+        found = (*(words[word] for word in layout.LANE_CONSTANTS), segment.bytes.nbytes)
+        expected = (*lane.constants, layout.align(lane.nbytes, layout.PAGE))
         if found != expected:
             raise AttachError(
-                f"segment {name} tells depth, readers, tokens, size {found}, expected {expected}: garbled."
+                f"segment {name} tells depth, readers, tokens, candidates, chunks, size {found}, expected {expected}: "
+                "garbled."
             )
         return cls(segment, lane, index, token.generation)
 

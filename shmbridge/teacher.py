@@ -20,49 +20,154 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shmbridge.config import Config, OutputConfig
+from shmbridge import fingerprint
+from shmbridge.config import Config, TeacherConfig
 from shmbridge.errors import ConfigError
+from shmbridge.head import Head
+from shmbridge.offer import Tokens
 from shmbridge.payload import DTYPES, Batch
 
 Progress = Callable[[int, int], None]
 
 
 class HuggingFaceTeacher:
-    """A causal language model as a teacher: {"logits": (batch, seq, vocab)}."""
+    """A causal language model as a teacher.
 
-    def __init__(self, settings: Config, device: torch.device, progress: Progress) -> None:
-        """Load the model onto `device`; `progress(done, total)` is called while the weights load.
+    It returns {"hidden": (batch, seq, width)}, the state before the output head, and has the head as `head`. A model that does
+    something else between the two returns {"logits": (batch, seq, vocab)}; its `head` is None and `no_head` says why.
+    """
+
+    def __init__(self, settings: Config, device: torch.device, progress: Progress, gpus: int = 1) -> None:
+        """Load the model onto `device`, or spread it over the first `gpus` GPUs; `progress(done, total)` is called while the
+        weights load.
 
         Raises:
-            ConfigError: the path does not exist.
+            ConfigError: the path does not exist, or payload.vocab cuts words that the tokenizer has.
             Exception: whatever transformers raises for a model it cannot load.
         """
         teacher = settings.teacher
         _watch_progress(progress)
-        self.path = _local_copy(teacher.model)
-        options: dict[str, Any] = {"trust_remote_code": teacher.trust_remote_code}
-        if teacher.revision:
-            options["revision"] = teacher.revision
-        if teacher.attn_implementation:
-            options["attn_implementation"] = teacher.attn_implementation
-        dtype = "auto" if teacher.dtype == "auto" else DTYPES[teacher.dtype]
-        options["torch_dtype" if _old_transformers() else "dtype"] = dtype
-        self.model = AutoModelForCausalLM.from_pretrained(self.path, **options).to(device).eval()
+        self.path = local_copy(teacher.model)
+        self.model = _load(teacher, self.path, device, gpus)
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self.max_seq: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        head = self.model.get_output_embeddings()
-        words = self.vocab_size if head is None else head.weight.shape[0]
-        self.outputs = {"logits": OutputConfig(dtype=settings.payload.logits.dtype, shape=("seq", words))}
+        self.tokenizer = _tokenizer(self.path, settings.payload.vocab)
+        self.no_head = ""
+        self.head: Head | None = None
+        with torch.inference_mode():
+            self._find_head(settings.payload.vocab, device)
+            self._trunk = self.model.base_model if self.head else self.model
+            if teacher.compile:
+                self._trunk = torch.compile(self._trunk)
+            self.packs = self._packs(device)
 
     def __call__(self, batch: Batch) -> Mapping[str, torch.Tensor]:
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        return {"logits": output.logits}
+        """Hidden states, or logits where the model has no plain head."""
+        rows, seq = batch.input_ids.shape
+        given: dict[str, torch.Tensor | None] = {"attention_mask": batch.attention_mask}
+        input_ids = batch.input_ids
+        if batch.position_ids is not None:
+            given["position_ids"] = batch.position_ids
+            if rows > 1 and self._wants_one_row and batch.attention_mask is None:
+                input_ids = input_ids.reshape(1, -1)
+                given["position_ids"] = batch.position_ids.reshape(1, -1)
+        output = self._trunk(input_ids=input_ids, use_cache=False, **given)
+        name = "hidden" if self.head else "logits"
+        found = output.last_hidden_state if self.head else output.logits
+        return {name: found.reshape(rows, seq, -1)}
+
+    def reference(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        """What the model itself gives, by its own forward: its logits, and as `hidden` what its own output head was given."""
+        seen: list[torch.Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        finally:
+            hook.remove()
+        return {"logits": logits, "hidden": seen[0]}
+
+    @property
+    def _wants_one_row(self) -> bool:
+        """FlashAttention finds packed documents in batches of one row only."""
+        return "flash" in str(self.model.config._attn_implementation)
+
+    def _find_head(self, vocab: int | None, device: torch.device) -> None:
+        """Take the head where head(hidden) is what the model gives; else say in `no_head` why not."""
+        module = self.model.get_output_embeddings()
+        weight = getattr(module, "weight", None)
+        if self.model.base_model is self.model or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            kind = type(module).__name__ if weight is None else str(weight.dtype)
+            self.no_head = f"its output head is {kind}, not a matrix of floats on a trunk of its own"
+            return
+        text = self.model.config.get_text_config()
+        head = Head(weight.detach(), _detached(getattr(module, "bias", None)), **_corrections(text))
+        ids = torch.arange(8, device=device).remainder(self.vocab_size).reshape(1, 8)
+        logits = self.model(input_ids=ids, use_cache=False).logits.float()
+        found = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
+        off = float((found - logits.to(found.device)).abs().max() / logits.abs().max()) if found.shape == logits.shape else 1.0
+        if not off <= _tolerance(weight.dtype):
+            self.no_head = f"head(hidden) is off from the model's own logits by {off:.1%}: it does something in between"
+            return
+        self.head = head if vocab is None else Head(
+            head.weight[:vocab], None if head.bias is None else head.bias[:vocab], head.softcap, head.scale
+        )
+
+    def _packs(self, device: torch.device) -> bool:
+        """Whether two documents in one row give what each gives alone."""
+        if self.max_seq is not None and self.max_seq < 6:
+            return False
+        ids = torch.tensor([[5, 3, 1, 4, 2, 3]], device=device).remainder(self.vocab_size)
+        places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+        try:
+            (together,) = self(Batch(ids, None, places)).values()
+        except Exception:
+            return False  # a model that takes no position_ids
+        alone = torch.cat([*self(Batch(ids[:, :3], None)).values(), *self(Batch(ids[:, 3:], None)).values()], 1)
+        off = (together - alone).abs().max() / alone.abs().max()
+        return bool(off <= _tolerance(together.dtype))
 
 
-def _old_transformers() -> bool:
-    """Before 4.56 the argument was called torch_dtype."""
-    major, minor = transformers.__version__.split(".")[:2]
-    return (int(major), int(minor)) < (4, 56)
+def _load(teacher: TeacherConfig, path: str, device: torch.device, gpus: int) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": teacher.trust_remote_code}
+    if teacher.revision:
+        options["revision"] = teacher.revision
+    if teacher.attn_implementation:
+        options["attn_implementation"] = teacher.attn_implementation
+    options["dtype"] = "auto" if teacher.dtype == "auto" else DTYPES[teacher.dtype]
+    if gpus > 1:  # the others that this process sees are the training's
+        room = {i: torch.cuda.mem_get_info(i)[0] for i in range(gpus)}
+        return AutoModelForCausalLM.from_pretrained(path, device_map="balanced", max_memory=room, **options).eval()
+    return AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
+
+
+def _corrections(text: Any) -> dict[str, Any]:
+    """What models of the transformers library do to logits, by the names in their configs."""
+    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
+    divisor = getattr(text, "logits_scaling", None) or 1.0  # Granite divides
+    return {"softcap": getattr(text, "final_logit_softcapping", None), "scale": scale / divisor}
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """Relative, for sums in another order."""
+    return 0.02 if dtype.itemsize == 2 else 1e-4
+
+
+def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+def _tokenizer(path: str, vocab: int | None) -> Tokens | None:
+    """The table of the model's tokenizer, where it has one. Raises ConfigError where `vocab` cuts words of it."""
+    try:
+        table = fingerprint.of_tokenizer(AutoTokenizer.from_pretrained(path))
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None
+    if vocab is not None and vocab < table.entries:
+        raise ConfigError(
+            f"payload.vocab is {vocab}; the teacher's tokenizer has {table.entries} entries, so words would be lost. Only the "
+            f"padding may be cut: set payload.vocab to {table.entries} or more."
+        )
+    return table
 
 
 def _watch_progress(progress: Progress) -> None:
@@ -89,7 +194,7 @@ class _Nowhere:
         pass
 
 
-def _local_copy(model: str) -> str:
+def local_copy(model: str) -> str:
     """What from_pretrained takes: the model itself, or the converted copy of a .gguf file. Raises ConfigError."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from shmbridge import payload, trace
+from shmbridge import offering, shared_head, trace
 from shmbridge.board import Phase
 from shmbridge.config import Config, is_builder
 from shmbridge.errors import ConfigError, PeerLost
-from shmbridge.offer import Offer
+from shmbridge.head import Head
 from shmbridge.payload import Forward
 from shmbridge.server import Server
 from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
@@ -29,11 +29,12 @@ def main() -> int:
     """Serve until the ranks have closed. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="shmbridge.teacher_job")
     parser.add_argument("--teacher-index", type=int, default=0)
-    index = parser.parse_args().teacher_index
-    session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), index)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this process's own, cuda:0 and on; 0: the CPU")
+    args = parser.parse_args()
+    session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     trace.configure(session.settings.log.level)
     try:
-        run(session)
+        run(session, args.gpus)
     except PeerLost as error:
         session.record.fail_with(error)
         trace.logger.error("the teacher stops: %s", error)
@@ -45,23 +46,31 @@ def main() -> int:
     return 0
 
 
-def run(session: TeacherSession) -> None:
+def run(session: TeacherSession, gpus: int) -> None:
     """Load, offer, serve."""
     settings = session.settings
     if settings.teacher.cpu_threads:
         torch.set_num_threads(settings.teacher.cpu_threads)
-    device = torch.device("cuda:0" if settings.teacher.gpus else "cpu")
+    device = torch.device("cuda:0" if gpus else "cpu")
     session.record.enter(Phase.LOADING)
-    forward = build(session, settings, device)
+    forward = build(session, settings, device, gpus)
     session.record.enter(Phase.PROBING)
-    agreed = offer_of(forward, settings, device)
+    serve(session, forward, device)
+
+
+def serve(session: TeacherSession, forward: Forward, device: torch.device) -> None:
+    """Offer what `forward` returns, and answer requests with it."""
+    agreed, encoder = offering.make(forward, session.settings, device)
     session.offer(agreed)
-    server = Server(session, forward, agreed, device)
+    head: Head | None = getattr(forward, "head", None)
+    if agreed.head and head and session.index == 0:
+        shared_head.write(session.token, agreed.head, head)
+    server = Server(session, forward, encoder, agreed, device)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())
     server.serve()
 
 
-def build(session: TeacherSession, settings: Config, device: torch.device) -> Forward:
+def build(session: TeacherSession, settings: Config, device: torch.device, gpus: int) -> Forward:
     """The forward of a teacher of one's own (`module:build`), or of a HuggingFace model. Raises ConfigError."""
     model = settings.teacher.model
     if is_builder(model):
@@ -78,21 +87,7 @@ def build(session: TeacherSession, settings: Config, device: torch.device) -> Fo
         return forward
     from shmbridge.teacher import HuggingFaceTeacher
 
-    return HuggingFaceTeacher(settings, device, session.record.progress)
-
-
-def offer_of(forward: Forward, settings: Config, device: torch.device) -> Offer:
-    """What `forward` returns, by its own word (attribute `outputs`), the config's, or a probe. Raises PlanError."""
-    declared = settings.teacher.outputs or getattr(forward, "outputs", {})
-    with torch.inference_mode():
-        outputs = payload.probe(forward, device, declared)
-    return Offer(
-        outputs=outputs,
-        model=settings.teacher.model,
-        path=getattr(forward, "path", ""),
-        vocab_size=settings.teacher.vocab_size or getattr(forward, "vocab_size", None),
-        max_seq=getattr(forward, "max_seq", None),
-    )
+    return HuggingFaceTeacher(settings, device, session.record.progress, gpus)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a rank may submit: token IDs and a mask, as contiguous arrays once every limit was checked.
+"""What a rank may submit: token IDs and what travels beside them, as contiguous arrays once every limit was checked.
 
 An ID outside the vocabulary would be a device-side assert that kills the teacher, so it is refused here, in the rank that
 sent it.
@@ -6,13 +6,14 @@ sent it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 
 from shmbridge.errors import RequestRefused
-from shmbridge.offer import Offer
+from shmbridge.layout import IGNORED
+from shmbridge.offer import Extent, Offer
 from shmbridge.session import Shape
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
@@ -54,14 +55,99 @@ def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape) -
     return ids
 
 
-def check_mask(attention_mask: torch.Tensor | IntArray, ids: IntArray) -> IntArray:
-    """The mask as contiguous uint8. Raises RequestRefused."""
-    mask = _to_array("attention_mask", attention_mask)
+class Extras(TypedDict, total=False):
+    """What may travel beside the IDs; see Bridge.submit."""
+
+    positions: torch.Tensor | IntArray | None
+    position_ids: torch.Tensor | IntArray | None
+    targets: torch.Tensor | IntArray | None
+    candidates: torch.Tensor | IntArray | None
+    step: int | None
+
+
+def check_arrays(
+    ids: IntArray, attention_mask: torch.Tensor | IntArray | None, extras: Extras, agreed: Offer, shape: Shape
+) -> tuple[Extent, dict[str, memoryview]]:
+    """What travels beside checked IDs, as bytes by the names of layout.ARRAYS. Raises RequestRefused."""
+    found: dict[str, IntArray] = {}
+    if attention_mask is not None:
+        found["mask"] = _to_mask("attention_mask", attention_mask, ids)
+    chosen = None
+    positions = extras.get("positions")
+    if positions is not None:
+        found["positions"] = _to_mask("positions", positions, ids)
+        chosen = int(found["positions"].sum())
+    if extras.get("position_ids") is not None:
+        found["position_ids"] = _check_position_ids(extras["position_ids"], ids, agreed, attention_mask is not None)
+    if extras.get("targets") is not None or extras.get("candidates") is not None:
+        found |= _check_words(extras, ids, agreed, shape)
+    extent = Extent(ids.shape[0], ids.shape[1], chosen)
+    if not shape.chunks and extent.positions > shape.max_positions:
+        raise RequestRefused(
+            f"the request asks for {extent.positions} positions; a reply holds {shape.max_positions}. Raise "
+            "ring.max_positions (it sizes the reply memory), choose fewer (`positions`), or stream them (payload.stream)."
+        )
+    return extent, {name: array.data.cast("B") for name, array in found.items()}
+
+
+def _check_position_ids(value: Any, ids: IntArray, agreed: Offer, masked: bool) -> IntArray:
+    places = _to_int32("position_ids", value, ids.shape, 0, agreed.max_seq or 2**31)
+    if (np.diff(places, axis=1) == 1).all():
+        return places
+    if masked:
+        raise RequestRefused(
+            "position_ids restart (packed documents) and there is an attention_mask too, under which a model lets "
+            "documents see each other: leave attention_mask out."
+        )
+    if not agreed.packs:
+        raise RequestRefused(
+            f"position_ids restart (packed documents); the teacher {agreed.model} lets packed documents see each other. "
+            "Send each document as a row of its own."
+        )
+    return places
+
+
+def _check_words(extras: Extras, ids: IntArray, agreed: Offer, shape: Shape) -> dict[str, IntArray]:
+    names = {spec.name for spec in agreed.outputs}
+    words = agreed.words or 2**31
+    found = {}
+    targets, candidates = extras.get("targets"), extras.get("candidates")
+    if "logprobs" not in names:
+        raise RequestRefused("targets and candidates need the payload logprobs; set payload.logprobs={}.")
+    if targets is not None:
+        found["targets"] = _to_int32("targets", targets, ids.shape, 0, words, or_ignored=True)
+    if candidates is not None:
+        if not shape.candidates:
+            raise RequestRefused("candidates were not planned for; set payload.logprobs.candidates to how many there are.")
+        found["candidates"] = _to_int32("candidates", candidates, (*ids.shape, shape.candidates), 0, words)
+    return found
+
+
+def _to_mask(name: str, value: torch.Tensor | IntArray, ids: IntArray) -> IntArray:
+    mask = _to_array(name, value)
     if mask.shape != ids.shape:
-        raise RequestRefused(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}.")
-    if not ((mask == 0) | (mask == 1)).all():
-        raise RequestRefused("attention_mask holds values other than 0 and 1; expected 1 for a token, 0 for padding.")
+        raise RequestRefused(f"{name} has shape {mask.shape}; expected that of input_ids, {ids.shape}.")
+    if mask.dtype != bool and not ((mask == 0) | (mask == 1)).all():
+        raise RequestRefused(f"{name} holds values other than 0 and 1; expected 1 where a token counts.")
     return np.ascontiguousarray(mask, dtype=np.uint8)
+
+
+def _to_int32(
+    name: str, value: torch.Tensor | IntArray, shape: tuple[int, ...], low: int, high: int, or_ignored: bool = False
+) -> IntArray:
+    array = _to_array(name, value)
+    if array.dtype not in (np.int32, np.int64):
+        raise RequestRefused(f"{name} has dtype {array.dtype}; expected int32 or int64.")
+    if array.shape != shape:
+        raise RequestRefused(f"{name} has shape {array.shape}; expected {shape}.")
+    wrong = (array < low) | (array >= high)
+    if or_ignored:
+        wrong &= array != IGNORED
+    if wrong.any():
+        at = tuple(np.argwhere(wrong)[0].tolist())
+        also = f", or {IGNORED} where there is none" if or_ignored else ""
+        raise RequestRefused(f"{name}{list(at)} is {array[at]}; expected {low} to {high - 1}{also}.")
+    return np.ascontiguousarray(array, dtype=np.int32)
 
 
 def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:

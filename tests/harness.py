@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from shmbridge import config
+from shmbridge import config, teacher_job
 from shmbridge.bridge import Bridge
 from shmbridge.offer import Offer
 from shmbridge.owner import Owner
 from shmbridge.payload import Batch, Forward
-from shmbridge.server import Server
 from shmbridge.session import TeacherSession, Token, TrainerSession
-from shmbridge.teacher_job import offer_of
 
 PATIENCE_S = 60.0
 
@@ -83,7 +81,8 @@ class Bench:
     """One session of the test's own, with its processes."""
 
     def __init__(self, lanes: int = 1, *overrides: str) -> None:
-        self.settings = config.load(overrides=["ring.max_tokens=256", *overrides])
+        defaults = ["teacher.model=tests:teacher", "ring.max_tokens=256", "parity=false"]
+        self.settings = config.load(overrides=[*defaults, *overrides])
         self.owner = Owner(self.settings, lanes)
         self.token: Token = self.owner.start_generation()
         self.children: list[Child] = []
@@ -104,13 +103,7 @@ class Bench:
 
     def _teach(self, forward: Forward) -> None:
         torch.set_num_threads(1)
-        session = TeacherSession(self.token)
-        device = torch.device("cpu")
-        agreed = offer_of(forward, self.settings, device)
-        session.offer(agreed)
-        server = Server(session, forward, agreed, device)
-        signal.signal(signal.SIGTERM, lambda *_: server.stop())
-        server.serve()
+        teacher_job.serve(TeacherSession(self.token), forward, torch.device("cpu"))
 
     def rank(self, lane: int, body: Callable[[Bridge], Any]) -> Child:
         """A rank process that runs `body` with its bridge."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shmbridge import config
+from shmbridge import config, offering
 from shmbridge.offer import OutputSpec
-from shmbridge.teacher_job import build, offer_of
+from shmbridge.teacher_job import build
 from tests import gguf_file
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +65,6 @@ def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
         overrides=["teacher.model=scripts.custom_teacher:build", f"teacher.args={{path: {tmp_path}}}"]
     )
     device = torch.device("cpu")
-    agreed = offer_of(build(None, settings, device), settings, device)
+    agreed, _ = offering.make(build(None, settings, device, 0), settings, device)
     assert agreed.vocab_size == 50
     assert agreed.outputs == (OutputSpec("hidden", "float32", ("seq", 16)), OutputSpec("value", "float32", ("seq",)))

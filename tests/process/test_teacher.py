@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shmbridge import config, teacher
+from shmbridge import config, offering, teacher
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.offer import OutputSpec
 from shmbridge.payload import Batch
-from shmbridge.teacher_job import build, offer_of
+from shmbridge.teacher_job import build
 from tests import gguf_file
 from tests.harness import bench
 from tests.process.test_bridge import ids, tiny_model
@@ -71,7 +71,7 @@ def test_a_gguf_file_is_converted_once_and_tells_its_progress(tmp_path, monkeypa
     again = load(str(file))
     with torch.inference_mode():
         batch = Batch(ids(1, 7) % gguf_file.VOCAB, None)
-        assert torch.equal(again(batch)["logits"], first(batch)["logits"])
+        assert torch.equal(again(batch)["hidden"], first(batch)["hidden"])
 
 
 @pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "nowhere.gguf"])
@@ -81,7 +81,7 @@ def test_a_missing_local_model_is_named(model):
 
 
 def offered(forward, *overrides: str):
-    return offer_of(forward, config.load(overrides=["teacher.model=m", *overrides]), CPU).outputs
+    return offering.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)[0].outputs
 
 
 def test_a_probe_finds_dtype_shape_and_the_axis_of_the_sequence():
@@ -139,7 +139,7 @@ def test_a_teacher_of_ones_own_is_found_in_the_working_directory(tmp_path, monke
     monkeypatch.chdir(tmp_path)
 
     def make(model):
-        return build(None, config.load(overrides=[f"teacher.model={model}", "teacher.args={k: 3}"]), CPU)
+        return build(None, config.load(overrides=[f"teacher.model={model}", "teacher.args={k: 3}"]), CPU, 0)
 
     assert torch.equal(make("my_teacher:build")(Batch(ids(1, 2), None))["x"], ids(1, 2) * 3)
     with pytest.raises(ConfigError, match="module my_teacher has no function 'nothing'"):

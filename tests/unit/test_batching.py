@@ -14,17 +14,33 @@ def rows_of(forwards):
     return [(p.request, row) for pieces in forwards for p in pieces for row in range(p.start, p.stop)]
 
 
-@given(shapes, st.integers(1, 80))
-def test_every_row_stands_once_and_in_order_within_the_limit(requests, limit):
-    forwards = compose(requests, limit)
-    assert rows_of(forwards) == [(i, row) for i, (batch, _) in enumerate(requests) for row in range(batch)]
+paddings = st.sampled_from([0.0, 0.1, 0.5, 0.99])
+
+
+@given(shapes, st.integers(1, 80), paddings)
+def test_every_row_stands_once_and_in_order_within_the_limits(requests, limit, padding):
+    forwards = compose(requests, limit, padding)
+    assert sorted(rows_of(forwards)) == [(i, row) for i, (batch, _) in enumerate(requests) for row in range(batch)]
     for pieces in forwards:
         assert padded_tokens(pieces) <= limit or sum(p.rows for p in pieces) == 1
+        tokens = sum(p.rows * p.seq for p in pieces)
+        assert tokens >= (1 - padding) * padded_tokens(pieces)
+    for request in range(len(requests)):
+        starts = [p.start for pieces in forwards for p in pieces if p.request == request]
+        assert starts == sorted(starts)
 
 
-@given(shapes, st.integers(1, 80))
-def test_a_request_that_fits_is_not_split(requests, limit):
-    whole = {p.request for pieces in compose(requests, limit) for p in pieces if p.rows == requests[p.request][0]}
+def test_requests_of_like_length_meet():
+    assert compose([(2, 9), (2, 100), (1, 10), (1, 90)], 1000, 0.25) == [
+        [Piece(0, 0, 2, 9), Piece(2, 0, 1, 10)],
+        [Piece(3, 0, 1, 90), Piece(1, 0, 2, 100)],
+    ]
+    assert len(compose([(2, 9), (2, 100)], 1000, 0.5)) == 1
+
+
+@given(shapes, st.integers(1, 80), paddings)
+def test_a_request_that_fits_is_not_split(requests, limit, padding):
+    whole = {p.request for pieces in compose(requests, limit, padding) for p in pieces if p.rows == requests[p.request][0]}
     assert whole >= {i for i, (batch, seq) in enumerate(requests) if batch * seq <= limit}
 
 

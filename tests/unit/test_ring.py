@@ -7,21 +7,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmbridge.errors import AttachError, RingFull
-from shmbridge.layout import ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
+from shmbridge.layout import ARRAYS, CHUNK_HEAD, ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
+from shmbridge.offer import Extent
 from shmbridge.ring import Composition, Ring
 
-PLACE = Composition(1, 0, 2, 4)
+PLACE = Composition(1, 0, 2, 4, 7, 1000)
 
 
-def make(depth: int = 2, readers: int = 1, max_tokens: int = 64) -> Ring:
-    shape = LaneLayout(depth, max_tokens, readers)
+def make(depth: int = 2, readers: int = 1, max_tokens: int = 64, candidates: int = 0, chunks: int = 0) -> Ring:
+    shape = LaneLayout(depth, max_tokens, readers, candidates, chunks)
     memory = memoryview(bytearray(shape.nbytes))
     return Ring(memory, memory.cast("Q"), shape, generation=3)
 
 
 def ask(ring: Ring, ids: bytes = bytes(range(64)), batch: int = 2, seq: int = 4, mask: bytes | None = None) -> int:
     sequence = ring.claim()
-    ring.write_request(sequence, 9, batch, seq, memoryview(ids), None if mask is None else memoryview(mask))
+    arrays = {} if mask is None else {"mask": memoryview(mask)}
+    ring.write_request(sequence, 9, Extent(batch, seq), memoryview(ids), arrays)
     ring.publish_request(sequence)
     return sequence
 
@@ -38,15 +40,34 @@ def test_a_request_arrives_as_it_was_sent():
     ring = make()
     sequence = ask(ring, mask=bytes([1, 1, 1, 0] * 2))
     request = ring.read_request(sequence)
-    assert (request.sequence, request.step, request.batch, request.seq, request.itemsize) == (0, 9, 2, 4, 8)
+    assert (request.sequence, request.step, request.extent, request.itemsize) == (0, 9, Extent(2, 4), 8)
     assert bytes(request.ids) == bytes(range(64))
-    assert request.mask is not None and bytes(request.mask) == bytes([1, 1, 1, 0] * 2)
+    assert {name: bytes(array) for name, array in request.arrays.items()} == {"mask": bytes([1, 1, 1, 0] * 2)}
+
+
+@given(names=st.sets(st.sampled_from(list(ARRAYS))), itemsize=st.sampled_from([4, 8]), tokens=st.integers(1, 21))
+@settings(max_examples=100, deadline=None)
+def test_every_array_arrives_beside_the_ids_and_none_reaches_beyond_the_slot(names, itemsize, tokens):
+    ring = make(depth=1, max_tokens=21, candidates=3)
+    ids = bytes(range(tokens)) * itemsize
+    sent = {name: bytes([7 + i]) * ring.layout.array_bytes(name, tokens) for i, name in enumerate(ARRAYS) if name in names}
+    guard = ring.layout.request_stride + ring.layout.request(0)
+    before = bytes(ring.memory[guard : guard + 64])
+    extent = Extent(1, tokens, tokens - 1 if "positions" in names else None)
+    arrays = {name: memoryview(array) for name, array in sent.items()}
+    ring.write_request(0, None, extent, memoryview(ids), arrays, probe="mask" in names)
+    assert bytes(ring.memory[guard : guard + 64]) == before
+    ring.publish_request(0)
+    request = ring.read_request(0)
+    assert bytes(request.ids) == ids
+    assert {name: bytes(array) for name, array in request.arrays.items()} == sent
+    assert (request.extent, request.probe, request.step) == (extent, "mask" in names, None)
 
 
 def test_nothing_is_seen_before_it_is_published():
     ring = make()
     sequence = ring.claim()
-    ring.write_request(sequence, None, 2, 4, memoryview(bytes(64)), None)
+    ring.write_request(sequence, None, Extent(2, 4), memoryview(bytes(64)))
     assert ring.next_request() is None
     ring.publish_request(sequence)
     assert ring.next_request() == 0
@@ -83,7 +104,7 @@ def test_a_reply_of_another_sequence_or_generation_is_refused():
     ask(ring)
     answer(ring)
     for generation, sequence in ((3, 1), (2, 0)):
-        REPLY_HEAD.pack_into(ring.memory, ring.layout.reply_head(0), generation, sequence, 1, 0, 0, 0, 0, 0)
+        REPLY_HEAD.pack_into(ring.memory, ring.layout.reply_head(0), generation, sequence, 1, *[0] * 8)
         with pytest.raises(AttachError, match="refused"):
             ring.read_reply(0)
 
@@ -92,7 +113,7 @@ def test_a_reply_of_another_sequence_or_generation_is_refused():
 def test_a_request_of_another_sequence_or_generation_is_refused(generation, sequence):
     ring = make(depth=1)
     ask(ring)
-    REQUEST.pack_into(ring.memory, ring.layout.request(0), generation, sequence, 9, 2, 4, 8, 0, 0)
+    REQUEST.pack_into(ring.memory, ring.layout.request(0), generation, sequence, 9, 2, 4, 8, 0, 8, 0)
     with pytest.raises(AttachError, match="refused"):
         ring.read_request(0)
 
@@ -105,7 +126,7 @@ def test_garbled_cursors_are_named(requested, replied):
         ring.next_request()
 
 
-@given(fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), min_size=8, max_size=8))
+@given(fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), min_size=9, max_size=9))
 @settings(max_examples=300, deadline=None)
 def test_no_descriptor_reaches_beyond_its_slot(fields):
     ring = make()
@@ -115,8 +136,10 @@ def test_no_descriptor_reaches_beyond_its_slot(fields):
         request = ring.read_request(0)
     except AttachError:
         return
-    assert request.batch * request.seq <= ring.layout.max_tokens
-    assert len(request.ids) == request.batch * request.seq * request.itemsize
+    tokens = request.extent.batch * request.extent.seq
+    assert tokens <= ring.layout.max_tokens
+    assert request.extent.positions <= tokens
+    assert len(request.ids) == tokens * request.itemsize
 
 
 @given(moves=st.lists(st.sampled_from(["ask", "answer", "release"]), max_size=60), depth=st.integers(1, 4))
@@ -140,3 +163,48 @@ def test_cursors_keep_their_order_under_any_schedule(moves, depth):
             released += 1
         assert (ring.requested, ring.replied, ring.released) == (asked, answered, released)
         assert released <= answered <= asked <= released + depth
+
+
+def stream(ring: Ring, sequence: int, start: int) -> None:
+    ring.write_chunk(sequence, start, 5)
+    ring.publish_chunk()
+
+
+def test_chunks_are_read_in_order_and_wait_for_room():
+    ring = make(chunks=2)
+    assert ring.next_chunk(0) is None
+    stream(ring, 0, 0), stream(ring, 0, 5)
+    assert not ring.has_room()
+    assert ring.next_chunk(0) == (0, 0, 5)
+    assert ring.next_chunk(0) == (0, 0, 5)  # until it is consumed
+    ring.consume(0)
+    assert ring.has_room()
+    stream(ring, 0, 10)
+    assert ring.next_chunk(0) == (1, 5, 5)
+    ring.consume(1)
+    assert ring.next_chunk(0) == (2, 10, 5)
+
+
+def test_chunks_of_an_abandoned_reply_are_skipped():
+    ring = make(chunks=3)
+    stream(ring, 0, 0), stream(ring, 0, 5), stream(ring, 1, 0)
+    ring.abandon(0)
+    assert ring.abandoned == 1
+    assert ring.next_chunk(1) == (2, 0, 5)
+    assert ring.consumed == 2
+
+
+@pytest.mark.parametrize(("generation", "sequence"), [(3, 1), (2, 0)])
+def test_a_chunk_of_a_later_request_or_another_generation_is_refused(generation, sequence):
+    ring = make(chunks=2)
+    stream(ring, 0, 0)
+    CHUNK_HEAD.pack_into(ring.memory, ring.layout.chunk_head(0), generation, sequence, 0, 5)
+    with pytest.raises(AttachError, match="refused"):
+        ring.next_chunk(0)
+
+
+def test_garbled_chunk_cursors_are_named():
+    ring = make(chunks=2)
+    ring.words[LaneWord.STREAMED] = 2**40
+    with pytest.raises(AttachError, match="refused"):
+        ring.next_chunk(0)

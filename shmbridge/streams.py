@@ -1,0 +1,109 @@
+"""Streamed replies on their way: a few chunks of each lane at a time, as fast as its rank reads them.
+
+What a forward returned is kept until its rank has taken it; no lane waits for another's reader. The output head is applied
+to one chunk at a time, so reply memory and the head's are constants of the config whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from shmbridge.combine import Answer
+from shmbridge.encode import Encoder
+from shmbridge.host_plane import HostPlane
+from shmbridge.offer import Extent
+
+
+class _Stream:
+    """What is left of one reply."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.parts = answer.parts  # the first of them is partly sent
+        self.sent_of_part = 0
+        self.sent = 0
+
+    def skip_empty(self) -> None:
+        while self.parts and self.sent_of_part == self.parts[0].positions:
+            self.parts.pop(0)
+            self.sent_of_part = 0
+
+
+class Streams:
+    """At most one reply of each lane."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        planes: Mapping[int, HostPlane],
+        chunk_positions: int,
+        sent: Callable[[Answer, int], None],
+        failed: Callable[[Answer, Exception], None],
+        publish: Callable[[Answer], None],
+    ) -> None:
+        """`sent` hears of every published chunk and its positions, `failed` of what an encoder raised, `publish` ends a reply."""
+        self._encoder = encoder
+        self._planes = planes
+        self._chunk = chunk_positions
+        self._sent = sent
+        self._failed = failed
+        self._publish = publish
+        self._by_lane: dict[int, _Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_lane)
+
+    def __contains__(self, lane: int) -> bool:
+        return lane in self._by_lane
+
+    def begin(self, answer: Answer) -> None:
+        """Take a reply that is computed but for its head."""
+        assert answer.lane.index not in self._by_lane
+        self._by_lane[answer.lane.index] = _Stream(answer)
+
+    def drop(self, lane: int) -> None:
+        """Forget the reply to a rank that is gone."""
+        self._by_lane.pop(lane, None)
+
+    def advance(self) -> None:
+        """Send what fits; end what is sent, and what its rank has abandoned or closed on."""
+        moving = list(self._by_lane)
+        while moving:
+            moving = [lane for lane in moving if self._step(lane)]
+
+    def _step(self, lane: int) -> bool:
+        """Send one chunk of a lane. False where there is no room, or nothing left."""
+        stream = self._by_lane[lane]
+        ring, sequence = stream.answer.lane.ring, stream.answer.request.sequence
+        stream.skip_empty()
+        if not stream.parts or ring.abandoned > sequence or ring.closed:
+            del self._by_lane[lane]
+            self._publish(stream.answer)
+            return False
+        if not ring.has_room():
+            return False
+        try:
+            self._send(stream)
+        except Exception as error:
+            del self._by_lane[lane]
+            self._failed(stream.answer, error)
+            self._publish(stream.answer)
+            return False
+        return True
+
+    def _send(self, stream: _Stream) -> None:
+        started = time.monotonic_ns()
+        rows, start = stream.parts[0], stream.sent_of_part
+        stop = min(rows.positions, start + self._chunk)
+        answer = stream.answer
+        ring, sequence = answer.lane.ring, answer.request.sequence
+        extent = Extent(0, 0, stop - start)
+        self._planes[answer.lane.index].write(ring.streamed, extent, self._encoder.encode_part(rows, start, stop))
+        ring.write_chunk(sequence, stream.sent, stop - start)
+        ring.publish_chunk()
+        stream.sent_of_part = stop
+        stream.sent += stop - start
+        took = answer.composition.forward_ns + time.monotonic_ns() - started
+        answer.composition = answer.composition._replace(forward_ns=took)
+        self._sent(answer, stop - start)
