@@ -35,11 +35,13 @@ from shmbridge.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmbridge.bridge import Bridge, Lease, Pending, Reply
+    from shmbridge.bridge import Bridge
     from shmbridge.connection import connect
     from shmbridge.head import Head
     from shmbridge.payload import Batch
+    from shmbridge.pending import Lease, Pending
     from shmbridge.prefetch import Prefetch
+    from shmbridge.reply import Reply
     from shmbridge.stats import Stats
 
 __version__ = "0.1.0"
@@ -76,10 +78,10 @@ _LAZY = {
     "Batch": "shmbridge.payload",
     "Bridge": "shmbridge.bridge",
     "Head": "shmbridge.head",
-    "Lease": "shmbridge.bridge",
-    "Pending": "shmbridge.bridge",
+    "Lease": "shmbridge.pending",
+    "Pending": "shmbridge.pending",
     "Prefetch": "shmbridge.prefetch",
-    "Reply": "shmbridge.bridge",
+    "Reply": "shmbridge.reply",
     "Stats": "shmbridge.stats",
     "connect": "shmbridge.connection",
 }

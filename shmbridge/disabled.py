@@ -12,8 +12,10 @@ from shmbridge.config import Config
 from shmbridge.errors import Closed
 from shmbridge.head import Head
 from shmbridge.offer import Extent, Offer
-from shmbridge.reply import Lease, Pending, Reply
-from shmbridge.stats import Meter
+from shmbridge.pending import Lease, Pending
+from shmbridge.reply import Reply
+from shmbridge.requests import Sent
+from shmbridge.stats import Stats
 from shmbridge.token_ids import Extras, IntArray
 
 
@@ -26,7 +28,6 @@ class DisabledBridge(Bridge):
         self._rank = rank
         self._closed = False
         self._submitted = 0
-        self._meter = Meter(0)
 
     @property
     def rank(self) -> int:
@@ -59,7 +60,10 @@ class DisabledBridge(Bridge):
         **extras: Unpack[Extras],
     ) -> Pending:
         self._submitted += 1
-        return _MissingPending(self, self._submitted - 1, extras.get("step"), Extent(0, 0))
+        return _MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
+
+    def stats(self) -> Stats:
+        return Stats()
 
     def close(self) -> None:
         self._closed = True
@@ -70,6 +74,9 @@ class DisabledBridge(Bridge):
 
 class _MissingPending(Pending):
     __slots__ = ()
+
+    def __init__(self, sent: Sent) -> None:
+        self._sent = sent
 
     def __del__(self) -> None:
         """There is no slot to give back."""

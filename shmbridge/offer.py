@@ -116,6 +116,7 @@ class Offer(msgspec.Struct, frozen=True):
     max_seq: int | None = None  # positions that the model has
     packs: bool = True  # whether packed documents cannot see each other
     words: int | None = None  # the size of the teacher's distribution, where it has one
+    temperatures: tuple[float, ...] = ()  # of tail_logmass, where the payload is topk
     head: HeadSpec | None = None  # where the payload is hidden
     tokenizer: Tokens | None = None
     probe: Probe | None = None

@@ -47,6 +47,7 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
             max_seq=max_seq,
             packs=getattr(forward, "packs", True),
             words=words,
+            temperatures=settings.payload.topk.temperatures if settings.payload.topk else (),
             head=shared_head.spec_of(head) if head and settings.payload.hidden is not None else None,
             tokenizer=getattr(forward, "tokenizer", None),
             probe=_probe(forward, encoder, outputs, settings, device, (vocab_size, max_seq)) if settings.parity else None,

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from shmbridge import fingerprint
 from shmbridge.errors import ParityError
+from shmbridge.head import Head
 from shmbridge.offer import Extent, Offer, Probe
 from shmbridge.reply import Reply
 from shmbridge.token_ids import IntArray
 
-if TYPE_CHECKING:
-    from shmbridge.bridge import Bridge
+Loss = Callable[[torch.Tensor, Reply], torch.Tensor]
+Ask = Callable[[IntArray, Extent, dict[str, memoryview]], tuple[Reply, int]]
+"""Token IDs and what travels beside them to the reply and the CRC-32 of the IDs that the teacher read."""
 
 _ZERO = 1e-3  # nats; KL(teacher, teacher) to rounding
 
@@ -30,10 +32,10 @@ class Student(NamedTuple):
 
     vocab_size: int | None = None
     tokenizer: Any = None
-    loss: Callable[[torch.Tensor, Reply], torch.Tensor] | None = None
+    loss: Loss | None = None
 
 
-def check(bridge: Bridge, agreed: Offer, student: Student) -> str:
+def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -> str:
     """Compare; what was compared, in one line, empty where nothing was.
 
     Raises:
@@ -41,22 +43,22 @@ def check(bridge: Bridge, agreed: Offer, student: Student) -> str:
     """
     passed = _vocabulary(agreed, student)
     if agreed.probe:
-        reply, echo = _ask(bridge, agreed, agreed.probe)
+        reply, echo = _reply_to_probe(agreed, agreed.probe, ask)
         passed += _ids(agreed.probe, echo)
         passed += _payload(agreed, agreed.probe, reply)
         if student.loss:
-            passed += _loss(bridge, agreed, student.loss, reply)
+            passed += _loss(agreed, student.loss, reply, head)
     return ", ".join(passed)
 
 
-def _ask(bridge: Bridge, agreed: Offer, probe: Probe) -> tuple[Reply, int]:
+def _reply_to_probe(agreed: Offer, probe: Probe, ask: Ask) -> tuple[Reply, int]:
     ids = _ids_of(probe)
     arrays: dict[str, memoryview] = {}
     candidates = next((spec.shape[-1] for spec in agreed.outputs if spec.name == "candidate_logprobs"), 0)
     if candidates:
         zeros: IntArray = np.zeros((*ids.shape, int(candidates)), np.int32)
         arrays["candidates"] = zeros.data.cast("B")
-    return bridge._probe(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
+    return ask(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
 
 
 def _ids(probe: Probe, echo: int) -> list[str]:
@@ -111,13 +113,11 @@ def _remedy(agreed: Offer, vocab_size: int) -> str:
     return f"Where the rest is padding, cut it from the student's logits: logits[..., :{agreed.words}]."
 
 
-def _loss(
-    bridge: Bridge, agreed: Offer, loss: Callable[[torch.Tensor, Reply], torch.Tensor], reply: Reply
-) -> list[str]:
+def _loss(agreed: Offer, loss: Loss, reply: Reply, head: Callable[[], Head]) -> list[str]:
     """The chosen loss of the teacher and itself, where the reply tells the whole distribution or its top and its tail."""
-    logits = _own_logits(bridge, agreed, reply)
+    logits = _own_logits(agreed, reply, head)
     if logits is None:
-        return ["(the loss cannot be checked with this payload)"]
+        return ["(no loss: this payload does not tell a distribution at temperature 1)"]
     value = float(loss(logits, reply))
     if not abs(value) <= _ZERO:
         raise ParityError(
@@ -127,16 +127,16 @@ def _loss(
     return [f"loss of teacher and teacher {value:.1e}"]
 
 
-def _own_logits(bridge: Bridge, agreed: Offer, reply: Reply) -> torch.Tensor | None:
+def _own_logits(agreed: Offer, reply: Reply, head: Callable[[], Head]) -> torch.Tensor | None:
     """Logits (batch, seq, vocab) float32 of a student that is the teacher, as far as the reply tells."""
     if "logits" in reply:
         return reply.logits.float()
     if "hidden" in reply:
-        return bridge.head(reply.hidden).float()
-    topk = bridge.settings.payload.topk
-    if "topk_logprobs" not in reply or topk is None or topk.temperatures != (1.0,) or agreed.words is None:
+        return head()(reply.hidden).float()
+    if "topk_logprobs" not in reply or agreed.words is None or agreed.temperatures != (1.0,):
         return None
-    each = reply["tail_logmass"] - float(np.log(max(1, agreed.words - topk.k)))
+    k = reply["topk_logprobs"].shape[-1]
+    each = reply["tail_logmass"] - float(np.log(max(1, agreed.words - k)))
     whole = each.expand(*each.shape[:-1], agreed.words).contiguous()
     return whole.scatter(-1, reply["topk_ids"].long(), reply["topk_logprobs"])
 

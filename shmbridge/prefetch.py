@@ -16,13 +16,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from shmbridge.errors import RequestRefused
-from shmbridge.reply import Pending
-
-if TYPE_CHECKING:
-    from shmbridge.bridge import Bridge
+from shmbridge.pending import Pending
 
 T = TypeVar("T")
 
@@ -41,7 +38,8 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
 
     def __init__(
         self,
-        bridge: Bridge,
+        submit: Callable[..., Pending],
+        free_slots: Callable[[], int],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
@@ -49,7 +47,8 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
     ) -> None:
         if ahead < 0:
             raise RequestRefused(f"ahead is {ahead}; 0 submits each batch in its turn.")
-        self._bridge = bridge
+        self._submit = submit
+        self._free_slots = free_slots
         self._batches: Iterator[T] | None = iter(batches)
         self._tokens = tokens
         self._ahead = ahead
@@ -72,14 +71,14 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         """For one more; the loop's own batch is submitted even where the ring will refuse it."""
         if not self._submitted:
             return True
-        return len(self._submitted) <= self._ahead and self._bridge.free_slots > 0
+        return len(self._submitted) <= self._ahead and self._free_slots() > 0
 
     def _submit_next(self) -> None:
         assert self._batches is not None
         try:
             batch = next(self._batches)
             state = self._take_state() if self._take_state else None
-            self._submitted.append(_Submitted(batch, self._bridge.submit(**self._request(batch)), state))
+            self._submitted.append(_Submitted(batch, self._submit(**self._request(batch)), state))
         except StopIteration:
             self._batches = None
         except Exception as error:  # raised in its turn

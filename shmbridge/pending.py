@@ -1,0 +1,132 @@
+"""What a rank holds of one request: Pending, then a Lease on its Reply, or its chunks.
+
+References run one way, lease -> requests and pending -> requests, so that a loop which runs with the garbage collector off
+holds neither a slot nor a mapping longer than its own variables do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from shmbridge.errors import Closed
+from shmbridge.reply import Reply
+from shmbridge.requests import Requests, Sent
+
+
+class Lease:
+    """The right to read one reply in place. Used as `with pending.wait() as reply:`; released at the end of the block.
+
+    The tensors lie in memory that the teacher writes again after the release: finish the backward inside the block.
+    """
+
+    __slots__ = ("_requests", "_since_ns", "reply")
+
+    def __init__(self, requests: Requests | None, reply: Reply) -> None:
+        self._requests = requests
+        self._since_ns = time.monotonic_ns()
+        self.reply = reply
+
+    def release(self) -> None:
+        """Give the slot back. Once is enough; more does nothing."""
+        if self._requests is not None:
+            requests, self._requests = self._requests, None
+            self.reply.forget()
+            requests.release(self.reply, self._since_ns)
+
+    def __enter__(self) -> Reply:
+        return self.reply
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Pending:
+    """A request that was submitted and not yet answered."""
+
+    __slots__ = ("_requests", "_sent")
+
+    def __init__(self, requests: Requests, sent: Sent) -> None:
+        self._requests: Requests | None = requests
+        self._sent = sent
+
+    @property
+    def sequence(self) -> int:
+        """The rank's own count of its requests."""
+        return self._sent.sequence
+
+    @property
+    def step(self) -> int | None:
+        """As given to submit."""
+        return self._sent.step
+
+    @property
+    def done(self) -> bool:
+        """True once `wait` would not have to."""
+        return self._requests is None or self._requests.answered(self._sent)
+
+    def wait(self, timeout: float | None = None) -> Lease:
+        """Sleep until the teacher has answered; a lease on the reply.
+
+        Args:
+            timeout: seconds. None: timeouts.request_s of the config.
+
+        Raises:
+            TeacherError: the forward raised for this request; the slot is free again and the teacher lives.
+            TeacherDied, TrainerDied, LauncherDied: somebody else ended; names the step and the sequence.
+            DeadlineExceeded: nobody died and nobody answered. `wait` may be called again.
+            Closed: this Pending was waited for before, or its bridge is closed.
+            RequestRefused: the session streams its replies; use `chunks` or `copy`.
+        """
+        requests = self._waiting()
+        requests.wait(self._sent, timeout)
+        self._requests = None  # from here on the slot is the lease's, or given back
+        return Lease(requests, requests.read(self._sent))
+
+    def chunks(self, timeout: float | None = None) -> Iterator[tuple[slice, Reply]]:
+        """The reply piece by piece: `for rows, chunk in pending.chunks()`.
+
+        `rows` is a slice of the request's positions (batch x seq, or those it chose) in row-major order, and the tensors of
+        `chunk` have that many rows. Chunks come in order; each is given back when the next is asked for. Where the
+        session does not stream there is one, the whole reply. A loop that is left early abandons the rest.
+
+        Args:
+            timeout: seconds for each chunk. None: timeouts.request_s of the config.
+
+        Raises:
+            RequestRefused: an older reply of this rank is still to be read; they are streamed in order.
+            What `wait` raises.
+        """
+        requests = self._waiting()
+        if requests.streams:
+            requests.check_turn(self._sent)
+            self._requests = None
+            yield from requests.chunks(self._sent, timeout)
+        else:
+            with self.wait(timeout) as reply:
+                yield slice(0, self._sent.extent.positions), requests.as_chunk(reply, self._sent)
+
+    def copy(self, timeout: float | None = None) -> Reply:
+        """Wait, and copy the reply out of its slot or its chunks: tensors of one's own, no lease. Raises what `wait` and
+        `chunks` raise."""
+        requests = self._waiting()
+        if requests.streams:
+            return requests.assemble(self._sent, self.chunks(timeout))
+        with self.wait(timeout) as reply:
+            return reply.owned()
+
+    def cancel(self) -> None:
+        """Nobody will read the reply: the teacher need not compute it, and its slot is free again soon."""
+        if self._requests is not None:
+            requests, self._requests = self._requests, None
+            requests.cancel(self.sequence)
+
+    def __del__(self) -> None:
+        """Dropped without a lease: cancelled when the bridge is next used. (Any thread may run this.)"""
+        if self._requests is not None:
+            self._requests.dropped.append(self.sequence)
+
+    def _waiting(self) -> Requests:
+        if self._requests is None:
+            raise Closed(f"sequence {self.sequence} was waited for before; a reply is leased once.")
+        return self._requests

@@ -1,0 +1,325 @@
+"""The requests of one rank that are in flight: their slots, their replies, and who still wants them.
+
+Nothing here checks what a request says (token_ids does) or holds on to a reply (Lease does). A slot is given back when its
+reply was released, or when nobody wants it and the teacher is done with it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from shmbridge import trace
+from shmbridge.board import Phase
+from shmbridge.errors import AttachError, Closed, DeadlineExceeded, PeerLost, RequestRefused, TeacherError
+from shmbridge.host_plane import HostPlane
+from shmbridge.offer import Extent, Offer
+from shmbridge.payload import DTYPES
+from shmbridge.reply import Reply
+from shmbridge.ring import Chunk, ReplyHead
+from shmbridge.session import TrainerSession
+from shmbridge.stats import Meter
+from shmbridge.token_ids import IntArray
+
+T = TypeVar("T")
+
+
+class Sent(NamedTuple):
+    """A submitted request."""
+
+    sequence: int
+    step: int | None
+    extent: Extent
+    with_candidates: bool
+
+
+class Requests:
+    """Of one rank, from the barrier to its close."""
+
+    def __init__(self, session: TrainerSession, agreed: Offer, device: torch.device | None) -> None:
+        """Map the reply memory; replies are wanted on `device`, None: see `device` below. Raises AttachError."""
+        self.streams = session.control.shape.chunks > 0
+        self.dropped: list[int] = []  # sequences whose Pending was dropped; any thread may append
+        self.meter = Meter(session.settings.log.stats_every if session.lane.index == 0 else 0)
+        self._open = session
+        self._closed = False
+        self._process = os.getpid()
+        self._outputs = agreed.outputs
+        self._device = device
+        self._plane = HostPlane(session.token, session.control.shape, session.lane.index, agreed)
+        self._released = 0  # sequences below it are given back
+        self._released_early: set[int] = set()
+        self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
+        self._trace = trace.Trace.of("trainer", session.lane.index)
+
+    @property
+    def device(self) -> torch.device:
+        """Where replies are wanted: as told, or the current CUDA device at the first reply where the launcher gave training
+        GPUs, else the CPU."""
+        if self._device is None:
+            on_gpu = bool(self._open.settings.train.gpus) and torch.cuda.is_available()
+            self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return self._device
+
+    def close(self) -> None:
+        """What is in flight is no longer read."""
+        self._closed = True
+
+    # Sending
+
+    def send(
+        self, ids: IntArray, extent: Extent, arrays: Mapping[str, memoryview], step: int | None, probe: bool = False
+    ) -> Sent:
+        """Copy a checked request into the ring. Raises RingFull."""
+        started = time.monotonic_ns()
+        session = self._session
+        ring = session.ring
+        if self.dropped or self._cancelled:
+            self._free_cancelled(wait=True)
+        sequence = ring.claim()
+        ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
+        ring.publish_request(sequence)
+        session.teacher_bell.ring()
+        session.record.at(step, sequence)
+        sent = Sent(sequence, step, extent, "candidates" in arrays)
+        if self._trace:
+            self._hand_over("submit", sent, ids.nbytes, started)
+        return sent
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that could be sent now."""
+        ring = self._session.ring
+        self._free_cancelled(wait=False)
+        return ring.depth - (ring.requested - ring.released)
+
+    # Whole replies
+
+    def answered(self, sent: Sent) -> bool:
+        return self._session.ring.answered(sent.sequence) is True
+
+    def wait(self, sent: Sent, timeout: float | None) -> None:
+        """Sleep until the reply is published."""
+        session = self._session
+        if self.streams:
+            raise RequestRefused("this session streams its replies; use pending.chunks(), or pending.copy().")
+        if session.ring.answered(sent.sequence):
+            session.bell.drain()
+            return
+        self._sleep(lambda: session.ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
+
+    def read(self, sent: Sent) -> Reply:
+        """A published reply; the slot is given back where there is none to be had."""
+        started = time.monotonic_ns()
+        try:
+            head = self.head(sent)
+            tensors = self._wanted(self._plane.read(sent.sequence, sent.extent, self.device), sent)
+        except BaseException:
+            self._release_slot(sent.sequence)
+            raise
+        if self._trace:
+            self._hand_over("lease", sent, sum(tensor.nbytes for tensor in tensors.values()), started)
+        return Reply(tensors, sent.sequence, sent.step, head.composition)
+
+    def head(self, sent: Sent) -> ReplyHead:
+        """The head of a published reply. Raises TeacherError."""
+        head = self._open.ring.read_reply(sent.sequence)
+        if head.error is not None:
+            at = f"rank {self._open.lane.index}, step {sent.step}, sequence {sent.sequence}"
+            raise TeacherError(f"the teacher could not answer {at}.", head.error)
+        self.meter.replied(sent.step, head.composition)
+        self.last_head = head
+        return head
+
+    def as_chunk(self, reply: Reply, sent: Sent) -> Reply:
+        """A whole reply in the shape of a chunk: its positions in one axis."""
+        names = [spec.name for spec in self._outputs if spec.per_token and spec.name in reply]
+        flat = {name: _flat(reply[name], sent.extent) for name in names}
+        return Reply(flat, reply.sequence, reply.step, reply.composition)
+
+    def release(self, reply: Reply, since_ns: int) -> None:
+        """Give a reply's slot back."""
+        self._release_slot(reply.sequence)
+        if self._trace:
+            self._hand_over("release", Sent(reply.sequence, reply.step, Extent(0, 0), False), 0, since_ns)
+
+    # Streamed replies
+
+    def check_turn(self, sent: Sent) -> None:
+        """Raise RequestRefused unless the reply is the next to be streamed."""
+        self._free_cancelled(wait=False)
+        first = self._first_unread()
+        if sent.sequence != first:
+            raise RequestRefused(
+                f"sequence {first} is to be read before sequence {sent.sequence}: replies are streamed in the order of their "
+                "requests. Read or cancel it first."
+            )
+
+    def chunks(self, sent: Sent, timeout: float | None) -> Iterator[tuple[slice, Reply]]:
+        """The chunks of a streamed reply; what is not read of them is cancelled."""
+        taken = 0
+        ring = self._session.ring
+        try:
+            while taken < sent.extent.positions:
+                chunk = self._next_chunk(sent, timeout)
+                extent = Extent(0, 0, chunk.positions)
+                tensors = self._wanted(self._plane.read(chunk.number, extent, self.device), sent)
+                reply = Reply(tensors, sent.sequence, sent.step, None)
+                try:
+                    yield slice(chunk.start, chunk.start + chunk.positions), reply
+                finally:
+                    reply.forget()
+                    self._consume(chunk)
+                taken += chunk.positions
+            self._sleep(lambda: ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
+            self.head(sent)
+        finally:
+            self.cancel(sent.sequence)
+
+    def _next_chunk(self, sent: Sent, timeout: float | None) -> Chunk:
+        """Sleep until there is one. Raises TeacherError where there will be none."""
+        ring, reader = self._session.ring, self._open.reader
+
+        def ready() -> Chunk | bool | None:
+            return ring.next_chunk(sent.sequence, reader) or ring.answered(sent.sequence)
+
+        found = ready() or self._sleep(ready, sent.sequence, sent.step, timeout)
+        chunk = found if isinstance(found, Chunk) else ring.next_chunk(sent.sequence, reader)
+        if chunk is None:  # answered, and no chunk was published before that
+            self.head(sent)
+            raise AttachError(f"the reply to sequence {sent.sequence} ends before its last chunk: refused.")
+        return chunk
+
+    def _consume(self, chunk: Chunk) -> None:
+        if os.getpid() == self._process and not self._closed:  # not a forked child's copy of the loop
+            self._open.ring.consume(chunk.number, self._open.reader)
+            self._open.teacher_bell.ring()
+
+    def assemble(self, sent: Sent, chunks: Iterable[tuple[slice, Reply]]) -> Reply:
+        """A streamed reply in tensors of the caller's own, shaped as a whole one."""
+        empty = {
+            spec.name: torch.empty(spec.dims(sent.extent), dtype=DTYPES[spec.dtype], device=self.device)
+            for spec in self._outputs
+        }
+        tensors = self._wanted(empty, sent)
+        for rows, chunk in chunks:
+            for name, tensor in tensors.items():
+                _flat(tensor, sent.extent)[rows] = chunk[name]
+        return Reply(tensors, sent.sequence, sent.step, self.last_head.composition)
+
+    @staticmethod
+    def _wanted(tensors: dict[str, torch.Tensor], sent: Sent) -> dict[str, torch.Tensor]:
+        """Without what the payload has and this request did not ask for."""
+        if not sent.with_candidates:
+            tensors.pop("candidate_logprobs", None)
+        return tensors
+
+    # Giving back
+
+    def cancel(self, sequence: int) -> None:
+        """Nobody will read the reply to `sequence`, or what is left of it."""
+        if os.getpid() == self._process and not self._closed:
+            self._cancelled.add(sequence)
+            self._free_cancelled(wait=False)
+
+    def _free_cancelled(self, wait: bool) -> None:
+        """Tell the teacher what nobody reads, and give back the slots of it that the teacher is done with.
+
+        With `wait`, a ring whose oldest slot is one of them and that is full is waited for: only the teacher can free it."""
+        session = self._session
+        ring = session.ring
+        dropped, self.dropped = self.dropped, []
+        self._cancelled.update(dropped)
+        if not self._cancelled:
+            return
+        first = self._first_unread()
+        if first > ring.abandoned:
+            ring.abandon(first - 1, session.reader)
+            session.teacher_bell.ring()
+        if wait and ring.requested - ring.released >= ring.depth and self._released in self._cancelled:
+            oldest = self._released
+            self._sleep(lambda: ring.answered(oldest), oldest, None, None)
+        for sequence in sorted(self._cancelled):
+            if ring.answered(sequence):
+                self._cancelled.remove(sequence)
+                self._release_slot(sequence)
+
+    def _first_unread(self) -> int:
+        """The oldest sequence whose reply somebody may still read."""
+        sequence = self._released
+        while sequence in self._cancelled or sequence in self._released_early:
+            sequence += 1
+        return sequence
+
+    def _release_slot(self, sequence: int) -> None:
+        """Leases may end in any order; the cursor follows the oldest that is still held."""
+        if os.getpid() != self._process:
+            return  # a forked child's copy of a lease
+        if sequence != self._released:
+            self._released_early.add(sequence)
+            return
+        self._released += 1
+        while self._released in self._released_early:
+            self._released_early.remove(self._released)
+            self._released += 1
+        self._open.ring.release(self._released - 1, self._open.reader)
+
+    # Waiting
+
+    def _sleep(self, ready: Callable[[], T | None], sequence: int, step: int | None, timeout: float | None) -> T:
+        """The project's one wait, in the words of a request."""
+        session = self._session
+        limit = session.settings.timeouts.request_s if timeout is None else timeout
+        session.record.enter(Phase.WAITING)
+        started = time.monotonic()
+        try:
+            found = session.wait(ready, started + limit)
+        except PeerLost as error:
+            at = f"rank {session.lane.index} waited for the reply to step {step}, sequence {sequence}"
+            raise type(error)(f"{at}: {error}") from None
+        finally:
+            self.meter.waited(time.monotonic() - started)
+        session.record.enter(Phase.TRAINING)
+        if found is None:
+            raise DeadlineExceeded(self._late(sequence, step, limit))
+        return found
+
+    def _late(self, sequence: int, step: int | None, limit: float) -> str:
+        teacher, settings = self._open.teacher, self._open.settings
+        hint = "Raise timeouts.request_s if it is only slow."
+        if teacher.phase is Phase.COLLECTING and settings.teacher.collect == "lockstep":
+            hint = "teacher.collect is lockstep: it waits for a request of every rank."
+        return (
+            f"no reply to step {step}, sequence {sequence} after {limit:g} s; the teacher is in phase "
+            f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. {hint}"
+        )
+
+    @property
+    def _session(self) -> TrainerSession:
+        if self._closed:
+            raise Closed("the bridge is closed.")
+        if os.getpid() != self._process:
+            raise Closed(f"the bridge belongs to pid {self._process}; a forked child cannot use it.")
+        return self._open
+
+    def _hand_over(self, event: str, sent: Sent, nbytes: int, since_ns: int) -> None:
+        assert self._trace
+        self._trace.hand_over(
+            event,
+            lane=self._open.lane.index,
+            step=sent.step,
+            sequence=sent.sequence,
+            slot=sent.sequence % self._open.ring.depth,
+            shape=(sent.extent.batch, sent.extent.seq),
+            nbytes=nbytes,
+            since_ns=since_ns,
+        )
+
+
+def _flat(tensor: torch.Tensor, extent: Extent) -> torch.Tensor:
+    """The axes (batch, seq) of a tensor as one."""
+    return tensor.flatten(0, 1) if extent.chosen is None else tensor
