@@ -43,8 +43,9 @@ def draw_kl(axis: Any, metrics: list[dict[str, float]], summary: dict[str, float
 
 
 def draw_perplexity(axis: Any, metrics: list[dict[str, float]], summary: dict[str, float]) -> None:
-    losses = [each["ce"] for each in metrics]
-    draw_curve(axis, metrics, *([math.exp(value) for value in values] for values in (losses, smooth(losses))))
+    losses = [each["ce"] for each in metrics if each["ce"] is not None]
+    if losses:  # where it is part of what is minimised
+        draw_curve(axis, metrics, *([math.exp(value) for value in values] for values in (losses, smooth(losses))))
     draw_held_out(axis, summary, "perplexity", "{:,.0f}")
     teacher = summary["teacher_perplexity"]
     if teacher is not None:
@@ -58,9 +59,6 @@ def draw_curve(axis: Any, metrics: list[dict[str, float]], values: list[float], 
     steps = [each["step"] + 1 for each in metrics]
     axis.plot(steps, values, color=STUDENT, alpha=0.3, linewidth=1, label="student, each training batch")
     axis.plot(steps, smoothed, color=STUDENT, linewidth=2, label=f"student, mean of {2 * SIDE + 1} batches")
-    axis.set_xlabel("optimizer step")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw_held_out(axis: Any, summary: dict[str, float], key: str, shape: str) -> None:
@@ -71,6 +69,9 @@ def draw_held_out(axis: Any, summary: dict[str, float], key: str, shape: str) ->
         text = shape.format(value)
         axis.annotate(text, (step, value), offset, textcoords="offset points", ha=side, color=HELD_OUT)
     axis.margins(x=0.06)
+    axis.set_xlabel("optimizer step")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -8,7 +8,9 @@ them, with the teacher's embeddings, which stay frozen. Such a cut knows less th
 uniform guess over the vocabulary) and learns fast. Any decoder of Llama's shape in transformers can be cut.
 
 The loss is the forward KL(teacher || student) at a temperature (Hinton et al. 2015), a mean over tokens. Every rank has
-the same number of tokens, so DDP's mean of the ranks' gradients is the gradient of the mean over all tokens.
+the same number of tokens, so DDP's mean of the ranks' gradients is the gradient of the mean over all tokens. Neither side's
+logits are ever whole: the loss applies the student's head, and with the payload hidden the teacher's, to a few rows at a
+time. Payloads: hidden (exact and small), logits, or topk.
 
 Held-out text is scored before and after, against the teacher, over the same bridge. In --out: metrics.jsonl, one line a
 step; losses.png; summary.json.
@@ -22,19 +24,22 @@ import json
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import corpus
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from plot_losses import plot
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shmbridge
+from shmbridge.head import Head
+from shmbridge.losses import LazyLogits, TopK, forward_kl, topk_kl
+
+Student = LazyLogits | torch.Tensor
 
 
 def main() -> None:
@@ -42,7 +47,6 @@ def main() -> None:
     with shmbridge.connect() as bridge:
         device = rank_device(bridge)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        bridge.wait_ready()
         run(args, bridge, device)
     dist.destroy_process_group()
 
@@ -61,7 +65,6 @@ def parse() -> argparse.Namespace:
         "--bf16", action="store_true", help="autocast; fast on GPUs and on CPUs with AVX512-BF16 or AMX"
     )
     parser.add_argument("--eval-batches", type=int, default=12, help="held-out batches of each rank")
-    parser.add_argument("--ahead", type=int, default=1, help="steps submitted before their turn; below ring.depth")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", help="model to cut the student from (default: the teacher's own files)")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -69,8 +72,6 @@ def parse() -> argparse.Namespace:
     for name in ("steps", "batch", "layers", "eval_batches"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.ahead < 0:
-        parser.error(f"--ahead is {args.ahead}; 0 submits each step in its turn")
     if args.seq < 2:
         parser.error(f"--seq is {args.seq}; it must be at least 2, a token and the next")
     return args
@@ -95,6 +96,11 @@ def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device
     student = cut(base, args.layers).to(device)
     say(
         f"student: {args.layers} layers, {parameters(student) / 1e6:.1f} M parameters, {trained(student) / 1e6:.1f} M trained"
+    )
+    bridge.wait_ready(
+        vocab_size=student.get_output_embeddings().weight.shape[0],
+        tokenizer=AutoTokenizer.from_pretrained(base),
+        loss=lambda logits, reply: distillation_loss(logits, reply, bridge, args.temperature),
     )
 
     before = evaluate(student, bridge, held_out_batches, device, args.bf16)
@@ -151,19 +157,23 @@ def fit(
     device: torch.device,
 ) -> None:
     """The training loop."""
-    model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None).train()
+    trunk = DistributedDataParallel(student.model, device_ids=[device] if device.type == "cuda" else None).train()
+    head = head_of(student)
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.warmup, args.steps))
     with Metrics(args, device) as metrics:
-        for step, input_ids, pending in submitted(bridge, batches, args.steps, args.ahead):
+        ahead = bridge.prefetch(islice(batches, args.steps))  # the teacher computes the next batch beside this one
+        for step, (input_ids, pending) in enumerate(ahead):
+            input_ids = input_ids.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                logits = model(input_ids=input_ids.to(device), use_cache=False).logits  # while the teacher computes
+                hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
+            guess = LazyLogits(hidden, head)
             waited = time.monotonic()
             with pending.wait() as reply:
                 waited = time.monotonic() - waited
-                ce = cross_entropy(logits, input_ids.to(device))
-                kl = None if reply.missing else kl_divergence(reply.logits, logits, args.temperature)
+                kl = None if reply.missing else distillation_loss(guess, reply, bridge, args.temperature)
+                ce = cross_entropy(guess, input_ids) if kl is None or args.ce_weight else None
                 loss = total(kl, ce, args.ce_weight)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -171,26 +181,21 @@ def fit(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
+    if bridge.enabled:
+        say(f"the whole training: {bridge.stats()}")
 
 
-def submitted(
-    bridge: shmbridge.Bridge, batches: Iterator[torch.Tensor], steps: int, ahead: int
-) -> Iterator[tuple[int, torch.Tensor, shmbridge.Pending]]:
-    """Each step's number, batch and pending reply, with the batches of `ahead` more steps at the teacher already."""
-    waiting: deque[tuple[int, torch.Tensor, shmbridge.Pending]] = deque()
-    for step in range(steps + ahead):
-        if step < steps:
-            input_ids = next(batches)
-            waiting.append((step, input_ids, bridge.submit(input_ids, step=step)))
-        if step >= ahead:
-            yield waiting.popleft()
+def head_of(model: torch.nn.Module) -> Head:
+    module = model.get_output_embeddings()
+    return Head(module.weight, module.bias)
 
 
-def total(kl: torch.Tensor | None, ce: torch.Tensor, ce_weight: float) -> torch.Tensor:
+def total(kl: torch.Tensor | None, ce: torch.Tensor | None, ce_weight: float) -> torch.Tensor:
     """What is minimised: the KL and, where it has a weight, the cross-entropy; this alone without a teacher."""
     if kl is None:
+        assert ce is not None
         return ce
-    return kl + ce_weight * ce if ce_weight else kl
+    return kl if ce is None else kl + ce_weight * ce
 
 
 def learning_rate(step: int, warmup: int, steps: int) -> float:
@@ -200,20 +205,30 @@ def learning_rate(step: int, warmup: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
 
 
-def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Forward KL(teacher || student) of logits (batch, seq, vocab), in nats per token, times temperature squared.
+def distillation_loss(
+    student: Student, reply: shmbridge.Reply, bridge: shmbridge.Bridge, temperature: float = 1.0
+) -> torch.Tensor:
+    """Forward KL(teacher || student) in nats per token, times temperature squared, from whatever the reply carries."""
+    if "hidden" in reply:
+        return forward_kl(student, LazyLogits(reply.hidden, bridge.head), temperature=temperature)
+    if "logits" in reply:
+        return forward_kl(student, reply.logits, temperature=temperature)
+    tails = bridge.settings.payload.topk.temperatures
+    if temperature not in tails:
+        raise SystemExit(f"--temperature is {temperature}; payload.topk.temperatures has {list(tails)}")
+    tail = reply["tail_logmass"][..., tails.index(temperature)]
+    return topk_kl(student, TopK(reply["topk_logprobs"], reply["topk_ids"], tail), temperature=temperature)
 
-    Computed in float32. The factor keeps the gradient's size independent of the temperature (Hinton et al. 2015).
-    """
-    target = F.log_softmax(teacher.float() / temperature, dim=-1)
-    guess = F.log_softmax(student.float() / temperature, dim=-1)
-    tokens = target.shape[0] * target.shape[1]
-    return F.kl_div(guess, target, reduction="sum", log_target=True) * (temperature**2 / tokens)
 
+def cross_entropy(student: Student, input_ids: torch.Tensor) -> torch.Tensor:
+    """Of each row's next tokens, in nats per token: row i tells token i + 1.
 
-def cross_entropy(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Of each row's next tokens, in nats per token: row i of the logits tells token i + 1."""
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())
+    It is the KL from a teacher that is certain of the next token."""
+    certain = torch.zeros(*input_ids.shape, 1, device=input_ids.device)
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    mask[:, -1] = False
+    next_ids = input_ids.roll(-1, dims=1).unsqueeze(-1)
+    return topk_kl(student, TopK(certain, next_ids, torch.full_like(certain[..., 0], -torch.inf)), mask=mask)
 
 
 @torch.no_grad()
@@ -226,18 +241,18 @@ def evaluate(
 ) -> dict[str, float | None]:
     """KL to the teacher in nats per token, and both perplexities, over the batches of all ranks."""
     student.eval()
+    head = head_of(student)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # all batches have one shape: a mean of means is the mean
-    for input_ids in batches:
-        pending = bridge.submit(input_ids)
+    for input_ids, pending in bridge.prefetch(batches):
         labels = input_ids.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = student(input_ids=labels, use_cache=False).logits
+            guess = LazyLogits(student.model(input_ids=labels, use_cache=False).last_hidden_state, head)
         sums[0] += 1
-        sums[1] += cross_entropy(logits, labels)
+        sums[1] += cross_entropy(guess, labels)
         with pending.wait() as reply:
             if not reply.missing:
-                sums[2] += kl_divergence(reply.logits, logits)
-                sums[3] += cross_entropy(reply.logits, labels)
+                sums[2] += distillation_loss(guess, reply, bridge)
+                sums[3] += teacher_cross_entropy(reply, bridge, labels)
     dist.all_reduce(sums)
     count, ce, kl, teacher_ce = sums.tolist()
     return {
@@ -245,6 +260,15 @@ def evaluate(
         "perplexity": math.exp(ce / count),
         "teacher_perplexity": math.exp(teacher_ce / count) if bridge.enabled else None,
     }
+
+
+def teacher_cross_entropy(reply: shmbridge.Reply, bridge: shmbridge.Bridge, labels: torch.Tensor) -> torch.Tensor:
+    """Of the next tokens, under the teacher; NaN where the reply does not tell their probability."""
+    if "hidden" in reply:
+        return cross_entropy(LazyLogits(reply.hidden, bridge.head), labels)
+    if "logits" in reply:
+        return cross_entropy(reply.logits, labels)
+    return -reply["logprobs"][:, :-1].mean() if "logprobs" in reply else torch.tensor(torch.nan)
 
 
 class Metrics:
@@ -259,21 +283,27 @@ class Metrics:
         self._last = time.monotonic()
 
     def write(
-        self, step: int, loss: torch.Tensor, kl: torch.Tensor | None, ce: torch.Tensor, lr: float, waited: float
+        self,
+        step: int,
+        loss: torch.Tensor,
+        kl: torch.Tensor | None,
+        ce: torch.Tensor | None,
+        lr: float,
+        waited: float,
     ) -> None:
         """`waited`: seconds that this rank slept for the teacher's reply."""
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
-        losses = [float(each.detach()) for each in (loss, ce, loss if kl is None else kl)]
+        losses = [float(each.detach()) for each in (loss, loss if kl is None else kl, loss if ce is None else ce)]
         values = torch.tensor([*losses, waited / seconds], device=self._device)
         dist.all_reduce(values)
         if self._file is None:
             return
-        mean_loss, mean_ce, mean_kl, share = (values / dist.get_world_size()).tolist()
+        mean_loss, mean_kl, mean_ce, share = (values / dist.get_world_size()).tolist()
         line = {
             "step": step,
             "loss": mean_loss,
             "kl": None if kl is None else mean_kl,
-            "ce": mean_ce,
+            "ce": None if ce is None else mean_ce,
             "lr": lr,
             "tokens_per_s": self._tokens / seconds,
             "teacher_wait_share": share,
@@ -282,7 +312,7 @@ class Metrics:
         self._file.flush()
         if (step + 1) % 10 == 0 or step in (0, self._steps - 1):
             print(
-                f"step {step + 1:4d}/{self._steps}  loss {mean_loss:6.3f}  ce {mean_ce:6.3f}  "
+                f"step {step + 1:4d}/{self._steps}  loss {mean_loss:6.3f}  "
                 f"{line['tokens_per_s']:7.0f} tokens/s  {share:4.0%} of the step waiting for the teacher"
             )
 

@@ -50,6 +50,7 @@ class Bridge:
         self._device = device
         self._offer: Offer | None = None
         self._requests: Requests | None = None
+        self._checked = False  # the parity check has passed, or is off
         self._head: Head | None = None
 
     @property
@@ -65,8 +66,7 @@ class Bridge:
     @property
     def teacher(self) -> Offer:
         """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher."""
-        self.wait_ready()
-        return self._ready()
+        return self._barrier()
 
     @property
     def head(self) -> Head:
@@ -77,7 +77,7 @@ class Bridge:
         Raises:
             RequestRefused: the payload is not hidden.
         """
-        agreed = self._ready()
+        agreed = self._barrier()
         if agreed.head is None:
             raise RequestRefused("the teacher shares its head only with the payload hidden; set payload.hidden={}.")
         if self._head is None:
@@ -107,18 +107,15 @@ class Bridge:
             TeacherDied: it failed while loading; carries its traceback.
             DeadlineExceeded: it is still loading; says how far it is.
         """
-        session = self._session
-        first = self._offer is None
-        if first:
-            agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
-            self._requests = Requests(session, agreed, self._device)
-            self._offer = agreed
+        agreed = self._barrier(timeout)
         student = parity.Student(vocab_size, tokenizer, loss)
-        if first or any(part is not None for part in student):
-            passed = parity.check(self._ready(), student, self._ask_probe, lambda: self.head)
-            if passed and self.rank == 0:
-                trace.logger.info("parity check passed: %s", passed)
-            self._sending.meter.reset()
+        if self._checked and all(part is None for part in student):
+            return
+        passed = parity.check(agreed, student, self._ask_probe, lambda: self.head)
+        self._checked = True
+        if passed and self.rank == 0:
+            trace.logger.info("parity check passed: %s", passed)
+        self._sending.meter.reset()
 
     def submit(
         self,
@@ -243,11 +240,20 @@ class Bridge:
             raise Closed(f"the bridge belongs to pid {self._process}; a forked child cannot use it.")
         return self._open
 
-    def _ready(self) -> Offer:
+    def _barrier(self, timeout: float | None = None) -> Offer:
+        """What the teacher offers, once its model is loaded."""
+        session = self._session
         if self._offer is None:
-            self.wait_ready()
-            assert self._offer
+            agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
+            self._requests = Requests(session, agreed, self._device)
+            self._offer = agreed
         return self._offer
+
+    def _ready(self) -> Offer:
+        """The offer, once the parity check has passed as well."""
+        if not self._checked:
+            self.wait_ready()
+        return self._barrier()
 
     def _fail(self, error: BaseException) -> None:
         """Tell the session that this rank ends by an exception. A clean SystemExit is a close."""

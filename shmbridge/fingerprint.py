@@ -45,7 +45,7 @@ def differ(found: tuple[float, ...], expected: tuple[float, ...], tolerance: flo
     for shift in (1, -1):
         if _most_agree(_shifted(values, shift), _shifted(wanted, -shift), scale * tolerance):
             return f"shifted by one position: row i holds what row i{-shift:+d} should"
-    ratio = sum(a * b for a, b in zip(values, wanted, strict=True)) / sum(b * b for b in wanted)
+    ratio = sum(a * b for a, b in zip(values, wanted, strict=True)) / (sum(b * b for b in wanted) or 1.0)
     if ratio and _far([value / ratio for value in values], wanted, scale) <= tolerance:
         return f"{ratio:.3g} times what the model gives: a temperature or a scale is applied twice"
     return f"off by {_far(values, wanted, scale):.1%} of its range"

@@ -99,6 +99,14 @@ class Probe(msgspec.Struct, frozen=True):
     tolerance: float  # relative; what the dtypes on the way leave of the digits
 
 
+BY_HEAD = "head(hidden)"
+
+
+def by_head(words: int) -> OutputSpec:
+    """The logits that a rank makes of hidden states: no output, but fingerprinted like one."""
+    return OutputSpec(BY_HEAD, "float32", ("seq", words))
+
+
 class Tokens(msgspec.Struct, frozen=True):
     """A tokenizer's table: how many entries it has and a SHA-256 of (id, token) in the order of IDs."""
 

@@ -16,7 +16,7 @@ import torch
 from shmbridge import fingerprint
 from shmbridge.errors import ParityError
 from shmbridge.head import Head
-from shmbridge.offer import Extent, Offer, Probe
+from shmbridge.offer import Extent, Offer, Probe, by_head
 from shmbridge.reply import Reply
 from shmbridge.token_ids import IntArray
 
@@ -41,13 +41,15 @@ def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -
     Raises:
         ParityError: names the check that failed, what was found and what was expected.
     """
-    passed = _vocabulary(agreed, student)
+    passed: list[str] = []
+    vocabulary = _vocabulary(agreed, student)
     if agreed.probe:
         reply, echo = _reply_to_probe(agreed, agreed.probe, ask)
         passed += _ids(agreed.probe, echo)
-        passed += _payload(agreed, agreed.probe, reply)
+        passed += _payload(agreed, agreed.probe, reply, head)
         if student.loss:
             passed += _loss(agreed, student.loss, reply, head)
+    passed += vocabulary
     return ", ".join(passed)
 
 
@@ -68,16 +70,18 @@ def _ids(probe: Probe, echo: int) -> list[str]:
     return ["token IDs"]
 
 
-def _payload(agreed: Offer, probe: Probe, reply: Reply) -> list[str]:
-    for spec in agreed.outputs:
-        found = fingerprint.of(spec, reply[spec.name])
-        wrong = fingerprint.differ(found, probe.outputs[spec.name], _tolerance(spec.dtype, probe))
+def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]) -> list[str]:
+    found = [(spec, reply[spec.name]) for spec in agreed.outputs]
+    if agreed.head:
+        found.append((by_head(agreed.head.words), head()(reply.hidden)))
+    for spec, tensor in found:
+        wrong = fingerprint.differ(fingerprint.of(spec, tensor), probe.outputs[spec.name], _tolerance(spec.dtype, probe))
         if wrong:
             raise ParityError(
                 f"parity check, payload {spec.name}: the reply is not what the model gives in its own process: {wrong}. If "
                 "the teacher's answers differ from call to call (dropout, sampling), set parity=false."
             )
-    return [spec.name for spec in agreed.outputs]
+    return [spec.name for spec, _ in found]
 
 
 def _tolerance(dtype: str, probe: Probe) -> float:

@@ -78,9 +78,11 @@ def check_arrays(
         found["positions"] = _to_mask("positions", positions, ids)
         chosen = int(found["positions"].sum())
     if extras.get("position_ids") is not None:
-        found["position_ids"] = _check_position_ids(extras["position_ids"], ids, agreed, attention_mask is not None)
+        found["position_ids"] = _check_position_ids(extras["position_ids"], ids, agreed, found.get("mask"))
     if extras.get("targets") is not None or extras.get("candidates") is not None:
         found |= _check_words(extras, ids, agreed, shape)
+    if extras.get("targets") is None:
+        _check_next_tokens(ids, agreed)
     extent = Extent(ids.shape[0], ids.shape[1], chosen)
     if not shape.chunks and extent.positions > shape.max_positions:
         raise RequestRefused(
@@ -90,11 +92,17 @@ def check_arrays(
     return extent, {name: array.data.cast("B") for name, array in found.items()}
 
 
-def _check_position_ids(value: Any, ids: IntArray, agreed: Offer, masked: bool) -> IntArray:
+def _check_position_ids(value: Any, ids: IntArray, agreed: Offer, mask: IntArray | None) -> IntArray:
     places = _to_int32("position_ids", value, ids.shape, 0, agreed.max_seq or 2**31)
-    if (np.diff(places, axis=1) == 1).all():
+    begins = np.diff(places, axis=1, prepend=-2) != 1  # a document does; a row's first token always
+    padded = mask is not None and not mask.all()
+    if mask is not None:
+        begins[:, 1:] &= (mask[:, 1:] & mask[:, :-1]) != 0  # what stands in the padding is no document
+    if not begins[:, 1:].any():
+        if not padded:
+            _check_beginnings(places, begins)
         return places
-    if masked:
+    if mask is not None:
         raise RequestRefused(
             "position_ids restart (packed documents) and there is an attention_mask too, under which a model lets "
             "documents see each other: leave attention_mask out."
@@ -104,7 +112,30 @@ def _check_position_ids(value: Any, ids: IntArray, agreed: Offer, masked: bool) 
             f"position_ids restart (packed documents); the teacher {agreed.model} lets packed documents see each other. "
             "Send each document as a row of its own."
         )
+    _check_beginnings(places, begins)
     return places
+
+
+def _check_beginnings(places: IntArray, begins: IntArray) -> None:
+    """FlashAttention finds documents by their zeros; any other beginning would join two of them, or two rows."""
+    wrong = begins & (places != 0)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise RequestRefused(f"position_ids[{row}, {column}] is {places[row, column]} where a document begins; expected 0.")
+
+
+def _check_next_tokens(ids: IntArray, agreed: Offer) -> None:
+    """Without targets they are a row's next tokens, so the teacher's distribution must have these words."""
+    words = agreed.words
+    if words is None or words >= (agreed.vocab_size or 2**31) or all(spec.name != "logprobs" for spec in agreed.outputs):
+        return
+    wrong = ids[:, 1:] >= words
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0] + (0, 1)
+        raise RequestRefused(
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher's distribution has {words} words, so it gives no "
+            "log-probability of this next token. Submit `targets` with -100 there."
+        )
 
 
 def _check_words(extras: Extras, ids: IntArray, agreed: Offer, shape: Shape) -> dict[str, IntArray]:
