@@ -9,6 +9,8 @@
     reply = bridge.exchange(input_ids)          # the simple way: tensors of one's own
     for batch, pending in bridge.prefetch(loader):
         ...                                     # the teacher is ahead of the loop
+
+What is in flight is in `requests`, what the caller holds of it in `pending`; here is what the caller calls.
 """
 
 from __future__ import annotations

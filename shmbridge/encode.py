@@ -110,7 +110,9 @@ class LanguageModel:
         wanted = ["logits" if "logits" in returned else "hidden"] + ["hidden"] * (self._payload.hidden is not None)
         tensors = {name: _chosen(returned[name], choice) for name in wanted}
         if self._payload.stream:  # kept for long: not as a view of the whole forward
-            tensors = {name: tensor.clone() if _is_part(tensor, returned[name]) else tensor for name, tensor in tensors.items()}
+            tensors = {
+                name: tensor.clone() if _is_part(tensor, returned[name]) else tensor for name, tensor in tensors.items()
+            }
         return Rows(_positions(choice), tensors, choice)
 
     def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,3 +37,7 @@ class Head:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def first(self, words: int) -> Head:
+        """The head of the first `words` words alone; the memory is shared."""
+        return replace(self, weight=self.weight[:words], bias=None if self.bias is None else self.bias[:words])

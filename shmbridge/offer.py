@@ -176,7 +176,9 @@ def payload_outputs(payload: PayloadConfig, words: int, width: int | None, dtype
         specs.append(OutputSpec("logits", payload.logits.dtype, ("seq", words)))
     if payload.topk:
         if payload.topk.k > words:
-            raise PlanError(f"payload.topk.k is {payload.topk.k}; the teacher's distribution has {words} words. Lower it.")
+            raise PlanError(
+                f"payload.topk.k is {payload.topk.k}; the teacher's distribution has {words} words. Lower it."
+            )
         specs.append(OutputSpec("topk_logprobs", "float32", ("seq", payload.topk.k)))
         specs.append(OutputSpec("topk_ids", "int32", ("seq", payload.topk.k)))
         specs.append(OutputSpec("tail_logmass", "float32", ("seq", len(payload.topk.temperatures))))

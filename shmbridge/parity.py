@@ -75,7 +75,9 @@ def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]
     if agreed.head:
         found.append((by_head(agreed.head.words), head()(reply.hidden)))
     for spec, tensor in found:
-        wrong = fingerprint.differ(fingerprint.of(spec, tensor), probe.outputs[spec.name], _tolerance(spec.dtype, probe))
+        wrong = fingerprint.differ(
+            fingerprint.of(spec, tensor), probe.outputs[spec.name], _tolerance(spec.dtype, probe)
+        )
         if wrong:
             raise ParityError(
                 f"parity check, payload {spec.name}: the reply is not what the model gives in its own process: {wrong}. If "

@@ -40,7 +40,9 @@ class Batch(NamedTuple):
     """One combined forward, on the teacher's device."""
 
     input_ids: torch.Tensor  # (rows, seq) int64, padded on the right with teacher.pad_id
-    attention_mask: torch.Tensor | None  # (rows, seq) int64, 1 where a token is real; None where causality is mask enough
+    attention_mask: (
+        torch.Tensor | None
+    )  # (rows, seq) int64, 1 where a token is real; None where causality is mask enough
     position_ids: torch.Tensor | None = None  # (rows, seq) int64, from 0 again at each packed document
 
 

@@ -40,7 +40,9 @@ def make(
         logits = returned["logits"][..., :words] if "logits" in returned else head(returned["hidden"])
         prints[BY_HEAD] = fingerprint.of(by_head(words), logits)
     dtypes = [tensor.dtype for tensor in returned.values()] + [tensor.dtype for tensor in expected.values()]
-    rounded = any(dtype.itemsize == 2 for dtype in dtypes) or any(spec.dtype in ("bfloat16", "float16") for spec in outputs)
+    rounded = any(dtype.itemsize == 2 for dtype in dtypes) or any(
+        spec.dtype in ("bfloat16", "float16") for spec in outputs
+    )
     return Probe(tuple(map(tuple, ids.tolist())), prints, _ROUNDED if rounded else _EXACT)
 
 

@@ -35,7 +35,9 @@ def attach(token: Token, spec: HeadSpec, device: torch.device = _CPU) -> Head:
     segment = Segment.attach(Names(token.session_id).head(), layout.HEAD, token.session_id)
     expected = layout.align(layout.PAGE + spec.nbytes, layout.PAGE)
     if segment.bytes.nbytes != expected:
-        raise AttachError(f"segment {segment.name} has {segment.bytes.nbytes} bytes, the head takes {expected}: garbled.")
+        raise AttachError(
+            f"segment {segment.name} has {segment.bytes.nbytes} bytes, the head takes {expected}: garbled."
+        )
     weight = payload.over(segment.bytes, layout.PAGE, spec.dtype, (spec.words, spec.width))
     bias: torch.Tensor | None = None
     if spec.bias:

@@ -70,7 +70,9 @@ class Meter:
         if self._window.replies == self._every:
             now = time.monotonic()
             trace.logger.info(
-                "step %s: %s", "-" if step is None else step, self._window._replace(elapsed_s=now - self._window_started)
+                "step %s: %s",
+                "-" if step is None else step,
+                self._window._replace(elapsed_s=now - self._window_started),
             )
             self._all, self._window, self._window_started = _sum(self._all, self._window), Stats(), now
 

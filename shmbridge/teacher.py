@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from shmbridge.errors import ConfigError
 from shmbridge.head import Head
 from shmbridge.offer import Tokens
 from shmbridge.payload import DTYPES, Batch
+from shmbridge.trace import logger
 
 Progress = Callable[[int, int], None]
 
@@ -56,6 +58,10 @@ class HuggingFaceTeacher:
         self.head: Head | None = None
         with torch.inference_mode():
             self._find_head(settings.payload.vocab, device)
+            if self.no_head:
+                logger.warning(
+                    "the teacher's head is not taken apart: %s. Every forward computes whole logits.", self.no_head
+                )
             self._trunk = self.model.base_model if self.head else self.model
             if teacher.compile:
                 self._trunk = torch.compile(self._trunk)
@@ -78,13 +84,15 @@ class HuggingFaceTeacher:
 
     def reference(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """What the model itself gives, by its own forward: its logits, and as `hidden` what its own output head was given."""
+        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        if self.head is None:
+            return {"logits": self.model(**given).logits}
         seen: list[torch.Tensor] = []
         hook = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return {"logits": self.model(**given).logits, "hidden": seen[0]}
         finally:
             hook.remove()
-        return {"logits": logits, "hidden": seen[0]}
 
     @property
     def _wants_one_row(self) -> bool:
@@ -95,22 +103,33 @@ class HuggingFaceTeacher:
         """Take the head where head(hidden) is what the model gives; else say in `no_head` why not."""
         module = self.model.get_output_embeddings()
         weight = getattr(module, "weight", None)
-        if self.model.base_model is self.model or not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            kind = type(module).__name__ if weight is None else str(weight.dtype)
-            self.no_head = f"its output head is {kind}, not a matrix of floats on a trunk of its own"
-            return
-        text = self.model.config.get_text_config()
-        head = Head(weight.detach(), _detached(getattr(module, "bias", None)), **_corrections(text))
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            self.no_head = (
+                f"its output head is {type(module).__name__ if weight is None else weight.dtype}, no matrix of floats"
+            )
+        elif self.model.base_model is self.model:
+            self.no_head = "it has no trunk apart from its output head"
+        else:
+            bias = getattr(module, "bias", None)
+            head = Head(
+                weight.detach(),
+                None if bias is None else bias.detach(),
+                **_corrections(self.model.config.get_text_config()),
+            )
+            off = self._off(head, device)
+            if off <= _tolerance(weight.dtype):
+                self.head = head if vocab is None else head.first(vocab)
+            else:
+                self.no_head = (
+                    f"head(hidden) is off from the model's own logits by {off:.1%}: it does something in between"
+                )
+
+    def _off(self, head: Head, device: torch.device) -> float:
+        """The largest difference between head(hidden) and the model's own logits, relative to the largest logit."""
         ids = torch.arange(8, device=device).remainder(self.vocab_size).reshape(1, 8)
         logits = self.model(input_ids=ids, use_cache=False).logits.float()
-        found = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float()
-        off = float((found - logits.to(found.device)).abs().max() / logits.abs().max()) if found.shape == logits.shape else 1.0
-        if not off <= _tolerance(weight.dtype):
-            self.no_head = f"head(hidden) is off from the model's own logits by {off:.1%}: it does something in between"
-            return
-        self.head = head if vocab is None else Head(
-            head.weight[:vocab], None if head.bias is None else head.bias[:vocab], head.softcap, head.scale
-        )
+        found = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float().to(logits.device)
+        return float((found - logits).abs().max() / logits.abs().max()) if found.shape == logits.shape else math.inf
 
     def _packs(self, device: torch.device) -> bool:
         """Whether two documents in one row give what each gives alone."""
@@ -150,10 +169,6 @@ def _corrections(text: Any) -> dict[str, Any]:
 def _tolerance(dtype: torch.dtype) -> float:
     """Relative, for sums in another order."""
     return 0.02 if dtype.itemsize == 2 else 1e-4
-
-
-def _detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
 
 
 def _tokenizer(path: str, vocab: int | None) -> Tokens | None:

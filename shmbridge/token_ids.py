@@ -121,13 +121,19 @@ def _check_beginnings(places: IntArray, begins: IntArray) -> None:
     wrong = begins & (places != 0)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        raise RequestRefused(f"position_ids[{row}, {column}] is {places[row, column]} where a document begins; expected 0.")
+        raise RequestRefused(
+            f"position_ids[{row}, {column}] is {places[row, column]} where a document begins; expected 0."
+        )
 
 
 def _check_next_tokens(ids: IntArray, agreed: Offer) -> None:
     """Without targets they are a row's next tokens, so the teacher's distribution must have these words."""
     words = agreed.words
-    if words is None or words >= (agreed.vocab_size or 2**31) or all(spec.name != "logprobs" for spec in agreed.outputs):
+    if (
+        words is None
+        or words >= (agreed.vocab_size or 2**31)
+        or all(spec.name != "logprobs" for spec in agreed.outputs)
+    ):
         return
     wrong = ids[:, 1:] >= words
     if wrong.any():
@@ -149,7 +155,9 @@ def _check_words(extras: Extras, ids: IntArray, agreed: Offer, shape: Shape) -> 
         found["targets"] = _to_int32("targets", targets, ids.shape, 0, words, or_ignored=True)
     if candidates is not None:
         if not shape.candidates:
-            raise RequestRefused("candidates were not planned for; set payload.logprobs.candidates to how many there are.")
+            raise RequestRefused(
+                "candidates were not planned for; set payload.logprobs.candidates to how many there are."
+            )
         found["candidates"] = _to_int32("candidates", candidates, (*ids.shape, shape.candidates), 0, words)
     return found
 
