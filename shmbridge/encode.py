@@ -19,7 +19,7 @@ from shmbridge.head import Head
 from shmbridge.layout import IGNORED
 from shmbridge.offer import OutputSpec
 
-_HEAD_BYTES = 1 << 28
+_HEAD_BYTES = 1 << 27
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -1,0 +1,38 @@
+"""Memory-bounded distillation losses: forward and reverse KL, generalised JSD, and KL over the teacher's top k.
+
+    loss = forward_kl(student_logits, reply.logits, temperature=2.0, mask=mask, num_items=num_items)
+    loss = forward_kl(LazyLogits(hidden, Head(lm_head.weight)), reply.logits, mask=mask, num_items=num_items)
+
+Either side is a tensor of logits or `LazyLogits`, hidden states under a head, whose logits are never whole. A loss is
+computed a few rows at a time, its gradient along with it.
+
+Rows are aligned with input_ids: row i is the distribution after token i. docs/losses.md draws that, the normaliser
+under data parallelism, and a streamed teacher.
+
+    divergence   the formulas, for one chunk of rows
+    rows         where rows come from
+    student      what gives logits and takes their gradient
+    chunked      the loop and its autograd node
+    checks       what is refused at the door
+    functional   the losses
+    items        masks and the normaliser
+"""
+
+from shmbridge.head import Head
+from shmbridge.losses.divergence import LOG_FLOOR, TopK
+from shmbridge.losses.functional import forward_kl, generalized_jsd, reverse_kl, topk_kl
+from shmbridge.losses.items import count_items, mask_from_labels
+from shmbridge.losses.rows import LazyLogits
+
+__all__ = [
+    "LOG_FLOOR",
+    "Head",
+    "LazyLogits",
+    "TopK",
+    "count_items",
+    "forward_kl",
+    "generalized_jsd",
+    "mask_from_labels",
+    "reverse_kl",
+    "topk_kl",
+]

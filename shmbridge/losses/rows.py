@@ -1,0 +1,125 @@
+"""Rows of logits without the logits: what a loss reads from, flattened over the leading axes, a few rows at a time.
+
+Positions are counted over all leading axes: in (batch, seq, vocab), row b * seq + i follows token i of sequence b.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shmbridge.head import Head
+from shmbridge.losses.divergence import TopK
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Rows = slice | Tensor
+"""Positions: a range, or an int64 tensor of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class LazyLogits:
+    """Logits that are never whole: `head` is applied to a few rows of `hidden` (..., dim) at a time."""
+
+    hidden: Tensor
+    head: Head
+
+
+Source = Tensor | LazyLogits | TopK
+
+
+def shape(source: Tensor | LazyLogits) -> tuple[int, ...]:
+    """(..., vocab)."""
+    if isinstance(source, LazyLogits):
+        return (*source.hidden.shape[:-1], source.head.weight.shape[0])
+    return tuple(source.shape)
+
+
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """The tensor if it is a DTensor. Whoever made it has imported the module, which takes as long as half of torch."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A DTensor whole, as every rank sees it; its gradient goes back to the shards. Anything else as it is."""
+    sharded = as_dtensor(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """(..., width) as (rows, width) where the strides allow it without a copy; otherwise as it is."""
+    try:
+        return tensor.view(prod(tensor.shape[:-1]), tensor.shape[-1])
+    except RuntimeError:
+        return tensor
+
+
+def take(tensor: Tensor, rows: Rows) -> Tensor:
+    """(r, width) of a `flat` tensor; a view of it where `rows` is a slice and the tensor is 2-dimensional."""
+    return tensor[_index(tensor, rows)]
+
+
+def put(tensor: Tensor, rows: Rows, values: Tensor) -> None:
+    """Write (r, width) into a `flat` tensor."""
+    tensor[_index(tensor, rows)] = values
+
+
+def ready(source: Source, dtype: torch.dtype, device: torch.device) -> Source:
+    """The source without autograd, flat, and with what costs once and not per chunk: a head gathered and cast."""
+    if isinstance(source, LazyLogits):
+        hidden = flat(plain(source.hidden.detach()))
+        return LazyLogits(hidden, ready_head(source.head, hidden.dtype))
+    if isinstance(source, TopK):
+        logprobs, ids, tail = (plain(tensor.detach()) for tensor in source)
+        return TopK(
+            flat(logprobs).to(device, dtype), flat(ids).to(device, torch.int64), tail.reshape(-1, 1).to(device, dtype)
+        )
+    return flat(plain(source.detach()))
+
+
+def ready_head(head: Head, dtype: torch.dtype) -> Head:
+    """The head in `dtype`, gathered where it is sharded: cast first, so that less travels."""
+    weight = plain(head.weight.detach().to(dtype))
+    return replace(head, weight=weight, bias=None if head.bias is None else plain(head.bias.detach().to(dtype)))
+
+
+def read(source: Source, rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor | TopK:
+    """The rows of a `ready` source, as tensors that may be overwritten: logits (r, vocab), or a TopK."""
+    if isinstance(source, TopK):
+        return TopK(*(take(tensor, rows) for tensor in source))
+    if isinstance(source, LazyLogits):
+        return source.head(take(source.hidden, rows)).to(device, dtype)
+    return take(source, rows).to(device, dtype, copy=True)
+
+
+def chunks(mask: Tensor | None, span: slice, size: int) -> Iterator[tuple[Rows, Rows]]:
+    """Positions within `span` that the mask (n,) lets in, at most `size` at a time: counted from 0, and from its start.
+
+    What the mask leaves out is never read. Finding it waits for the device, once per call.
+    """
+    start, stop = span.start, span.stop
+    if mask is not None:
+        chosen = mask[span].nonzero().squeeze(-1)
+        if len(chosen) < stop - start:
+            yield from ((part + start, part) for part in torch.split(chosen, size) if len(part))
+            return
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        yield slice(first, last), slice(first - start, last - start)
+
+
+def _index(tensor: Tensor, rows: Rows) -> Rows | tuple[Tensor, ...]:
+    if isinstance(rows, slice):
+        if tensor.ndim == 2:
+            return rows
+        rows = torch.arange(rows.start, rows.stop)
+    rows = rows.to(tensor.device)
+    return rows if tensor.ndim == 2 else tuple(torch.unravel_index(rows, tensor.shape[:-1]))
