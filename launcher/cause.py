@@ -1,8 +1,8 @@
 """Which of the failures that were seen came first, and is the cause of the others.
 
 Three witnesses are heard: the board, where a participant writes its own exception; torchrun's record of how its ranks
-ended; and the exit status of the two jobs. A PeerLost on the board is a consequence by its nature: it decides only where
-no other witness has come forward within a second, or by the time that both jobs have ended. Of the rest the earliest
+ended; and the exit status of the jobs. A PeerLost on the board is a consequence by its nature: it decides only where
+no other witness has come forward within a second, or by the time that every job has ended. Of the rest the earliest
 counts. A death by a hard signal is dated back by a second, because an exception in another rank may be its echo
 (a lost connection) and be written before the death is seen.
 """
@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from launcher.job import Exit, Job
-from launcher.plan import TEACHER, TRAIN
+from launcher.plan import TEACHER, TORCHRUN
 from shmbridge.board import Failure
 from shmbridge.owner import Owner
 
@@ -27,14 +27,15 @@ _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, si
 _ECHO_NS = 1_000_000_000
 _PATIENCE_NS = 1_000_000_000
 
-TRAINER, TORCHRUN = "trainer", "torchrun"
+TRAINER = "trainer"
 
 
 class Cause(msgspec.Struct, frozen=True):
     """One failure, and how its process ended where that is known."""
 
     role: str  # launcher, teacher, trainer or torchrun
-    rank: int
+    rank: int  # of a trainer; of a teacher the replica
+    who: str  # as people are told: rank 1, teacher, teacher 1, torchrun
     pid: int
     reason: str
     status: int  # for the launcher's own exit code
@@ -45,10 +46,6 @@ class Cause(msgspec.Struct, frozen=True):
     step: int | None = None
     sequence: int | None = None
     traceback: str = ""
-
-    @property
-    def who(self) -> str:
-        return {TRAINER: f"rank {self.rank}"}.get(self.role, self.role)
 
     @property
     def sentence(self) -> str:
@@ -78,30 +75,29 @@ def find(
     record: Path,
     ended_ns: dict[int, int],
     oom_kills: int | None = None,
-    served: bool = False,
+    served: Collection[int] = (),
 ) -> Cause | None:
     """The first failure of a run, or None.
 
     Args:
-        jobs: the two jobs; one that was asked to end is no witness.
+        jobs: of the run; one that was asked to end is no witness.
         owner: of the session, for its board. None where the bridge is off.
         record: elastic.py's file; it may not exist.
         ended_ns: when ranks were seen to end, by rank.
         oom_kills: how many processes the kernel has killed for want of memory; None where that is unknown.
-        served: the ranks have finished with the teacher, which is no witness then.
+        served: replicas that their ranks have finished with; they are no witnesses then.
     """
     board = owner.failures() if owner else []
-    if served:
-        jobs = [job for job in jobs if job.name != TEACHER]
-        board = [failure for failure in board if failure.role != TEACHER]
+    jobs = [job for job in jobs if job.spec.replica not in served]
+    board = [failure for failure in board if failure.role != TEACHER or failure.rank not in served]
     first = _read_record(record)
     spoke = {(failure.role, failure.rank) for failure in board}
     causes = [_raised(failure, jobs, first) for failure in board if not failure.consequence]
     if first and (TRAINER, first["local_rank"]) not in spoke:
         causes.append(_of_rank(first, ended_ns, oom_kills))
-    roles = {role for role, _ in spoke}
-    silent = {TEACHER: TEACHER not in roles, TRAIN: not first and TRAINER not in roles}
-    causes += [of_exit(job, job.exit, oom_kills) for job in jobs if job.exit and job.died and silent[job.name]]
+    spoken: set[int | None] = {rank if role == TEACHER else None for role, rank in spoke}  # None: training
+    silent = [job for job in jobs if job.spec.replica not in (spoken | {None} if first else spoken)]
+    causes += [of_exit(job, job.exit, oom_kills) for job in silent if job.exit and job.died]
     if not causes:
         settled_ns = time.monotonic_ns() - (_PATIENCE_NS if any(job.alive for job in jobs) else 0)
         causes = [_raised(failure, jobs, first) for failure in board if failure.at_ns <= settled_ns]
@@ -122,14 +118,16 @@ def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -
 
 def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None) -> Cause:
     """A failure that its own process wrote on the board."""
-    status = 1
+    status, who = 1, f"rank {failure.rank}"
     if failure.role == TEACHER:
-        status = max((job.exit.status for job in jobs if job.name == TEACHER and job.exit and not job.asked), default=1)
+        job = next(job for job in jobs if job.spec.replica == failure.rank)
+        status, who = job.exit.status if job.exit and not job.asked else 1, job.spec.who
     elif first and first["local_rank"] == failure.rank:
         status = first["exitcode"]
     return Cause(
         role=failure.role,
         rank=failure.rank,
+        who=who,
         pid=failure.pid,
         reason=failure.reason,
         status=status if status > 0 else 1,
@@ -148,14 +146,17 @@ def _of_rank(first: dict[str, Any], ended_ns: dict[int, int], oom_kills: int | N
     at_ns = ended_ns.get(rank, time.monotonic_ns() - int((time.time() - first["timestamp"] - 1) * 1e9))
     reason = describe_exit(code, number, oom_kills)
     status = code if number is None else 128 + number
-    return Cause(TRAINER, rank, first["pid"], reason, status, at_ns, number, traceback=first["traceback"])
+    return Cause(
+        TRAINER, rank, f"rank {rank}", first["pid"], reason, status, at_ns, number, traceback=first["traceback"]
+    )
 
 
 def of_exit(job: Job, ended: Exit, oom_kills: int | None) -> Cause:
     """A job's own end as a failure."""
-    role = TEACHER if job.name == TEACHER else TORCHRUN
+    role = TORCHRUN if job.spec.replica is None else TEACHER
     reason = describe_exit(ended.code, ended.signal, oom_kills)
-    return Cause(role, 0, job.first_pid, reason, ended.status, ended.at_ns, ended.signal)
+    who, rank = job.spec.who, job.spec.replica or 0
+    return Cause(role, rank, who, job.first_pid, reason, ended.status, ended.at_ns, ended.signal)
 
 
 def _located(cause: Cause, owner: Owner | None) -> Cause:

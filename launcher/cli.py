@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,13 +19,13 @@ from launcher.codes import INTERRUPTED, REFUSED
 
 if TYPE_CHECKING:
     from launcher.console import Console
-    from launcher.gpus import Gpu
     from launcher.plan import Plan
     from shmbridge.config import Config
 
 _FLAGS = {
     "teacher": "teacher.model",
     "teacher_gpu": "teacher.gpus",
+    "teacher_replicas": "teacher.replicas",
     "train_gpus": "train.gpus",
     "cpu": "train.cpu_ranks",
     "torchrun": "train.torchrun_args",
@@ -61,13 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="shmbridge-launch",
         usage="%(prog)s [flags] [a.b=c ...] -- train.py ...   (or -- -m package.module ...)",
-        description="Start a teacher and a torchrun training group as two jobs with a bridge between them.",
+        description="Start a teacher, or several, and a torchrun training group as jobs of their own with a bridge between them.",
         epilog="Every flag is a setting of the config file too, and a.b=c overrides any of them.",
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4 (read as YAML)")
     parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
     parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
+    parser.add_argument("--teacher-replicas", metavar="N", type=int, help="teachers; by itself one on each of its GPUs")
     parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5; one rank each")
     parser.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
     parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
@@ -113,7 +113,7 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(planned: Plan, console: Console) -> int:
     """Create the session and the run directory, run the jobs, remove the session."""
-    from launcher import plan, registry
+    from launcher import header, plan, registry
     from launcher.signals import Signals
     from launcher.supervise import Supervisor
     from shmbridge import config
@@ -123,7 +123,7 @@ def _run(planned: Plan, console: Console) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())  # outermost: a signal at any moment still has the session removed
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
-        owner = stack.enter_context(Owner(settings, planned.ranks)) if settings.enabled else None
+        owner = stack.enter_context(Owner(settings, planned.ranks, len(planned.teachers))) if settings.enabled else None
         session = str(owner.start_generation()) if owner else ""
         run = _make_directory(_run_path(settings, session[:8] or "no-teacher"))
         if registration:
@@ -131,7 +131,9 @@ def _run(planned: Plan, console: Console) -> int:
         jobs = planned.jobs(run, session)
         (run / "config.yaml").write_text(config.dump(settings))
         (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
-        _header(planned, session, run, console)
+        for job in jobs:
+            console.expect(job.who)
+        console.say(header.make(planned, session, run))
         return Supervisor(planned, jobs, os.environ, owner, run, console, signals).run()
 
 
@@ -159,26 +161,3 @@ def _numbered(path: Path) -> Iterator[Path]:
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.name}-{number}")
-
-
-def _header(planned: Plan, session: str, run: Path, console: Console) -> None:
-    """Who runs where, before anything starts."""
-    from launcher.text import table
-
-    settings = planned.config
-    rows = [("run", str(run))]
-    if settings.enabled:
-        rows.append(("session", session))
-        rows.append(("teacher", f"{settings.teacher.model} on {_place(planned.teacher_gpus, planned.threads[0])}"))
-    ranks = (
-        f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''} on {_place(planned.train_gpus, planned.threads[1])}"
-    )
-    each = " each" if planned.ranks > 1 and planned.threads[1] else ""
-    rows.append(("training", f"{ranks}{each}: {shlex.join(planned.script)}"))
-    console.say(table(rows, indent=""))
-    console.flush()
-
-
-def _place(gpus: Sequence[Gpu], threads: int | None) -> str:
-    where = f"GPU {','.join(str(gpu.number) for gpu in gpus)}" if gpus else "the CPU"
-    return where if threads is None else f"{where}, {threads} thread{'s' if threads > 1 else ''}"

@@ -27,9 +27,14 @@ class Console:
         self._stream = stream or sys.stdout
         self._coloured = self._stream.isatty() and not os.environ.get("NO_COLOR")
         self._fd = _descriptor(self._stream)
+        self._prefix_width = _PREFIX_WIDTH
         self._pending = bytearray()
         self._skipped = 0  # bytes, since the stream was last behind
         self._open = True
+
+    def expect(self, source: str) -> None:
+        """Leave room for a longer name in front of every line."""
+        self._prefix_width = max(self._prefix_width, len(f"[{source}]"))
 
     def say(self, text: str) -> None:
         """A line of the launcher's own, shown at once."""
@@ -38,7 +43,7 @@ class Console:
 
     def line(self, source: str, text: str) -> None:
         """`[source] text`, once per line of `text`."""
-        prefix = f"[{source}]".ljust(_PREFIX_WIDTH)
+        prefix = f"[{source}]".ljust(self._prefix_width)
         if self._coloured:
             prefix = f"\033[{_colour(source)}m{prefix}\033[0m"
         self.write("".join(f"{prefix} {line}".rstrip() + "\n" for line in text.split("\n")))

@@ -1,8 +1,8 @@
 """Which GPUs there are, and what each job sees of them. No torch: nvidia-smi is asked.
 
 A user's numbers count within what CUDA_VISIBLE_DEVICES allows, as Slurm and containers set it: with `4,5,6,7`, GPU 0 of
-the command line is the fourth of the machine. Both jobs see all GPUs of the run, because a CUDA IPC handle opens only on
-a device that the opener can see; each has its own first, so that its cuda:0 is its own.
+the command line is the fourth of the machine. A job sees the GPUs on the other side of its bridge too, because a CUDA IPC
+handle opens only on a device that the opener can see; it has its own first, so that its cuda:0 is its own.
 """
 
 from __future__ import annotations
@@ -79,14 +79,8 @@ def parse(text: str, setting: str) -> list[int]:
     return numbers
 
 
-def assign(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> tuple[str, str]:
-    """CUDA_VISIBLE_DEVICES of the teacher and of training: each job's own first, then the other's.
-
-    A job without GPUs of its own sees none.
-
-    Raises:
-        ConfigError: a GPU does not exist, or both jobs are to have it.
-    """
+def check(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> None:
+    """Raises ConfigError where a GPU does not exist, or both the teacher and training are to have it."""
     for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
         missing = [number for number in numbers if number >= len(gpus)]
         if missing:
@@ -97,10 +91,11 @@ def assign(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) ->
             f"GPU {both[0]} is given to the teacher and to training; each needs GPUs of its own "
             "(--teacher-gpu 7 --train-gpus 0-6)."
         )
-    names = [gpu.visible for gpu in gpus]
-    for_teacher = ",".join(names[i] for i in (*teacher, *train)) if teacher else ""
-    for_train = ",".join(names[i] for i in (*train, *teacher)) if train else ""
-    return for_teacher, for_train
+
+
+def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge. Without GPUs of its own it sees none."""
+    return ",".join(gpus[number].visible for number in (*own, *others)) if own else ""
 
 
 def _names(name: str, row: Sequence[str]) -> bool:

@@ -80,7 +80,7 @@ class Tail:
 
 
 class Logs:
-    """The log files of a run, by source: teacher, torchrun, rank 0, rank 1, ..."""
+    """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ..."""
 
     def __init__(self, console: Console, ranks_below: Path, ranks: int) -> None:
         """`ranks_below` is torchrun's --log-dir, in which the logs of `ranks` ranks will appear."""

@@ -1,4 +1,4 @@
-"""What can be known of a teacher's model before it is loaded: its vocabulary and the bytes of its weights. No torch.
+"""What can be known of a teacher's model before it is loaded: its sizes, and the bytes of its weights. No torch.
 
 The launcher sizes memory with it and refuses what cannot fit. Nothing here decides how a model is loaded; what is not
 known is None.
@@ -9,18 +9,22 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from shmbridge.config import TeacherConfig, is_builder
+from shmbridge.config import TeacherConfig, TorchDtype, is_builder
 from shmbridge.errors import ConfigError
 
 _WEIGHTS = (".safetensors", ".bin")
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DTYPE_BYTES: dict[TorchDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WIDTH = ("hidden_size", "n_embd")  # as most models call it; as GPT-2 does
 
 # GGUF: values of a key-value header by their type number; 8 is a string, 9 an array.
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+# Keys by how they end; the vocabulary is told by whichever of its two comes first.
+_GGUF_SIZES = {".vocab_size": "vocab", "tokenizer.ggml.tokens": "vocab", ".embedding_length": "width"}
 
 
 class ModelCard(NamedTuple):
@@ -28,6 +32,8 @@ class ModelCard(NamedTuple):
 
     vocab_size: int | None = None
     weight_bytes: int | None = None
+    hidden_size: int | None = None
+    dtype: TorchDtype | None = None  # that the model will compute in, and its hidden states have
 
 
 def read(teacher: TeacherConfig) -> ModelCard:
@@ -43,7 +49,7 @@ def read(teacher: TeacherConfig) -> ModelCard:
         return ModelCard(teacher.vocab_size)
     path = Path(model).expanduser()
     if path.is_file():
-        return _of_gguf(path) if path.suffix == ".gguf" else ModelCard()
+        return _of_gguf(path, teacher.dtype) if path.suffix == ".gguf" else ModelCard()
     if path.is_dir():
         return _of_directory(path, teacher.dtype)
     if model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf"):
@@ -52,25 +58,37 @@ def read(teacher: TeacherConfig) -> ModelCard:
     return _of_directory(cached, teacher.dtype) if cached else ModelCard()
 
 
-def _of_directory(path: Path, dtype: str) -> ModelCard:
+def _of_directory(path: Path, wanted: str) -> ModelCard:
+    tree = _read_config(path)
+    text = tree["text_config"] if isinstance(tree.get("text_config"), dict) else {}
+    both = {**tree, **text}
+    stored = _dtype(tree.get("dtype") or tree.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"))
+    width = next((both[name] for name in _WIDTH if name in both), None)
+    loaded = _dtype(wanted) or stored
+    return ModelCard(_size(both.get("vocab_size")), _weight_bytes(path, stored, loaded), _size(width), loaded)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
-        tree = {}
-    if not isinstance(tree, dict):
-        tree = {}
-    text = tree["text_config"] if isinstance(tree.get("text_config"), dict) else {}
-    vocab = text.get("vocab_size", tree.get("vocab_size"))
-    stored = tree.get("dtype") or tree.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype")
-    return ModelCard(vocab if isinstance(vocab, int) else None, _weight_bytes(path, stored, dtype))
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
-def _weight_bytes(path: Path, stored: object, wanted: str) -> int | None:
+def _dtype(name: object) -> TorchDtype | None:
+    return next((known for known in _DTYPE_BYTES if known == name), None)
+
+
+def _size(value: object) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def _weight_bytes(path: Path, stored: TorchDtype | None, loaded: TorchDtype | None) -> int | None:
     for suffix in _WEIGHTS:  # a directory with both holds the same weights twice
         size = sum(file.stat().st_size for file in path.glob(f"*{suffix}") if file.exists())
         if size:
-            scale = _DTYPE_BYTES.get(wanted, 0) / _DTYPE_BYTES[stored] if stored in _DTYPE_BYTES else 0
-            return int(size * scale) if scale else size
+            return size * _DTYPE_BYTES[loaded] // _DTYPE_BYTES[stored] if stored and loaded else size
     return None
 
 
@@ -84,28 +102,39 @@ def _in_hub_cache(model: str, revision: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _of_gguf(path: Path) -> ModelCard:
+def _of_gguf(path: Path, wanted: str) -> ModelCard:
+    sizes = _gguf_sizes(path)
+    dtype = _dtype(wanted) or "float32"  # what dequantising gives
+    return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)
+
+
+def _gguf_sizes(path: Path) -> dict[str, int]:
+    """The vocabulary and the width of the hidden state, as far as the file's header tells them."""
+    found: dict[str, int] = {}
     try:
         with path.open("rb") as file:
-            return ModelCard(_gguf_vocab(file), path.stat().st_size)
+            for key, value in _gguf_pairs(file):
+                name = next((name for end, name in _GGUF_SIZES.items() if key.endswith(end)), None)
+                if name and isinstance(value, int):
+                    found.setdefault(name, value)
+                if len(found) == 2:  # before the long lists that follow
+                    break
     except (OSError, struct.error, UnicodeDecodeError, KeyError):
-        return ModelCard(None, path.stat().st_size)  # truncated or foreign: the loader will say it
+        pass  # truncated or foreign: the loader will say it
+    return found
 
 
-def _gguf_vocab(file: BinaryIO) -> int | None:
-    """`<arch>.vocab_size`, or the length of the token list, whichever comes first in the key-value header."""
+def _gguf_pairs(file: BinaryIO) -> Iterator[tuple[str, object]]:
+    """Of the key-value header each key with its number, or the length of its array; None for anything else."""
     magic, _version, _tensors, pairs = _unpack(file, "<4sIQQ")
-    if magic != b"GGUF":
-        return None
-    for _ in range(pairs):
+    for _ in range(pairs if magic == b"GGUF" else 0):
         key = _gguf_string(file)
         (kind,) = _unpack(file, "<I")
-        if key.endswith(".vocab_size") and kind in _GGUF_SCALARS:
-            return int(_unpack(file, "<" + _GGUF_SCALARS[kind])[0])
-        if key == "tokenizer.ggml.tokens" and kind == _GGUF_ARRAY:
-            return int(_unpack(file, "<IQ")[1])
+        start = file.tell()
+        form = "<IQ" if kind == _GGUF_ARRAY else "<" + _GGUF_SCALARS.get(kind, "")
+        yield key, next(reversed(_unpack(file, form)), None)
+        file.seek(start)
         _skip(file, kind)
-    return None
 
 
 def _skip(file: BinaryIO, kind: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import gpus, memory, model_card, torchrun
+from launcher import gpus, memory, model_card, replicas, torchrun
 from launcher.gpus import Gpu
 from launcher.machine import Machine
 from launcher.memory import MemoryPlan
@@ -18,7 +18,7 @@ from shmbridge.config import Config
 from shmbridge.errors import ConfigError
 from shmbridge.session import OFF, SESSION_VARIABLE
 
-TEACHER, TRAIN = "teacher", "train"
+TEACHER, TRAIN, TORCHRUN = "teacher", "train", "torchrun"
 
 # What tells a process that it is a rank of some world. The teacher is a rank of none.
 OF_A_RANK = (
@@ -34,7 +34,9 @@ _OF_TORCHRUN = ("PET_*",)
 class JobSpec:
     """One job: what is executed, and how its environment differs from the launcher's."""
 
-    name: str  # TEACHER or TRAIN
+    name: str  # teacher, or teacher0, teacher1, ... where there are several; TRAIN
+    who: str  # as people are told: `teacher`, `teacher 1`, TORCHRUN
+    replica: int | None  # which teacher it is; None for training
     argv: tuple[str, ...]
     set: Mapping[str, str]
     removed: tuple[str, ...]  # patterns of variable names
@@ -57,59 +59,54 @@ class Plan:
     config: Config
     script: tuple[str, ...]  # the training command
     ranks: int
-    teacher_gpus: tuple[Gpu, ...]
+    teachers: tuple[tuple[Gpu, ...], ...]  # the GPUs of each replica, none on the CPU; empty where the bridge is off
     train_gpus: tuple[Gpu, ...]
-    visible: tuple[str, str]  # CUDA_VISIBLE_DEVICES of teacher and training
-    threads: tuple[int | None, int | None]  # of the teacher, of each rank; None: torch's or torchrun's default
+    visible: tuple[tuple[str, ...], str]  # CUDA_VISIBLE_DEVICES of each teacher, of training
+    threads: tuple[int | None, int | None]  # of each teacher, of each rank; None: torch's or torchrun's default
     memory: MemoryPlan | None  # None where the bridge is off
 
     def jobs(self, run: Path, session: str) -> tuple[JobSpec, ...]:
         """The jobs of a run in directory `run`; `session` is the text of SHMBRIDGE_SESSION."""
-        train = self._train(run, session if self.config.enabled else OFF)
-        return (self._teacher(run, session), train) if self.config.enabled else (train,)
+        teachers = [self._teacher(i, run, session) for i in range(len(self.teachers))]
+        return (*teachers, self._train(run, session if self.config.enabled else OFF))
 
-    def _teacher(self, run: Path, session: str) -> JobSpec:
+    def _teacher(self, replica: int, run: Path, session: str) -> JobSpec:
         python = self.config.teacher.python or sys.executable
-        argv = (python, "-m", "shmbridge.teacher_job", "--teacher-index", "0")
-        return JobSpec(TEACHER, argv, self._variables(0, session), OF_A_RANK, run / "teacher.log")
+        own = str(len(self.teachers[replica]))
+        argv = (python, "-m", "shmbridge.teacher_job", "--teacher-index", str(replica), "--gpus", own)
+        variables = _variables(session, self.visible[0][replica], self.threads[0])
+        who = replicas.called(replica, len(self.teachers))
+        name = who.replace(" ", "")
+        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, run / f"{name}.log")
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)
         command = torchrun.command(args, self.ranks, self.script, run / "train", run / "train" / "failures.json")
-        variables = self._variables(1, session)
-        return JobSpec(TRAIN, (sys.executable, *command), variables, _OF_TORCHRUN, run / "torchrun.log")
-
-    def _variables(self, job: int, session: str) -> dict[str, str]:
-        variables = {
-            SESSION_VARIABLE: session,
-            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "CUDA_VISIBLE_DEVICES": self.visible[job],
-        }
-        threads = self.threads[job]
-        if threads is not None:
-            variables["OMP_NUM_THREADS"] = variables["MKL_NUM_THREADS"] = str(threads)
-        return variables
+        variables = _variables(session, self.visible[1], self.threads[1])
+        argv = (sys.executable, *command)
+        return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, run / "torchrun.log")
 
 
 def make(config: Config, script: Sequence[str], machine: Machine) -> Plan:
-    """Raises ConfigError for what contradicts itself, names a GPU that is not there, or a local model that is not."""
+    """Raises ConfigError for what contradicts itself, names a GPU that is not there, or a local model that is not, and
+    PlanError for a payload that the model cannot give."""
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
     teacher, train = _gpu_numbers(config)
-    visible = gpus.assign(teacher, train, machine.gpus)
+    gpus.check(teacher, train, machine.gpus)
     ranks = len(train) or config.train.cpu_ranks
-    teacher_gpus = tuple(machine.gpus[i] for i in teacher)
-    planned = None
-    if config.enabled:
-        planned = memory.plan(config, ranks, model_card.read(config.teacher), teacher_gpus, machine)
+    count = replicas.count(config.teacher, len(teacher), ranks) if config.enabled else 0
+    shares = replicas.shares(teacher, count)
+    found = machine.gpus
+    placed = tuple(tuple(found[i] for i in own) for own in shares)
     return Plan(
         config=config,
         script=tuple(script),
         ranks=ranks,
-        teacher_gpus=teacher_gpus,
-        train_gpus=tuple(machine.gpus[i] for i in train),
-        visible=visible,
-        threads=_threads(config, machine.cores, ranks),
-        memory=planned,
+        teachers=placed,
+        train_gpus=tuple(found[i] for i in train),
+        visible=(tuple(gpus.visible(own, train, found) for own in shares), gpus.visible(train, teacher, found)),
+        threads=_threads(config, machine.cores, ranks, count),
+        memory=memory.plan(config, ranks, model_card.read(config.teacher), placed, machine) if placed else None,
     )
 
 
@@ -124,6 +121,9 @@ def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> st
         parts.append(f"{job.name}\n  {shlex.join(job.argv)}\n\n{table(rows)}\n\n  log {job.log}")
     if plan.memory:
         parts.append(f"memory\n{plan.memory}")
+    uneven = replicas.imbalance(plan.ranks, len(plan.teachers))
+    if uneven:
+        parts.append(f"lanes\n  {uneven}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -142,14 +142,21 @@ def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
     )
 
 
-def _threads(config: Config, cores: int, ranks: int) -> tuple[int | None, int | None]:
-    """CPU threads of the teacher and of each rank: jobs on the CPU share the cores, so that they do not fight."""
+def _variables(session: str, visible: str, threads: int | None) -> dict[str, str]:
+    variables = {SESSION_VARIABLE: session, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    if threads is not None:
+        variables["OMP_NUM_THREADS"] = variables["MKL_NUM_THREADS"] = str(threads)
+    return variables
+
+
+def _threads(config: Config, cores: int, ranks: int, teachers: int) -> tuple[int | None, int | None]:
+    """CPU threads of each teacher and of each rank: jobs on the CPU share the cores, so that they do not fight."""
     teacher = config.teacher.cpu_threads
-    if teacher is None and config.enabled and not config.teacher.gpus:
-        teacher = max(1, cores // 2)
+    if teacher is None and teachers and not config.teacher.gpus:
+        teacher = max(1, cores // 2 // teachers)
     rank = config.train.cpu_threads
     if rank is None and not config.train.gpus:
-        rank = max(1, (cores - (teacher or 0 if config.enabled else 0)) // ranks)
+        rank = max(1, (cores - teachers * (teacher or 0)) // ranks)
     return teacher, rank
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 
 from launcher import signals
 from launcher.job import Job
@@ -29,17 +30,15 @@ class Ranks:
     def all_signed_in(self) -> bool:
         return all(self.identity(rank) for rank in range(self.count))
 
-    @property
-    def all_finished(self) -> bool:
-        """Every rank has closed its bridge, or is gone: the teacher has nobody left to serve."""
+    def finished(self, ranks: Iterable[int]) -> bool:
+        """Each of `ranks` has closed its bridge, or is gone: their teacher has nobody left to serve."""
         assert self._owner
-        return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in range(self.count))
+        return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in ranks)
 
-    @property
-    def none_failed(self) -> bool:
-        """No rank has written a failure, not even one that follows from another's."""
+    def failed(self, ranks: Iterable[int]) -> bool:
+        """One of `ranks` has written a failure, be it one that follows from another's."""
         assert self._owner
-        return not any(lane.records[0].failure for lane in self._owner.lanes)
+        return any(self._owner.lanes[rank].records[0].failure for rank in ranks)
 
     def watch(self) -> list[int]:
         """File descriptors that become readable when a rank ends; takes note of the ranks that have."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.cause import TORCHRUN, TRAINER, Cause
+from launcher.cause import TRAINER, Cause
 from launcher.console import LAUNCHER
 from launcher.job import Exit
 from launcher.logs import Logs
-from launcher.plan import TEACHER, Plan
+from launcher.plan import TEACHER, TORCHRUN, Plan
 from launcher.text import seconds, size, table
 from shmbridge.board import Phase
 
@@ -99,7 +99,7 @@ def _quoted(title: str, text: str) -> str:
 
 def _gpu(cause: Cause, plan: Plan) -> str:
     if cause.role == TEACHER:
-        return ",".join(str(gpu.number) for gpu in plan.teacher_gpus)
+        return ",".join(str(gpu.number) for gpu in plan.teachers[cause.rank])
     if cause.role == TRAINER and cause.rank < len(plan.train_gpus):
         return str(plan.train_gpus[cause.rank].number)
     return ""
@@ -114,7 +114,7 @@ def _memory(ended: Exit | None, oom_kills: int | None) -> str:
 
 def _action(cause: Cause, oom_kills: int | None) -> str:
     if cause.role == LAUNCHER:
-        return "See above; the logs of both jobs are in the run directory."
+        return "See above; the log of every job is in the run directory."
     if cause.signal == signal.SIGKILL and cause.role == TORCHRUN:
         return "Find out who killed torchrun; training ended with it."
     if cause.signal == signal.SIGKILL and oom_kills == 0:

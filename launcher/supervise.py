@@ -1,11 +1,11 @@
 """Order, readiness, first failure wins, teardown.
 
-The two jobs start together. The loop sleeps on their pidfds, the ranks' and the signals', 0.5 s at most, and then looks
+The jobs start together. The loop sleeps on their pidfds, the ranks' and the signals', 0.5 s at most, and then looks
 at everything again. A run ends in one of three ways, and whichever comes first decides the exit code:
 
-    training ends with 0      the teacher is told, drains and ends by itself
+    training ends with 0      the teachers are told, drain and end by themselves
     something fails           the cause goes on the board, so that everyone stops with it; then the jobs are ended
-    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended; once the teacher has, so do all waits for it
+    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended; after the last teacher all waits for one
 
 Ending a job is SIGTERM, then one grace (timeouts.shutdown_s) for all, then SIGKILL.
 """
@@ -21,21 +21,19 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launcher import cause, cgroup, job, machine, memory, report
+from launcher import cause, cgroup, job, report
 from launcher.cause import Cause
 from launcher.codes import REFUSED
 from launcher.console import LAUNCHER, Console
 from launcher.job import Job
 from launcher.logs import Logs
 from launcher.plan import TEACHER, TRAIN, JobSpec, Plan
-from launcher.progress import Progress
 from launcher.ranks import Ranks
 from launcher.signals import USER, Signals
+from launcher.teachers import Teachers
 from launcher.teardown import Teardown
 from launcher.text import seconds, size
 from shmbridge.errors import ShmbridgeError
-from shmbridge.layout import ControlWord
-from shmbridge.offer import Offer
 from shmbridge.owner import Owner
 
 # How long the loop sleeps: short while log lines come, twice as long each time that nothing did.
@@ -79,10 +77,9 @@ class Supervisor:
         self._ranks = Ranks(owner, plan.ranks)
         self._record = run / "train" / "failures.json"
         self._oom_kills_before = cgroup.oom_kills()
-        self._served = False  # the ranks need the teacher no more
         self._told_stop = False
-        self._warned = False
         self._jobs: dict[str, Job] = {}
+        self._teachers: Teachers | None = None  # where the bridge is off, and until the jobs start
         self._ending: Ending | None = None
         self._cause: Cause | None = None
         self._stopped_by: signal.Signals | None = None
@@ -108,9 +105,10 @@ class Supervisor:
     def _start(self) -> None:
         for spec in self._specs:
             self._jobs[spec.name] = Job(spec, self._base)
-            self._logs.follow("torchrun" if spec.name == TRAIN else spec.name, spec.log)
+            self._logs.follow(spec.who, spec.log)
         if self._owner:
-            self._progress = Progress(self._console, self._owner.control.teachers[0], self._owner.generation)
+            teachers = [running for running in self._jobs.values() if running.spec.replica is not None]
+            self._teachers = Teachers(self._plan.config, self._owner, teachers, self._ranks, self._console)
 
     def _tick(self) -> None:
         self._sleep()
@@ -121,22 +119,22 @@ class Supervisor:
                 job.sweep(self._jobs.values())
         job.reap(self._jobs.values())
         shown = self._logs.pump()
-        if self._owner and self._ending is None:
-            self._agree(self._owner)
-            self._progress.show()
-        if self._owner and self._ending in (None, Ending.DONE):
-            self._tolerate_late_crash()
+        if self._teachers and self._ending is None:
+            self._agree(self._teachers)
+            self._teachers.show_progress()
+        if self._teachers and self._ending in (None, Ending.DONE):
+            self._tolerate_late_crash(self._teachers)
         if self._ending is None:
             self._look()
-        elif self._owner and self._ending is Ending.STOPPED:
-            self._stop_waits(self._owner)
+        elif self._ending is Ending.STOPPED:
+            self._stop_waits()
         self._teardown.advance()
         self._tick_ms = _TICK_MS if shown else min(2 * self._tick_ms, self._longest_tick_ms)
 
     @property
     def _longest_tick_ms(self) -> int:
         """Nothing but a sleep's end tells of a teacher's offer or a due SIGKILL; all else wakes the loop or can wait."""
-        quiet = self._ending is None and (self._owner is None or self._progress.ready)
+        quiet = self._ending is None and (self._teachers is None or self._teachers.ready)
         return _LONGEST_TICK_MS if quiet and not self._console.behind else _LONGEST_BUSY_TICK_MS
 
     def _sleep(self) -> None:
@@ -147,48 +145,45 @@ class Supervisor:
             poll.register(fd, select.POLLIN)
         self._ranks.note_ended({fd for fd, _ in poll.poll(self._tick_ms)})
 
-    def _agree(self, owner: Owner) -> None:
-        """Create the reply memory once the teacher has said what it returns."""
-        offered = owner.control.teachers[0].offer
-        if offered is None or owner.control.words[ControlWord.REPLIES_READY] == owner.generation:
-            return
+    def _agree(self, teachers: Teachers) -> None:
+        """Create the reply memory once every teacher has said what it returns."""
         try:
-            agreed = Offer.decode(offered)
-            memory.check_replies(self._plan.config, self._plan.ranks, agreed.outputs, machine.look(with_gpus=False))
-            nbytes = owner.create_replies(agreed)
+            nbytes = teachers.agree()
         except ShmbridgeError as error:
             self._fail(self._of_launcher(str(error), REFUSED))
         else:
-            self._console.say(f"reply memory: {size(nbytes)} in /dev/shm")
+            if nbytes is not None:
+                self._console.say(f"reply memory: {size(nbytes)} in /dev/shm")
 
     # Deciding
 
     def _look(self) -> None:
         """End the run where something failed, or training has finished."""
         found = self._find()
-        teacher, training = self._jobs.get(TEACHER), self._jobs[TRAIN]
+        training = self._jobs[TRAIN]
+        early = self._teachers.ended_early() if self._teachers else None
         if found:
             self._fail(found)
         elif training.exit and not training.exit.failed:
             self._finish()
-        elif teacher and teacher.exit and not self._ranks.all_finished:
-            self._fail(self._of_launcher("the teacher ended although ranks were still to be served", 1))
+        elif early:
+            name = f"the {early.spec.who}" if early.name == TEACHER else early.spec.who
+            self._fail(self._of_launcher(f"{name} ended although ranks were still to be served", 1))
 
     def _find(self) -> Cause | None:
         jobs = list(self._jobs.values())
-        return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, self._oom_kills, self._served)
+        served = self._teachers.served if self._teachers else ()
+        return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, self._oom_kills, served)
 
     @property
     def _oom_kills(self) -> int | None:
         return cgroup.oom_kills_since(self._oom_kills_before)
 
-    def _tolerate_late_crash(self) -> None:
-        """A teacher that crashes in its exit, with every rank done, takes nothing from the training."""
-        training, teacher = self._jobs[TRAIN].exit, self._jobs[TEACHER]
-        done = self._ranks.all_finished or (training is not None and not training.failed)
-        self._served = self._served or (done and self._ranks.none_failed)
-        if self._served and teacher.exit and teacher.died and not self._warned:
-            self._warned = True
+    def _tolerate_late_crash(self, teachers: Teachers) -> None:
+        """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training."""
+        training = self._jobs[TRAIN].exit
+        for teacher in teachers.crashed_late(training is not None and not training.failed):
+            assert teacher.exit
             late = cause.of_exit(teacher, teacher.exit, self._oom_kills)
             self._console.say(f"warning: {late.sentence} after the ranks had finished with it; see {teacher.spec.log}")
 
@@ -207,8 +202,14 @@ class Supervisor:
             self._owner.fail(found.as_failure())
         of_teacher = found.role in (TEACHER, LAUNCHER)
         self._teardown.begin(after_s=self._grace_s if self._ranks.all_signed_in or not of_teacher else 0.0)
-        if not of_teacher:
-            self._teardown.terminate(TEACHER)
+        if found.role != LAUNCHER:
+            self._end_teachers(found)
+
+    def _end_teachers(self, found: Cause) -> None:
+        """Those that did not fail have nothing left to do; they may still be loading."""
+        for teacher in self._teachers.jobs if self._teachers else ():
+            if found.role != TEACHER or teacher.spec.replica != found.rank:
+                self._teardown.terminate(teacher.name)
 
     def _take_signals(self) -> None:
         for number in self._signals.take():
@@ -225,15 +226,17 @@ class Supervisor:
         elif number == signal.SIGINT:
             self._teardown.kill()
 
-    def _stop_waits(self, owner: Owner) -> None:
-        """Once the teacher has ended, end the waits of ranks that handle SIGTERM themselves.
+    def _stop_waits(self) -> None:
+        """Once every teacher has ended, end the waits of ranks that handle SIGTERM themselves.
 
-        Not before: it drains, so that a rank whose handler only took note can finish its step and save.
+        Not before: they drain, so that a rank whose handler only took note can finish its step and save.
         """
-        if not self._told_stop and not self._jobs[TEACHER].alive:
+        if self._owner and self._teachers and self._teachers.ended and not self._told_stop:
             self._told_stop = True
             assert self._stopped_by is not None
-            owner.fail(self._of_launcher(f"stopped by {self._stopped_by.name}", 128 + self._stopped_by).as_failure())
+            self._owner.fail(
+                self._of_launcher(f"stopped by {self._stopped_by.name}", 128 + self._stopped_by).as_failure()
+            )
 
     # Ending
 
@@ -264,10 +267,9 @@ class Supervisor:
         return 0
 
     def _report(self, found: Cause, elapsed_s: float) -> int:
-        ended = self._jobs.get(TEACHER if found.role == TEACHER else TRAIN)
-        made = report.make(
-            found, ended.exit if ended else None, self._plan, self._logs, elapsed_s, self._oom_kills, self._run
-        )
+        replica = found.rank if found.role == TEACHER else None
+        ended = next((running.exit for running in self._jobs.values() if running.spec.replica == replica), None)
+        made = report.make(found, ended, self._plan, self._logs, elapsed_s, self._oom_kills, self._run)
         report.write(made)
         self._console.flush(_SHOW_S)
         errors = Console(sys.stderr)
@@ -282,4 +284,4 @@ class Supervisor:
         return self._find() or self._cause
 
     def _of_launcher(self, reason: str, status: int) -> Cause:
-        return Cause(LAUNCHER, 0, os.getpid(), reason, status, time.monotonic_ns())
+        return Cause(LAUNCHER, 0, LAUNCHER, os.getpid(), reason, status, time.monotonic_ns())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from launcher.console import Console
 from launcher.job import Job
-from launcher.text import seconds
+from launcher.text import listed, seconds
 
 _NEVER = float("inf")
 _UNKILLABLE_S = 5.0  # a process in uninterruptible sleep takes no SIGKILL until the kernel lets go of it
@@ -39,7 +39,7 @@ class Teardown:
     def kill(self) -> None:
         """SIGKILL for all of every job."""
         left = [job for job in self._jobs.values() if job.alive]
-        self._console.say(f"SIGKILL for {' and '.join(f'{job.name} (pid {job.first_pid})' for job in left)}")
+        self._console.say(f"SIGKILL for {listed([f'{job.name} (pid {job.first_pid})' for job in left])}")
         for job in left:
             job.kill()
         self._terminate_at = {}

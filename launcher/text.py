@@ -24,6 +24,11 @@ def seconds(duration: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return f" {last} ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
     """Rows as aligned columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -1,4 +1,4 @@
-"""A teacher without torch, for the launcher's tests: `fake_teacher.py MODE`."""
+"""A teacher without torch, for the launcher's tests: `fake_teacher.py MODE INDEX`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from shmbridge.board import Phase
 from shmbridge.errors import PeerLost
@@ -23,7 +24,7 @@ def serve(session: TeacherSession, mode: str) -> None:
     if mode == "loading":
         print("teacher loading", flush=True)
         time.sleep(600)
-    vocab = 2**40 if mode == "huge" else 4
+    vocab = {"huge": 2**40, "wide": 5}.get(mode, 4)
     session.offer(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
     session.open_barrier()
     print("teacher up", flush=True)
@@ -42,19 +43,21 @@ def closed(session: TeacherSession) -> bool:
     return all(lane.ring.closed for lane in session.lanes)
 
 
-def drain(session: TeacherSession) -> None:
+def drain(session: TeacherSession, mode: str) -> None:
+    if mode == "drains":
+        Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
     session.record.enter(Phase.CLOSED)
     os._exit(0)
 
 
-def main(mode: str) -> int:
+def main(mode: str, index: int) -> int:
     if mode in ("stubborn", "lingering"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]))
+    session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]), index)
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, lambda *_: drain(session))
+        signal.signal(signal.SIGTERM, lambda *_: drain(session, mode))
     try:
         serve(session, mode)
     except PeerLost as error:
@@ -70,4 +73,4 @@ def main(mode: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

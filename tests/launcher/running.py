@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shmbridge import owner
+from shmbridge import layout, owner
+from shmbridge.segment import Segment
+from shmbridge.session import Control, Lane, Names, Token
 
 PATIENCE_S = 60.0
 HERE = Path(__file__).parent
@@ -64,6 +66,15 @@ class Launched:
     def session(self) -> str | None:
         found = re.search(r"session +([0-9a-f]{32})", self.text)
         return found[1] if found else None
+
+    @property
+    def ranks_signed_in(self) -> bool:
+        if not self.session or not self.processes("fake_training.py"):
+            return False
+        token = Token(self.session, 1)
+        control = Control(Segment.attach(Names(self.session).control, layout.CONTROL, self.session))
+        lanes = [Lane.attach(token, control.shape, i) for i in range(control.shape.lanes)]
+        return all(lane.records[0].identity for lane in lanes)
 
     def processes(self, containing: str = "") -> list[int]:
         """Live processes of this run, but for the launcher itself, whose command line contains a text."""

@@ -1,7 +1,11 @@
-"""A run of the real supervisor over fake jobs: `supervised.py RUN_DIR TEACHER_MODE TRAINING_MODE GRACE_S`."""
+"""A run of the real supervisor over fake jobs: `supervised.py RUN_DIR TEACHER_MODES TRAINING_MODE GRACE_S`.
+
+TEACHER_MODES is one mode for each replica, with commas between.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import sys
@@ -10,35 +14,31 @@ from pathlib import Path
 from launcher import cgroup
 from launcher.console import Console
 from launcher.machine import Machine
-from launcher.plan import OF_A_RANK, TEACHER, TRAIN, JobSpec, make
+from launcher.plan import JobSpec, make
 from launcher.signals import Signals
 from launcher.supervise import Supervisor
 from shmbridge import config
 from shmbridge.errors import ShmbridgeError
 from shmbridge.owner import Owner
-from shmbridge.session import SESSION_VARIABLE
 
 HERE = Path(__file__).parent
 OOM_VARIABLE = "FAKE_OOM_KILLS"  # how many processes the kernel "has killed" since the start; "unreadable"
 
 
-def main(run: Path, teacher: str, training: str, grace_s: str) -> int:
+def main(run: Path, teachers: str, training: str, grace_s: str) -> int:
     count_oom_kills(os.environ.get(OOM_VARIABLE, "0"))
     overrides = [
         "teacher.model=fake:build",
         "train.cpu_ranks=2",
+        f"teacher.replicas={len(teachers.split(','))}",
         "ring.max_tokens=64",
         f"timeouts.shutdown_s={grace_s}",
     ]
     settings = config.load(overrides=overrides)
     plan = make(settings, ["-m", "anything"], Machine(cores=2, shm_free=2**30, ram_free=2**30))
-    with Signals() as signals, Owner(settings, lanes=2) as owner:
-        token = {SESSION_VARIABLE: str(owner.start_generation())}
-        record = str(run / "train" / "failures.json")
-        specs = (
-            spec(TEACHER, ["fake_teacher.py", teacher], token, run / "teacher.log"),
-            spec(TRAIN, ["fake_training.py", training, record], token, run / "torchrun.log"),
-        )
+    with Signals() as signals, Owner(settings, lanes=2, teachers=len(plan.teachers)) as owner:
+        jobs = plan.jobs(run, str(owner.start_generation()))
+        specs = tuple(faked(spec, teachers.split(","), training, run / "train" / "failures.json") for spec in jobs)
         print("session", owner.session_id, flush=True)
         return Supervisor(plan, specs, os.environ, owner, run, Console(), signals).run()
 
@@ -49,9 +49,13 @@ def count_oom_kills(text: str) -> None:
     cgroup.oom_kills = lambda: next(counts)
 
 
-def spec(name: str, command: list[str], variables: dict[str, str], log: Path) -> JobSpec:
-    argv = (sys.executable, str(HERE / command[0]), *command[1:])
-    return JobSpec(name, argv, variables, OF_A_RANK if name == TEACHER else (), log)
+def faked(spec: JobSpec, teachers: list[str], training: str, record: Path) -> JobSpec:
+    """The job as planned, but for what it executes."""
+    if spec.replica is None:
+        command = ["fake_training.py", training, str(record)]
+    else:
+        command = ["fake_teacher.py", teachers[spec.replica], str(spec.replica)]
+    return dataclasses.replace(spec, argv=(sys.executable, str(HERE / command[0]), *command[1:]))
 
 
 if __name__ == "__main__":

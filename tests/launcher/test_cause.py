@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher import cause
-from launcher.plan import TEACHER, TRAIN
+from launcher.plan import TEACHER, TORCHRUN
 from shmbridge import config
 from shmbridge.board import Failure
 from shmbridge.owner import Owner
@@ -27,7 +27,8 @@ def session() -> Iterator[Owner]:
 
 def jobs(alive: bool = True) -> list[SimpleNamespace]:
     """Two jobs that either run or have ended when they were asked to."""
-    return [SimpleNamespace(name=name, alive=alive, exit=None, died=False, asked=True) for name in (TEACHER, TRAIN)]
+    specs = [SimpleNamespace(who=TEACHER, replica=0), SimpleNamespace(who=TORCHRUN, replica=None)]
+    return [SimpleNamespace(spec=spec, alive=alive, exit=None, died=False, asked=True) for spec in specs]
 
 
 def write(session: Owner, rank: int, reason: str, seconds_ago: float = 0.0, consequence: bool = True) -> None:

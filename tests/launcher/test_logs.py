@@ -180,3 +180,12 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
     without.line("rank 1", "x")
     without.flush()
     assert plain.getvalue() == "[rank 1]   x\n"
+
+
+def test_longer_names_make_room_in_front_of_every_line(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream)
+    console.expect("teacher 1")
+    console.line("teacher 1", "one")
+    console.say("two")
+    assert stream.getvalue() == "[teacher 1] one\n[launcher]  two\n"

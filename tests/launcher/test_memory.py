@@ -17,7 +17,7 @@ from launcher.text import seconds, size
 from shmbridge import config, layout
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.offer import OutputSpec
+from shmbridge.offer import HeadSpec, Offer, OutputSpec
 
 GIB = 2**30
 MACHINE = Machine(cores=8, shm_free=8 * GIB, ram_free=64 * GIB)
@@ -32,13 +32,28 @@ def model(directory: Path, **settings: object) -> str:
 
 
 def plan(card: ModelCard, *overrides: str, machine: Machine = MACHINE, gpus: tuple[Gpu, ...] = ()) -> memory.MemoryPlan:
-    return memory.plan(config.load(overrides=["teacher.model=m", *overrides]), 2, card, gpus, machine)
+    teachers = tuple((gpu,) for gpu in gpus) or ((),)
+    return memory.plan(config.load(overrides=["teacher.model=m", *overrides]), 2, card, teachers, machine)
 
 
 def test_a_card_of_a_directory(tmp_path):
     path = model(tmp_path / "m", vocab_size=32000, torch_dtype="bfloat16")
-    assert model_card.read(TeacherConfig(model=path)) == ModelCard(32000, 2000)
-    assert model_card.read(TeacherConfig(model=path, dtype="float32")) == ModelCard(32000, 4000)
+    assert model_card.read(TeacherConfig(model=path)) == ModelCard(32000, 2000, None, "bfloat16")
+    assert model_card.read(TeacherConfig(model=path, dtype="float32")) == ModelCard(32000, 4000, None, "float32")
+
+
+@pytest.mark.parametrize(
+    ("settings", "card"),
+    [
+        ({"vocab_size": 9, "hidden_size": 64}, (9, 64, None)),
+        ({"vocab_size": 9, "n_embd": 48, "dtype": "float16"}, (9, 48, "float16")),
+        ({"hidden_size": 7, "text_config": {"hidden_size": 64, "dtype": "bfloat16"}}, (None, 64, "bfloat16")),
+        ({"vocab_size": "many", "hidden_size": 0, "dtype": "int4"}, (None, None, None)),
+    ],
+)
+def test_a_card_tells_the_hidden_state(tmp_path, settings, card):
+    read = model_card.read(TeacherConfig(model=model(tmp_path / "m", **settings)))
+    assert (read.vocab_size, read.hidden_size, read.dtype) == card
 
 
 def test_a_nested_vocabulary_is_the_texts(tmp_path):
@@ -81,24 +96,27 @@ NAME = string("general.name") + struct.pack("<I", 8) + string("x")
 FLOATS = string("rope.factors") + struct.pack("<IIQ", 9, 6, 3) + bytes(12)
 WORDS = string("general.tags") + struct.pack("<IIQ", 9, 8, 2) + string("a") + string("bc")
 VOCAB = string("llama.vocab_size") + struct.pack("<II", 4, 77)
+WIDTH = string("llama.embedding_length") + struct.pack("<II", 4, 64)
 TOKENS = string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + string("a") * 3
 
 
 @pytest.mark.parametrize(
-    ("content", "vocab"),
+    ("content", "vocab", "width"),
     [
-        (gguf(NAME, FLOATS, WORDS, VOCAB), 77),
-        (gguf(NAME, TOKENS), 3),
-        (gguf(NAME), None),
-        (gguf(NAME, VOCAB)[:-3], None),
-        (b"something else", None),
-        (gguf(struct.pack("<Q", 2**60)), None),
+        (gguf(NAME, FLOATS, WORDS, VOCAB), 77, None),
+        (gguf(WIDTH, NAME, TOKENS), 3, 64),
+        (gguf(TOKENS, VOCAB, WORDS, WIDTH), 3, 64),
+        (gguf(NAME), None, None),
+        (gguf(NAME, WIDTH, VOCAB)[:-3], None, 64),
+        (b"something else", None, None),
+        (gguf(struct.pack("<Q", 2**60)), None, None),
     ],
 )
-def test_a_card_of_a_gguf_file(tmp_path, content, vocab):
+def test_a_card_of_a_gguf_file(tmp_path, content, vocab, width):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
-    assert model_card.read(TeacherConfig(model=str(path))) == ModelCard(vocab, len(content))
+    assert model_card.read(TeacherConfig(model=str(path))) == ModelCard(vocab, len(content), width, "float32")
+    assert model_card.read(TeacherConfig(model=str(path), dtype="bfloat16")).dtype == "bfloat16"
 
 
 def test_the_plan_counts_what_the_session_will_create():
@@ -144,13 +162,149 @@ def test_weights_that_do_not_fit_the_gpu_are_refused():
         plan(ModelCard(None, 100 * GIB), gpus=(gpu,)).check()
 
 
-def test_of_several_gpus_the_first_holds_the_model():
-    """teacher_job puts it whole on cuda:0."""
-    two = (Gpu(6, "6", 80 * GIB, 79 * GIB), Gpu(7, "7", 80 * GIB, 79 * GIB))
+TWO = (Gpu(6, "6", 80 * GIB, 79 * GIB), Gpu(7, "7", 80 * GIB, 79 * GIB))
+
+
+def test_each_replica_has_the_weights_on_a_gpu_of_its_own():
+    planned = plan(ModelCard(None, 70 * GIB), gpus=TWO)
+    assert [(item.what, item.where, item.nbytes) for item in planned.items[-2:]] == [
+        ("teacher 0's weights", "GPU 6", 70 * GIB),
+        ("teacher 1's weights", "GPU 7", 70 * GIB),
+    ]
+    assert planned.items[0].nbytes == layout.control_bytes(2)
+    planned.check()
     with pytest.raises(PlanError, match=r"needs 100 GiB of GPU 6, and 79.0 GiB are free") as caught:
-        plan(ModelCard(None, 100 * GIB), gpus=two).check()
-    assert "ore GPUs" not in str(caught.value)
+        plan(ModelCard(None, 100 * GIB), gpus=TWO).check()
+    assert "Spread the model: lower teacher.replicas (now 2 on 2 GPUs)" in str(caught.value)
     assert "teacher.dtype=bfloat16" in str(caught.value)
+
+
+def test_a_replica_that_is_spread_has_a_part_of_the_weights_on_each_gpu():
+    settings = config.load(overrides=["teacher.model=m", "teacher.dtype=bfloat16"])
+    planned = memory.plan(settings, 2, ModelCard(None, 100 * GIB), (TWO,), MACHINE)
+    assert [(item.what, item.where, item.nbytes) for item in planned.items[-2:]] == [
+        ("teacher's weights, part 1 of 2", "GPU 6", 50 * GIB),
+        ("teacher's weights, part 2 of 2", "GPU 7", 50 * GIB),
+    ]
+    planned.check()
+    with pytest.raises(PlanError, match="of GPU 6") as caught:
+        memory.plan(settings, 2, ModelCard(None, 200 * GIB), (TWO,), MACHINE).check()
+    assert "name more GPUs in teacher.gpus, with teacher.replicas=1" in str(caught.value)
+    assert "teacher.dtype" not in str(caught.value)
+
+
+def test_replicas_on_the_cpu_each_take_ram():
+    settings = config.load(overrides=["teacher.model=m"])
+    planned = memory.plan(settings, 2, ModelCard(None, 40 * GIB), ((), ()), MACHINE)
+    assert planned.needed(RAM) == planned.needed(SHM) + 80 * GIB
+    with pytest.raises(PlanError, match=r"lower teacher\.replicas \(now 2\)"):
+        planned.check()
+
+
+# Payloads
+
+LLAMA = ModelCard(128_256, 16 * GIB, 4096, "bfloat16")
+TOPK = "payload={topk: {k: 64}}"
+HIDDEN = "payload={hidden: {}}"
+
+
+def row(planned: memory.MemoryPlan, start: str) -> memory.Item:
+    (item,) = [item for item in planned.items if item.what.startswith(start)]
+    return item
+
+
+def test_top_k_takes_what_its_words_take():
+    planned = plan(LLAMA, TOPK, "ring.depth=2", "ring.max_tokens=8192")
+    slot = 8192 * (64 * 4 + 64 * 4 + 4)
+    assert row(planned, "replies: 2 ranks x 2 slots").nbytes == 2 * layout.reply_bytes(2, slot)
+    assert row(plan(ModelCard(), TOPK), "replies").nbytes is not None, "the vocabulary is not needed for it"
+    assert row(plan(ModelCard(), "payload={logprobs: {}}", "teacher.model=toy:build"), "replies").nbytes
+
+
+def test_hidden_states_come_with_the_head_once():
+    planned = plan(LLAMA, HIDDEN, "ring.max_tokens=8192", "ring.depth=2")
+    assert row(planned, "output head: 128256 words x 4096 x bfloat16").nbytes == layout.PAGE + 128_256 * 4096 * 2
+    assert row(planned, "replies").nbytes == 2 * layout.reply_bytes(2, 8192 * 4096 * 2)
+    assert row(plan(LLAMA, HIDDEN, "payload.vocab=128000"), "output head: 128000 words").nbytes
+
+
+@pytest.mark.parametrize("card", [ModelCard(), LLAMA._replace(hidden_size=None), LLAMA._replace(dtype=None)])
+def test_hidden_states_of_an_unknown_size_are_told(card):
+    planned = plan(card, HIDDEN)
+    assert row(planned, "output head") == (memory.Kind.HEAD, "output head", SHM, None)
+    assert row(planned, "replies").nbytes is None
+    planned.check()
+
+
+def test_streamed_replies_take_their_chunks_alone():
+    planned = plan(LLAMA, "payload={logits: {}, stream: {chunks: 3, chunk_positions: 256}}", "ring.max_tokens=65536")
+    assert row(planned, "replies: 2 ranks x 3 chunks x 62.6 MiB").nbytes == 2 * layout.reply_bytes(3, 256 * 128_256 * 2)
+
+
+def test_fewer_positions_take_smaller_replies():
+    planned = plan(LLAMA, "ring.max_tokens=65536", "ring.max_positions=1024", "ring.depth=1")
+    assert row(planned, "replies").nbytes == 2 * layout.reply_bytes(1, 1024 * 128_256 * 2)
+
+
+def test_candidates_are_counted_in_the_lanes():
+    planned = plan(LLAMA, "payload={logprobs: {candidates: 8}}", "ring.depth=2", "ring.max_tokens=4096")
+    assert row(planned, "lanes").nbytes == 2 * layout.LaneLayout(2, 4096, candidates=8).nbytes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["payload={topk: {k: 200000}}"], "payload.topk.k is 200000; the teacher's distribution has 128256 words"),
+        (["payload={topk: {}, vocab: 130000}"], "payload.vocab is 130000; the teacher's distribution has 128256"),
+        (
+            ["teacher.model=toy:build", "teacher.outputs={x: {dtype: int64, shape: [2]}}", "payload={stream: {}}"],
+            "output 'x' has no sequence axis and cannot be streamed",
+        ),
+    ],
+)
+def test_a_payload_that_cannot_be_is_refused_before_anything_loads(overrides, message):
+    with pytest.raises(PlanError, match=message):
+        plan(LLAMA, *overrides)
+
+
+def test_a_head_too_large_for_the_pool_has_a_remedy_of_its_own():
+    with pytest.raises(PlanError, match="The output head") as caught:
+        plan(LLAMA, HIDDEN, machine=MACHINE._replace(shm_free=512 * 2**20)).check()
+    assert "payload.hidden=null payload.topk={}" in str(caught.value)
+    assert "give /dev/shm more" in str(caught.value)
+    assert "Lower ring" not in str(caught.value)
+    with pytest.raises(PlanError, match=r"Lower ring\.max_tokens \(now 8192\)"):  # the head alone would fit
+        plan(LLAMA, HIDDEN, machine=MACHINE._replace(shm_free=1025 * 2**20)).check()
+
+
+OUTPUTS = "teacher.outputs={x: {dtype: int64, shape: [1000000]}, y: {dtype: int64, shape: [seq, 1000]}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (
+            [],
+            "Lower ring.max_tokens (now 8192), ring.max_positions (now 8192) or ring.depth (now 2), "
+            "stream them (payload.stream={}), or give /dev/shm more",
+        ),
+        (["ring.max_positions=4096"], "Lower ring.max_positions (now 4096) or ring.depth (now 2), stream them"),
+        (
+            ["payload={logits: {}, stream: {chunk_positions: 4096}}"],
+            "Lower payload.stream.chunks (now 3) or payload.stream.chunk_positions (now 4096), or give /dev/shm more",
+        ),
+        (["ring.max_tokens=100000000"], "Lower ring.max_tokens (now 100000000) or ring.depth (now 2), or give"),
+        (
+            ["teacher.model=toy:build", OUTPUTS],
+            "Lower ring.max_tokens (now 8192), ring.max_positions (now 8192), ring.max_batch (now 256) or ring.depth "
+            "(now 2), or give /dev/shm more",
+        ),
+    ],
+)
+def test_the_remedy_names_what_helps(overrides, remedy):
+    with pytest.raises(PlanError) as caught:
+        plan(LLAMA, *overrides, machine=MACHINE._replace(shm_free=GIB)).check()
+    assert remedy in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -162,12 +316,21 @@ def test_of_several_gpus_the_first_holds_the_model():
 )
 def test_replies_known_only_after_loading_are_checked_too(machine, message):
     """Row 18: what fits /dev/shm may still wake the out-of-memory killer."""
-    outputs = (OutputSpec("logits", "bfloat16", ("seq", 20_000)),)
+    agreed = Offer((OutputSpec("logits", "bfloat16", ("seq", 20_000)),), "m")
     settings = config.load(overrides=["ring.max_tokens=8192"])
-    memory.check_replies(settings, 2, outputs, MACHINE)
+    memory.check_replies(settings, 2, agreed, MACHINE)
     with pytest.raises(PlanError, match=message) as caught:
-        memory.check_replies(settings, 2, outputs, machine)
+        memory.check_replies(settings, 2, agreed, machine)
     assert "Lower ring.max_tokens (now 8192)" in str(caught.value)
+
+
+def test_a_head_known_only_after_loading_is_checked_too():
+    """Of a hub model that was not in the cache."""
+    agreed = Offer((OutputSpec("hidden", "float32", ("seq", 4096)),), "m", head=HeadSpec("float32", 128_256, 4096))
+    settings = config.load(overrides=[HIDDEN, "ring.max_tokens=64"])
+    memory.check_replies(settings, 2, agreed, MACHINE)
+    with pytest.raises(PlanError, match="The output head"):
+        memory.check_replies(settings, 2, agreed, MACHINE._replace(shm_free=GIB))
 
 
 @pytest.mark.parametrize(

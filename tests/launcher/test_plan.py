@@ -75,7 +75,7 @@ def test_mig_slices_are_refused_by_name():
 
 def test_gpus_are_named_as_slurm_named_them():
     found = gpus.select_visible(TABLE, "GPU-bbb,0")
-    assert gpus.assign([1], [0], found) == ("0,GPU-bbb", "GPU-bbb,0")
+    assert gpus.visible([1], [0], found) == "0,GPU-bbb"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""The teachers of a run: until all are ready, while each serves its ranks, and how each may end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher import machine, memory, replicas
+from launcher.console import Console
+from launcher.job import Job
+from launcher.progress import Progress
+from launcher.ranks import Ranks
+from shmbridge.config import Config
+from shmbridge.layout import ControlWord
+from shmbridge.owner import Owner
+
+
+class Teachers:
+    """One job for each replica. Replica i has lanes of its own, and is needed until their ranks have finished."""
+
+    def __init__(self, config: Config, owner: Owner, jobs: Sequence[Job], ranks: Ranks, console: Console) -> None:
+        """`jobs` are those of the replicas, in their order."""
+        self.jobs = jobs
+        self.served: set[int] = set()  # replicas that their ranks have finished with, without a failure
+        self._config = config
+        self._owner = owner
+        self._ranks = ranks
+        self._progress = Progress(console, owner.control.teachers, owner.generation)
+        self._told: set[int] = set()  # of replicas that crashed late
+
+    @property
+    def ready(self) -> bool:
+        """Every one has opened the startup barrier."""
+        return self._progress.ready
+
+    @property
+    def ended(self) -> bool:
+        """None runs any more."""
+        return not any(job.alive for job in self.jobs)
+
+    def show_progress(self) -> None:
+        self._progress.show()
+
+    def agree(self) -> int | None:
+        """Create the reply memory once all have said what they return; its size in bytes when that is done now.
+
+        Raises:
+            PlanError: it does not fit, or the offers differ.
+        """
+        if self._owner.control.words[ControlWord.REPLIES_READY] == self._owner.generation:
+            return None
+        agreed = self._owner.offered()
+        if agreed is None:
+            return None
+        memory.check_replies(self._config, self._ranks.count, agreed, machine.look(with_gpus=False))
+        return self._owner.create_replies(agreed)
+
+    def ended_early(self) -> Job | None:
+        """One that has ended with ranks of its own still to be served."""
+        return next((job for job in self.jobs if job.exit and not self._ranks.finished(self._lanes(job))), None)
+
+    def crashed_late(self, trained: bool) -> list[Job]:
+        """Those that crashed in their exit, with all of their ranks done (`trained`: training has ended well). Each is
+        told once."""
+        for job in self.jobs:
+            lanes = self._lanes(job)
+            if (trained or self._ranks.finished(lanes)) and not self._ranks.failed(lanes):
+                self.served.add(_replica(job))
+        late = [job for job in self.jobs if job.died and _replica(job) in self.served - self._told]
+        self._told.update(map(_replica, late))
+        return late
+
+    def _lanes(self, job: Job) -> range:
+        return replicas.lanes(_replica(job), len(self.jobs), self._ranks.count)
+
+
+def _replica(job: Job) -> int:
+    assert job.spec.replica is not None
+    return job.spec.replica
