@@ -86,7 +86,7 @@ class _MissingPending(Pending):
         return True
 
     def wait(self, timeout: float | None = None) -> Lease:
-        return Lease(None, Reply({}, self.sequence, self.step, None))
+        return Lease(None, self._sent, Reply({}, self.sequence, self.step, None))
 
     def chunks(self, timeout: float | None = None) -> Iterator[tuple[slice, Reply]]:
         """One, of all rows, that is `missing`."""

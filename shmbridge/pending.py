@@ -7,11 +7,15 @@ holds neither a slot nor a mapping longer than its own variables do.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Generator
 
 from shmbridge.errors import Closed
 from shmbridge.reply import Reply
 from shmbridge.requests import Requests, Sent
+
+
+Chunks = Generator[tuple[slice, Reply], None, None]
 
 
 class Lease:
@@ -20,10 +24,11 @@ class Lease:
     The tensors lie in memory that the teacher writes again after the release: finish the backward inside the block.
     """
 
-    __slots__ = ("_requests", "_since_ns", "reply")
+    __slots__ = ("_requests", "_sent", "_since_ns", "reply")
 
-    def __init__(self, requests: Requests | None, reply: Reply) -> None:
+    def __init__(self, requests: Requests | None, sent: Sent, reply: Reply) -> None:
         self._requests = requests
+        self._sent = sent
         self._since_ns = time.monotonic_ns()
         self.reply = reply
 
@@ -32,7 +37,7 @@ class Lease:
         if self._requests is not None:
             requests, self._requests = self._requests, None
             self.reply.forget()
-            requests.release(self.reply, self._since_ns)
+            requests.release(self._sent, self._since_ns)
 
     def __enter__(self) -> Reply:
         return self.reply
@@ -44,11 +49,12 @@ class Lease:
 class Pending:
     """A request that was submitted and not yet answered."""
 
-    __slots__ = ("_requests", "_sent")
+    __slots__ = ("_chunks", "_requests", "_sent")
 
     def __init__(self, requests: Requests, sent: Sent) -> None:
         self._requests: Requests | None = requests
         self._sent = sent
+        self._chunks: weakref.ref[Chunks] | None = None  # what `chunks` gave last
 
     @property
     def sequence(self) -> int:
@@ -81,9 +87,9 @@ class Pending:
         requests = self._waiting()
         requests.wait(self._sent, timeout)
         self._requests = None  # from here on the slot is the lease's, or given back
-        return Lease(requests, requests.read(self._sent))
+        return Lease(requests, self._sent, requests.read(self._sent))
 
-    def chunks(self, timeout: float | None = None) -> Iterator[tuple[slice, Reply]]:
+    def chunks(self, timeout: float | None = None) -> Chunks:
         """The reply piece by piece: `for rows, chunk in pending.chunks()`.
 
         `rows` is a slice of the request's positions (batch x seq, or those it chose) in row-major order, and the tensors of
@@ -95,11 +101,17 @@ class Pending:
 
         Raises:
             RequestRefused: an older reply of this rank is still to be read; they are streamed in order.
-            What `wait` raises.
+            What `wait` raises. DeadlineExceeded before the first chunk leaves the Pending as it was; later it abandons
+            the rest.
         """
+        chunks = self._read(timeout)
+        self._chunks = weakref.ref(chunks)  # not the generator itself, which refers to this Pending
+        return chunks
+
+    def _read(self, timeout: float | None) -> Chunks:
         requests = self._waiting()
         if requests.streams:
-            requests.check_turn(self._sent)
+            requests.begin(self._sent, timeout)
             self._requests = None
             yield from requests.chunks(self._sent, timeout)
         else:
@@ -116,7 +128,11 @@ class Pending:
             return reply.owned()
 
     def cancel(self) -> None:
-        """Nobody will read the reply: the teacher need not compute it, and its slot is free again soon."""
+        """Nobody will read the reply, or what is left of its chunks: the teacher need not compute it, and its slot is free
+        again soon. A loop over the chunks ends."""
+        reading = self._chunks() if self._chunks else None
+        if reading is not None:
+            reading.close()
         if self._requests is not None:
             requests, self._requests = self._requests, None
             requests.cancel(self.sequence)

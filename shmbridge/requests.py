@@ -141,16 +141,16 @@ class Requests:
         flat = {name: _flat(reply[name], sent.extent) for name in names}
         return Reply(flat, reply.sequence, reply.step, reply.composition)
 
-    def release(self, reply: Reply, since_ns: int) -> None:
+    def release(self, sent: Sent, since_ns: int) -> None:
         """Give a reply's slot back."""
-        self._release_slot(reply.sequence)
+        self._release_slot(sent.sequence)
         if self._trace:
-            self._hand_over("release", Sent(reply.sequence, reply.step, Extent(0, 0), False), 0, since_ns)
+            self._hand_over("release", sent, 0, since_ns)
 
     # Streamed replies
 
-    def check_turn(self, sent: Sent) -> None:
-        """Raise RequestRefused unless the reply is the next to be streamed."""
+    def begin(self, sent: Sent, timeout: float | None) -> None:
+        """Sleep until the first chunk is there, or there will be none. Raises RequestRefused unless it is its turn."""
         self._free_cancelled(wait=False)
         first = self._first_unread()
         if sent.sequence != first:
@@ -158,6 +158,7 @@ class Requests:
                 f"sequence {first} is to be read before sequence {sent.sequence}: replies are streamed in the order of their "
                 "requests. Read or cancel it first."
             )
+        self._await_chunk(sent, timeout)
 
     def chunks(self, sent: Sent, timeout: float | None) -> Iterator[tuple[slice, Reply]]:
         """The chunks of a streamed reply; what is not read of them is cancelled."""
@@ -182,17 +183,21 @@ class Requests:
 
     def _next_chunk(self, sent: Sent, timeout: float | None) -> Chunk:
         """Sleep until there is one. Raises TeacherError where there will be none."""
-        ring, reader = self._session.ring, self._open.reader
-
-        def ready() -> Chunk | bool | None:
-            return ring.next_chunk(sent.sequence, reader) or ring.answered(sent.sequence)
-
-        found = ready() or self._sleep(ready, sent.sequence, sent.step, timeout)
-        chunk = found if isinstance(found, Chunk) else ring.next_chunk(sent.sequence, reader)
+        self._await_chunk(sent, timeout)
+        chunk = self._open.ring.next_chunk(sent.sequence, self._open.reader)
         if chunk is None:  # answered, and no chunk was published before that
             self.head(sent)
             raise AttachError(f"the reply to sequence {sent.sequence} ends before its last chunk: refused.")
         return chunk
+
+    def _await_chunk(self, sent: Sent, timeout: float | None) -> None:
+        ring, reader = self._session.ring, self._open.reader
+
+        def ready() -> bool | None:
+            return ring.next_chunk(sent.sequence, reader) is not None or ring.answered(sent.sequence)
+
+        if not ready():
+            self._sleep(ready, sent.sequence, sent.step, timeout)
 
     def _consume(self, chunk: Chunk) -> None:
         if os.getpid() == self._process and not self._closed:  # not a forked child's copy of the loop
@@ -232,8 +237,8 @@ class Requests:
         With `wait`, a ring whose oldest slot is one of them and that is full is waited for: only the teacher can free it."""
         session = self._session
         ring = session.ring
-        dropped, self.dropped = self.dropped, []
-        self._cancelled.update(dropped)
+        while self.dropped:
+            self._cancelled.add(self.dropped.pop())
         if not self._cancelled:
             return
         first = self._first_unread()
