@@ -10,7 +10,7 @@ uniform guess over the vocabulary) and learns fast. Any decoder of Llama's shape
 The loss is the forward KL(teacher || student) at a temperature (Hinton et al. 2015), a mean over tokens. Every rank has
 the same number of tokens, so DDP's mean of the ranks' gradients is the gradient of the mean over all tokens. Neither side's
 logits are ever whole: the loss applies the student's head, and with the payload hidden the teacher's, to a few rows at a
-time. Payloads: hidden (exact and small), logits, or topk.
+time. Payloads: hidden (exact and small), logits, or topk; whole or streamed.
 
 Held-out text is scored before and after, against the teacher, over the same bridge. In --out: metrics.jsonl, one line a
 step; losses.png; summary.json.
@@ -24,7 +24,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -100,14 +100,16 @@ def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device
     bridge.wait_ready(
         vocab_size=student.get_output_embeddings().weight.shape[0],
         tokenizer=AutoTokenizer.from_pretrained(base),
-        loss=lambda logits, reply: distillation_loss(logits, reply, bridge, args.temperature),
+        loss=lambda logits, reply: divergence(bridge)(
+            logits, teacher_of(reply, bridge, args.temperature), temperature=args.temperature
+        ),
     )
 
-    before = evaluate(student, bridge, held_out_batches, device, args.bf16)
+    before = evaluate(student, bridge, held_out_batches, device, args.bf16, args.temperature)
     started = time.monotonic()
     fit(args, student, bridge, corpus.shuffled(train, args.batch, rank, world, args.seed), device)
     seconds = time.monotonic() - started
-    after = evaluate(student, bridge, held_out_batches, device, args.bf16)
+    after = evaluate(student, bridge, held_out_batches, device, args.bf16, args.temperature)
     if rank == 0:
         report(args, student, before, after, seconds)
 
@@ -162,22 +164,19 @@ def fit(
     weights = [weight for weight in student.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.warmup, args.steps))
-    with Metrics(args, device) as metrics:
+    with Metrics(args, device, bridge.stats().waited_s) as metrics:
         ahead = bridge.prefetch(islice(batches, args.steps))  # the teacher computes the next batch beside this one
         for step, (input_ids, pending) in enumerate(ahead):
             input_ids = input_ids.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
             guess = LazyLogits(hidden, head)
-            waited = time.monotonic()
-            with pending.wait() as reply:
-                waited = time.monotonic() - waited
-                kl = None if reply.missing else distillation_loss(guess, reply, bridge, args.temperature)
-                ce = cross_entropy(guess, input_ids) if kl is None or args.ce_weight else None
-                loss = total(kl, ce, args.ce_weight)
-                loss.backward()
+            kl = distillation_loss(guess, pending, bridge, args.temperature) if bridge.enabled else None
+            ce = cross_entropy(guess, input_ids) if kl is None or args.ce_weight else None
+            loss = total(kl, ce, args.ce_weight)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
-            metrics.write(step, loss, kl, ce, schedule.get_last_lr()[0], waited)
+            metrics.write(step, loss, kl, ce, schedule.get_last_lr()[0], bridge.stats().waited_s)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
@@ -206,18 +205,29 @@ def learning_rate(step: int, warmup: int, steps: int) -> float:
 
 
 def distillation_loss(
-    student: Student, reply: shmbridge.Reply, bridge: shmbridge.Bridge, temperature: float = 1.0
+    student: Student, pending: shmbridge.Pending, bridge: shmbridge.Bridge, temperature: float
 ) -> torch.Tensor:
-    """Forward KL(teacher || student) in nats per token, times temperature squared, from whatever the reply carries."""
+    """Forward KL(teacher || student) in nats per token, times temperature squared, of a reply as it comes."""
+    pieces = ((rows, teacher_of(chunk, bridge, temperature)) for rows, chunk in pending.chunks())
+    return divergence(bridge)(student, pieces, temperature=temperature)
+
+
+def divergence(bridge: shmbridge.Bridge) -> Callable[..., torch.Tensor]:
+    """Over all words where the replies tell them, else over the teacher's top k and the rest."""
+    names = {spec.name for spec in bridge.teacher.outputs}
+    return forward_kl if names & {"hidden", "logits"} else topk_kl
+
+
+def teacher_of(reply: shmbridge.Reply, bridge: shmbridge.Bridge, temperature: float) -> Student | TopK:
+    """The teacher's side of the loss, from whatever a reply or a chunk carries."""
     if "hidden" in reply:
-        return forward_kl(student, LazyLogits(reply.hidden, bridge.head), temperature=temperature)
+        return LazyLogits(reply.hidden, bridge.head)
     if "logits" in reply:
-        return forward_kl(student, reply.logits, temperature=temperature)
-    tails = bridge.settings.payload.topk.temperatures
+        return reply.logits
+    tails = bridge.teacher.temperatures
     if temperature not in tails:
         raise SystemExit(f"--temperature is {temperature}; payload.topk.temperatures has {list(tails)}")
-    tail = reply["tail_logmass"][..., tails.index(temperature)]
-    return topk_kl(student, TopK(reply["topk_logprobs"], reply["topk_ids"], tail), temperature=temperature)
+    return TopK(reply["topk_logprobs"], reply["topk_ids"], reply["tail_logmass"][..., tails.index(temperature)])
 
 
 def cross_entropy(student: Student, input_ids: torch.Tensor) -> torch.Tensor:
@@ -238,8 +248,9 @@ def evaluate(
     batches: Sequence[torch.Tensor],
     device: torch.device,
     bf16: bool,
+    temperature: float,
 ) -> dict[str, float | None]:
-    """KL to the teacher in nats per token, and both perplexities, over the batches of all ranks."""
+    """The distillation loss in nats per token, and both perplexities, over the batches of all ranks."""
     student.eval()
     head = head_of(student)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # all batches have one shape: a mean of means is the mean
@@ -249,10 +260,10 @@ def evaluate(
             guess = LazyLogits(student.model(input_ids=labels, use_cache=False).last_hidden_state, head)
         sums[0] += 1
         sums[1] += cross_entropy(guess, labels)
-        with pending.wait() as reply:
-            if not reply.missing:
-                sums[2] += distillation_loss(guess, reply, bridge)
-                sums[3] += teacher_cross_entropy(reply, bridge, labels)
+        reply = pending.copy()
+        if not reply.missing:
+            sums[2] += divergence(bridge)(guess, teacher_of(reply, bridge, temperature), temperature=temperature)
+            sums[3] += teacher_cross_entropy(reply, bridge, labels)
     dist.all_reduce(sums)
     count, ce, kl, teacher_ce = sums.tolist()
     return {
@@ -274,13 +285,14 @@ def teacher_cross_entropy(reply: shmbridge.Reply, bridge: shmbridge.Bridge, labe
 class Metrics:
     """One JSON line a step, the mean of all ranks, written by rank 0."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, device: torch.device, waited: float) -> None:
         self._steps = args.steps
         self._tokens = args.batch * args.seq * dist.get_world_size()
         self._device = device
         args.out.mkdir(parents=True, exist_ok=True)
         self._file = (args.out / "metrics.jsonl").open("w") if dist.get_rank() == 0 else None
         self._last = time.monotonic()
+        self._waited = waited
 
     def write(
         self,
@@ -291,8 +303,9 @@ class Metrics:
         lr: float,
         waited: float,
     ) -> None:
-        """`waited`: seconds that this rank slept for the teacher's reply."""
+        """`waited`: seconds that this rank has slept for the teacher since the barrier."""
         seconds, self._last = time.monotonic() - self._last, time.monotonic()
+        waited, self._waited = waited - self._waited, waited
         losses = [float(each.detach()) for each in (loss, loss if kl is None else kl, loss if ce is None else ce)]
         values = torch.tensor([*losses, waited / seconds], device=self._device)
         dist.all_reduce(values)

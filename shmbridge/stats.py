@@ -69,11 +69,8 @@ class Meter:
         )
         if self._window.replies == self._every:
             now = time.monotonic()
-            trace.logger.info(
-                "step %s: %s",
-                "-" if step is None else step,
-                self._window._replace(elapsed_s=now - self._window_started),
-            )
+            at = f"reply {self._all.replies + self._every}" if step is None else f"step {step}"
+            trace.logger.info("%s: %s", at, self._window._replace(elapsed_s=now - self._window_started))
             self._all, self._window, self._window_started = _sum(self._all, self._window), Stats(), now
 
     def total(self) -> Stats:
