@@ -133,7 +133,7 @@ class Bridge:
             input_ids: (batch, seq) int32 or int64.
             attention_mask: (batch, seq) of 0 and 1, or None where every token counts.
             positions: (batch, seq) of 0 and 1: outputs come back, and the teacher's head is computed, for these alone.
-            position_ids: (batch, seq) int32 or int64; they start again at each packed document.
+            position_ids: (batch, seq) int32 or int64; they start at 0 again at each packed document.
             targets: (batch, seq) int32 or int64, with the payload logprobs: the words whose log-probability comes back, -100
                 for none. None: the next token of each row, and none after its last.
             candidates: (batch, seq, c) int32 or int64, with payload.logprobs.candidates = c: words whose log-probabilities
@@ -146,7 +146,8 @@ class Bridge:
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
         session, agreed = self._session, self._ready()
-        ids = check_ids(input_ids, agreed, session.control.shape)
+        packed = extras.get("position_ids") is not None
+        ids = check_ids(input_ids, agreed, session.control.shape, packed)
         extent, arrays = check_arrays(ids, attention_mask, extras, agreed, session.control.shape)
         step = extras.get("step")
         if step is not None and step < 0:

@@ -19,7 +19,7 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
     """The offer, and what turns the forward's return into it.
 
     A teacher of one's own whose payload sections are all empty offers whatever it returns: by its own word (attribute
-    `outputs`), the config's, or a probe. Everything else is a language model that returns `logits`, or `hidden` and has a
+    `outputs`), the config's, or a probe; that it heeds batch.position_ids it says by `packs`. Everything else is a language model that returns `logits`, or `hidden` and has a
     `head`.
 
     Raises:
@@ -39,7 +39,7 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
             path=getattr(forward, "path", ""),
             vocab_size=probing.vocab_size(forward, settings),
             max_seq=getattr(forward, "max_seq", None),
-            packs=getattr(forward, "packs", True),
+            packs=probing.packs(forward, settings, device) if words else getattr(forward, "packs", False),
             words=words,
             temperatures=settings.payload.topk.temperatures if settings.payload.topk else (),
             head=shared_head.spec_of(head) if head and settings.payload.hidden is not None else None,

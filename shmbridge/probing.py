@@ -1,4 +1,4 @@
-"""The teacher's half of the parity check: a small batch, and fingerprints of what the model itself gives for it."""
+"""Small forwards at startup: the teacher's half of the parity check, and whether packed documents see each other."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from shmbridge.session import Shape
 
 _ROWS, _SEQ = 2, 6
 _STRIDE = 7  # between neighbouring IDs, so that no two rows of the probe are alike
+_PACKED_IDS, _PACKED_PLACES = (5, 3, 1, 4, 2, 3), (0, 1, 2, 0, 1, 2)
 _EXACT, _ROUNDED = 0.002, 0.05  # relative; float32 all the way, or 16 bits somewhere
 
 
@@ -51,13 +52,41 @@ def vocab_size(forward: Forward, settings: Config) -> int | None:
     return settings.teacher.vocab_size or getattr(forward, "vocab_size", None)
 
 
+def packs(forward: Forward, settings: Config, device: torch.device) -> bool:
+    """Whether two documents in one row give what each of them gives alone. False where it cannot be tried: the vocabulary
+    is not known, the model is too short, or it takes no position_ids."""
+    known = vocab_size(forward, settings)
+    longest = getattr(forward, "max_seq", None)
+    if known is None or (longest is not None and longest < len(_PACKED_IDS)):
+        return False
+    ids = torch.tensor([_PACKED_IDS], device=device).remainder(known)
+    places = torch.tensor([_PACKED_PLACES], device=device)
+    try:
+        together = forward(Batch(ids, None, places))
+    except Exception:
+        return False
+    first, second = forward(Batch(ids[:, :3], None)), forward(Batch(ids[:, 3:], None))
+    return all(
+        _near(tensor, torch.cat([first[name], second[name]], 1))
+        for name, tensor in together.items()
+        if tensor.is_floating_point() and tensor.shape[:2] == ids.shape
+    )
+
+
+def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = 0.02 if found.dtype.itemsize == 2 else 1e-4  # relative, for sums in another order
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
 def _token_ids(forward: Forward, settings: Config) -> torch.Tensor:
     """(2, 6) int64, or as much of it as the ring and the model take; all 0 where the vocabulary is not known."""
     shape = Shape.of(settings, 1)
     room = shape.max_tokens if shape.chunks else shape.max_positions
     seq = min(_SEQ, room, getattr(forward, "max_seq", None) or _SEQ)
     rows = _ROWS if _ROWS * seq <= room and shape.max_batch >= _ROWS else 1
-    return torch.arange(rows * seq).reshape(rows, seq) * _STRIDE % (vocab_size(forward, settings) or 1)
+    known = vocab_size(forward, settings) or 1
+    words = min(known, settings.payload.vocab or known)  # each ID is a target too
+    return torch.arange(rows * seq).reshape(rows, seq) * _STRIDE % words
 
 
 def _encoded(

@@ -65,7 +65,6 @@ class HuggingFaceTeacher:
             self._trunk = self.model.base_model if self.head else self.model
             if teacher.compile:
                 self._trunk = torch.compile(self._trunk)
-            self.packs = self._packs(device)
 
     def __call__(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         """Hidden states, or logits where the model has no plain head."""
@@ -131,20 +130,6 @@ class HuggingFaceTeacher:
         found = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float().to(logits.device)
         return float((found - logits).abs().max() / logits.abs().max()) if found.shape == logits.shape else math.inf
 
-    def _packs(self, device: torch.device) -> bool:
-        """Whether two documents in one row give what each gives alone."""
-        if self.max_seq is not None and self.max_seq < 6:
-            return False
-        ids = torch.tensor([[5, 3, 1, 4, 2, 3]], device=device).remainder(self.vocab_size)
-        places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-        try:
-            (together,) = self(Batch(ids, None, places)).values()
-        except Exception:
-            return False  # a model that takes no position_ids
-        alone = torch.cat([*self(Batch(ids[:, :3], None)).values(), *self(Batch(ids[:, 3:], None)).values()], 1)
-        off = (together - alone).abs().max() / alone.abs().max()
-        return bool(off <= _tolerance(together.dtype))
-
 
 def _load(teacher: TeacherConfig, path: str, device: torch.device, gpus: int) -> Any:
     options: dict[str, Any] = {"trust_remote_code": teacher.trust_remote_code}
@@ -161,9 +146,14 @@ def _load(teacher: TeacherConfig, path: str, device: torch.device, gpus: int) ->
 
 def _corrections(text: Any) -> dict[str, Any]:
     """What models of the transformers library do to logits, by the names in their configs."""
-    scale = getattr(text, "logit_scale", None) or 1.0  # Cohere multiplies
-    divisor = getattr(text, "logits_scaling", None) or 1.0  # Granite divides
-    return {"softcap": getattr(text, "final_logit_softcapping", None), "scale": scale / divisor}
+    scale = _number(text, "logit_scale") or 1.0  # Cohere multiplies
+    divisor = _number(text, "logits_scaling") or 1.0  # Granite divides
+    return {"softcap": _number(text, "final_logit_softcapping"), "scale": scale / divisor}
+
+
+def _number(text: Any, name: str) -> float | None:
+    value = getattr(text, name, None)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -21,8 +21,9 @@ IntArray = np.ndarray[Any, np.dtype[Any]]
 _UNSIGNED = {np.dtype(np.int64): np.uint64, np.dtype(np.int32): np.uint32}
 
 
-def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape) -> IntArray:
-    """The IDs as a contiguous array, once every limit was checked. Raises RequestRefused."""
+def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape, packed: bool = False) -> IntArray:
+    """The IDs as a contiguous array, once every limit was checked; those of a `packed` row are checked with its position_ids.
+    Raises RequestRefused."""
     ids = _to_array("input_ids", input_ids)
     unsigned = _UNSIGNED.get(ids.dtype)
     if unsigned is None:
@@ -39,7 +40,7 @@ def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape) -
         )
     if batch > shape.max_batch:
         raise RequestRefused(f"input_ids has {batch} rows; a request takes {shape.max_batch}. Raise ring.max_batch.")
-    if agreed.max_seq is not None and seq > agreed.max_seq:
+    if agreed.max_seq is not None and seq > agreed.max_seq and not packed:
         raise RequestRefused(
             f"input_ids is {seq} tokens long; the teacher {agreed.model} has {agreed.max_seq} positions."
         )
@@ -110,7 +111,8 @@ def _check_position_ids(value: Any, ids: IntArray, agreed: Offer, mask: IntArray
     if not agreed.packs:
         raise RequestRefused(
             f"position_ids restart (packed documents); the teacher {agreed.model} lets packed documents see each other. "
-            "Send each document as a row of its own."
+            "Send each document as a row of its own. (A teacher of one's own whose forward heeds batch.position_ids says so by "
+            "an attribute `packs = True`.)"
         )
     _check_beginnings(places, begins)
     return places
