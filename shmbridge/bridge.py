@@ -16,6 +16,7 @@ What is in flight is in `requests`, what the caller holds of it in `pending`; he
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -54,6 +55,7 @@ class Bridge:
         self._requests: Requests | None = None
         self._checked = False  # the parity check has passed, or is off
         self._head: Head | None = None
+        self._prefetches: weakref.WeakSet[Prefetch[Any]] = weakref.WeakSet()
 
     @property
     def rank(self) -> int:
@@ -145,6 +147,15 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
+        self._make_room()
+        return self._submit(input_ids, attention_mask, **extras)
+
+    def _submit(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        **extras: Unpack[Extras],
+    ) -> Pending:
         session, agreed = self._session, self._ready()
         packed = extras.get("position_ids") is not None
         ids = check_ids(input_ids, agreed, session.control.shape, packed)
@@ -188,8 +199,11 @@ class Bridge:
                 the loop is the iterator's `state`, so that a checkpoint resumes exactly.
         """
         depth = self.settings.ring.depth if self.enabled else 1
+        ahead = depth - 1 if ahead is None else ahead
         free_slots = lambda: self.free_slots  # noqa: E731
-        return Prefetch(self.submit, free_slots, batches, tokens, depth - 1 if ahead is None else ahead, state)
+        made = Prefetch(self._submit, self._make_room, free_slots, batches, tokens, ahead, state)
+        self._prefetches.add(made)
+        return made
 
     def stats(self) -> Stats:
         """What this rank's replies took so far, since `wait_ready`."""
@@ -223,6 +237,14 @@ class Bridge:
         self.close()
 
     # Within
+
+    def _make_room(self, asking: Prefetch[Any] | None = None) -> None:
+        """Before a request of `asking`, or of none: where it needs the slot, or the turn, of what was prefetched, that is
+        withdrawn."""
+        others = [prefetch for prefetch in self._prefetches if prefetch is not asking]
+        if others and (not self.free_slots or self._sending.streams):
+            for prefetch in others:
+                prefetch.withdraw()
 
     def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""

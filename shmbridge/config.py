@@ -62,7 +62,8 @@ class TeacherConfig(_Section, frozen=True):
     collect: Literal["greedy", "lockstep"] = "greedy"
     """greedy: what is there after the linger. lockstep: one request of every open lane."""
     linger_ms: float = 2.0
-    """How long a greedy forward waits for the lanes that have not submitted yet, in milliseconds."""
+    """How long a greedy forward waits for the lanes that have not submitted yet, in milliseconds; for lanes of the forward
+    before up to half as long as that one took. 0: for nobody."""
     max_batch_tokens: int = 16384
     """Padded tokens of one forward; more are split by rank and row."""
     max_padding: float = 0.25

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
 from typing import Any, Unpack
 
 import torch
@@ -12,7 +12,8 @@ from shmbridge.config import Config
 from shmbridge.errors import Closed
 from shmbridge.head import Head
 from shmbridge.offer import Extent, Offer
-from shmbridge.pending import Lease, Pending
+from shmbridge.pending import Chunks, Lease, Pending
+from shmbridge.prefetch import Prefetch
 from shmbridge.reply import Reply
 from shmbridge.requests import Sent
 from shmbridge.stats import Stats
@@ -28,6 +29,7 @@ class DisabledBridge(Bridge):
         self._rank = rank
         self._closed = False
         self._submitted = 0
+        self._prefetches = weakref.WeakSet()
 
     @property
     def rank(self) -> int:
@@ -53,7 +55,7 @@ class DisabledBridge(Bridge):
     def wait_ready(self, timeout: float | None = None, **_: Any) -> None:
         """Returns at once."""
 
-    def submit(
+    def _submit(
         self,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
@@ -61,6 +63,9 @@ class DisabledBridge(Bridge):
     ) -> Pending:
         self._submitted += 1
         return _MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
+
+    def _make_room(self, asking: Prefetch[Any] | None = None) -> None:
+        """There is no ring."""
 
     def stats(self) -> Stats:
         return Stats()
@@ -88,7 +93,7 @@ class _MissingPending(Pending):
     def wait(self, timeout: float | None = None) -> Lease:
         return Lease(None, self._sent, Reply({}, self.sequence, self.step, None))
 
-    def chunks(self, timeout: float | None = None) -> Iterator[tuple[slice, Reply]]:
+    def chunks(self, timeout: float | None = None) -> Chunks:
         """One, of all rows, that is `missing`."""
         yield slice(0, None), Reply({}, self.sequence, self.step, None)
 

@@ -109,10 +109,6 @@ class LanguageModel:
     def select(self, returned: Tensors, choice: Choice) -> Rows:
         wanted = ["logits" if "logits" in returned else "hidden"] + ["hidden"] * (self._payload.hidden is not None)
         tensors = {name: _chosen(returned[name], choice) for name in wanted}
-        if self._payload.stream:  # kept for long: not as a view of the whole forward
-            tensors = {
-                name: tensor.clone() if _is_part(tensor, returned[name]) else tensor for name, tensor in tensors.items()
-            }
         return Rows(_positions(choice), tensors, choice)
 
     def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:
@@ -196,8 +192,15 @@ def _chosen(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
     return tensor if choice.chosen is None else tensor.flatten(0, 1)[choice.chosen]
 
 
-def _is_part(tensor: torch.Tensor, of: torch.Tensor) -> bool:
-    return tensor.shape != of.shape and tensor.untyped_storage().data_ptr() == of.untyped_storage().data_ptr()
+def kept(rows: Rows) -> Rows:
+    """`rows` as they may wait for their reader: laid out once, and no view of the whole forward, which would stay with it."""
+    return rows._replace(tensors={name: _alone(tensor) for name, tensor in rows.tensors.items()})
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _flat(rows: Rows, name: str) -> torch.Tensor:

@@ -14,7 +14,6 @@ from shmbridge.errors import Closed
 from shmbridge.reply import Reply
 from shmbridge.requests import Requests, Sent
 
-
 Chunks = Generator[tuple[slice, Reply], None, None]
 
 

@@ -8,17 +8,20 @@ On a fixed data set this costs no staleness, because it is the same batch that t
     break, or an error    what was submitted and not handed out is cancelled: the teacher drops it, its slots are free again
       in the loop
 
-Evaluation in the middle of the loop, with `exchange` or a prefetch of its own, takes the slots that are free.
+Other requests come first. Where `exchange` or another prefetch finds no free slot, or replies are streamed, which is in the
+order of their requests, what was submitted ahead is withdrawn, and submitted again before its turn.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
-from shmbridge.errors import RequestRefused
+from shmbridge.errors import RequestRefused, ShmbridgeError
 from shmbridge.pending import Pending
 
 T = TypeVar("T")
@@ -27,10 +30,13 @@ Tokens = str | Callable[[T], Any] | None
 _TAKEN = ("input_ids", "attention_mask", "position_ids")
 
 
-class _Submitted(NamedTuple, Generic[T]):
+@dataclass(slots=True)
+class _Taken(Generic[T]):
+    """A batch that was taken from the loader and not handed out."""
+
     batch: T
-    pending: Pending
     state: Any
+    pending: Pending | None = None  # None: still to be submitted, or withdrawn
 
 
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
@@ -39,51 +45,86 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
     def __init__(
         self,
         submit: Callable[..., Pending],
+        make_room: Callable[[Prefetch[T]], None],
         free_slots: Callable[[], int],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
         state: Callable[[], Any] | None,
     ) -> None:
+        """`submit` is the bridge's without its `make_room`, which makes other prefetches withdraw."""
         if ahead < 0:
             raise RequestRefused(f"ahead is {ahead}; 0 submits each batch in its turn.")
         self._submit = submit
+        self._make_room = make_room
         self._free_slots = free_slots
         self._batches: Iterator[T] | None = iter(batches)
         self._tokens = tokens
         self._ahead = ahead
         self._take_state = state
-        self._submitted: deque[_Submitted[T]] = deque()
+        self._taken: deque[_Taken[T]] = deque()  # in order; the first `_submitted` of them have a pending
+        self._submitted = 0
         self._error: Exception | None = None
         self.state: Any = None
         """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
 
     def __next__(self) -> tuple[T, Pending]:
-        while self._batches is not None and self._has_room():
-            self._submit_next()
+        while self._has_room() and self._submit_next():
+            pass
         if self._submitted:
-            batch, pending, self.state = self._submitted.popleft()
-            return batch, pending
+            first = self._taken.popleft()
+            self._submitted -= 1
+            self.state = first.state
+            assert first.pending
+            return first.batch, first.pending
         error, self._error = self._error, None
-        raise error or StopIteration
+        try:
+            raise error or StopIteration
+        finally:
+            del error  # whose traceback holds this frame
 
     def _has_room(self) -> bool:
         """For one more; the loop's own batch is submitted even where the ring will refuse it."""
         if not self._submitted:
             return True
-        return len(self._submitted) <= self._ahead and self._free_slots() > 0
+        return self._submitted <= self._ahead and self._free_slots() > 0
 
-    def _submit_next(self) -> None:
-        assert self._batches is not None
+    def _submit_next(self) -> bool:
+        """Submit the oldest batch that is not. False where there is none, or it raised, which is told in its turn."""
+        try:
+            if self._submitted == len(self._taken) and not self._take():
+                return False
+            first = self._taken[self._submitted]
+            self._make_room(self)
+            first.pending = self._submit(**self._request(first.batch))
+        except Exception as error:
+            self._batches = None
+            while len(self._taken) > self._submitted:
+                self._taken.pop()
+            self._error = _without_frames(error)
+            return False
+        self._submitted += 1
+        return True
+
+    def _take(self) -> bool:
+        """Take a batch from the loader. False at its end."""
+        if self._batches is None:
+            return False
         try:
             batch = next(self._batches)
-            state = self._take_state() if self._take_state else None
-            self._submitted.append(_Submitted(batch, self._submit(**self._request(batch)), state))
         except StopIteration:
             self._batches = None
-        except Exception as error:  # raised in its turn
-            self._error = error
-            self._batches = None
+            return False
+        self._taken.append(_Taken(batch, self._take_state() if self._take_state else None))
+        return True
+
+    def withdraw(self) -> None:
+        """Cancel what was submitted ahead; it is submitted again before its turn."""
+        self._submitted = 0
+        for taken in self._taken:
+            if taken.pending:
+                taken.pending.cancel()
+                taken.pending = None
 
     def _request(self, batch: T) -> dict[str, Any]:
         """The arguments of `submit`."""
@@ -108,8 +149,8 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         """Cancel what was submitted and not handed out; the iteration ends. Once is enough; more does nothing."""
         self._batches = None
         self._error = None
-        while self._submitted:
-            self._submitted.pop().pending.cancel()
+        self.withdraw()
+        self._taken.clear()
 
     def __enter__(self) -> Prefetch[T]:
         return self
@@ -120,5 +161,17 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_submitted"):
+        if hasattr(self, "_taken"):
             self.close()
+
+
+def _without_frames(error: Exception) -> Exception:
+    """`error` with its traceback as a note. Its frames refer to the Prefetch that keeps it, and to the loop's: such a cycle
+    would keep slots and tensors where no collector runs."""
+    if not isinstance(error, ShmbridgeError):  # ours says all in its message
+        error.add_note("while the teacher was ahead of the loop:\n" + "".join(traceback.format_exception(error)))
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error

@@ -1,8 +1,7 @@
 """The teacher's loop over one protocol: forward(batch) -> named tensors with a leading batch axis.
 
-Each round takes the oldest request of every lane that has one, combines them into one forward (or as few as
-teacher.max_batch_tokens and teacher.max_padding allow), and gives every rank its own rows. A lane's second request waits for
-the next round, so that ranks with requests in flight meet in the same forward.
+Each round takes the requests that `collect` hands it, combines them into one forward (or as few as teacher.max_batch_tokens
+and teacher.max_padding allow), and gives every rank its own rows.
 
 A forward that raises is tried again lane by lane, so only the culprit's rank gets the error; one that runs out of memory is
 halved and tried again. Every request is answered or failed; none is dropped.
@@ -17,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 
-from shmbridge import batching, combine
+from shmbridge import batching, combine, encode
 from shmbridge.batching import Piece
 from shmbridge.board import Phase
+from shmbridge.collect import Collector
 from shmbridge.combine import Answer
 from shmbridge.encode import Encoder, Rows
 from shmbridge.errors import AttachError
@@ -27,7 +27,7 @@ from shmbridge.host_plane import HostPlane
 from shmbridge.offer import Extent, Offer, reply_bytes
 from shmbridge.payload import Batch, Forward
 from shmbridge.ring import Composition
-from shmbridge.session import Lane, TeacherSession
+from shmbridge.session import TeacherSession
 from shmbridge.streams import Streams
 from shmbridge.trace import Trace, logger
 
@@ -59,20 +59,18 @@ class Server:
         self._max_tokens = self._settings.max_batch_tokens
         self._forwards = 0
         self._tokens = self._padded_tokens = 0
-        self._stopping = False
-        self._last: dict[int, int] | None = None  # by lane, once stopping: sequences below it are still answered
-        self._lanes = list(session.lanes)
         shape = session.control.shape
         self._chunks = shape.chunks
-        self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in self._lanes}
+        self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in session.lanes}
         self._streams = Streams(
             encoder, self._planes, shape.chunk_positions, self._sent_chunk, self._fail_stream, self._publish
         )
+        self._collector = Collector(session, self._streams, self._publish)
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
         """Answer what has been submitted, then end. Safe in a signal handler."""
-        self._stopping = True
+        self._collector.stop()
 
     def serve(self) -> None:
         """Open the startup barrier and answer until every lane is closed, training is done, or `stop` was called.
@@ -84,83 +82,14 @@ class Server:
         record = self._session.record
         record.enter(Phase.COLLECTING)
         with torch.inference_mode():
-            while answers := self._collect():
+            while answers := self._collector.collect():
                 record.enter(Phase.FORWARD)
+                began = time.monotonic()
                 self._answer(answers)
+                self._collector.answered(answers, time.monotonic() - began)
                 record.enter(Phase.COLLECTING)
         record.enter(Phase.CLOSED)
         logger.info(self._summary())
-
-    # Collecting
-
-    def _collect(self) -> list[Answer]:
-        """The oldest request of each lane that has one; empty when there will be none."""
-        wait = self._session.wait
-        while answers := wait(self._take_or_end, None, self._check):
-            if len(answers) == len(self._lanes):
-                return answers
-            if self._settings.collect == "lockstep":
-                wait(self._everyone, None, self._check)
-            elif self._settings.linger_ms:
-                wait(self._everyone, time.monotonic() + self._settings.linger_ms / 1000, self._check)
-            else:
-                return answers
-            answers = self._take()  # again: more may have come since, and who had asked may be gone
-            if answers:
-                return answers
-        return []
-
-    def _take(self) -> list[Answer]:
-        if self._stopping and self._last is None:
-            self._last = {lane.index: lane.ring.requested for lane in self._lanes}
-            self._session.record.enter(Phase.DRAINING)
-        answers = []
-        for lane in self._lanes:
-            sequence = None if lane.index in self._streams else self._next_wanted(lane)
-            if sequence is not None and (self._last is None or sequence < self._last[lane.index]):
-                answers.append(Answer(lane, lane.ring.read_request(sequence)))
-        return answers
-
-    def _next_wanted(self, lane: Lane) -> int | None:
-        """The lane's oldest request; those before it that were abandoned are answered with nothing."""
-        ring = lane.ring
-        while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
-            self._publish(Answer(lane, ring.read_request(sequence)))
-        return sequence
-
-    def _take_or_end(self) -> list[Answer] | None:
-        self._streams.advance()
-        answers = self._take()
-        if answers:
-            return answers
-        return [] if self._ended() and not self._streams else None
-
-    def _everyone(self) -> bool | None:
-        """True when no open lane is still to submit."""
-        self._streams.advance()
-        if self._ended():
-            return True
-        greedy = self._settings.collect == "greedy"
-        for lane in self._lanes:
-            ring = lane.ring
-            if lane.index in self._streams:
-                if not greedy:
-                    return None
-            elif self._next_wanted(lane) is None and not ring.closed and (lane.records[0].identity or not greedy):
-                return None
-        return True
-
-    def _ended(self) -> bool:
-        return self._stopping or self._session.training_done or all(lane.ring.closed for lane in self._lanes)
-
-    def _check(self) -> None:
-        """Once a slice of each wait: who is gone will neither submit nor read."""
-        self._session.check()
-        for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
-            if not lane.ring.closed:
-                logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
-            self._lanes.remove(lane)
-            self._streams.drop(lane.index)
 
     # Answering
 
@@ -247,7 +176,7 @@ class Server:
             forward_ns = answer.composition.forward_ns + took
             answer.composition = Composition(self._forwards, row, *shape, tokens, forward_ns)
             if self._chunks:
-                answer.parts.append(part)
+                answer.parts.append(encode.kept(part))
             row += piece.rows
 
     def _finish(self, answers: Sequence[Answer], pieces: Sequence[Piece], trouble: _Trouble | None) -> None:
@@ -262,7 +191,6 @@ class Server:
                     self._streams.begin(answer)
                 else:
                     self._publish(answer)
-        self._streams.advance()
 
     def _fail(self, answer: Answer, trouble: _Trouble) -> None:
         answer.error = trouble.traceback

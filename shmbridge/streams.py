@@ -24,10 +24,11 @@ class _Stream:
         self.sent_of_part = 0
         self.sent = 0
 
-    def skip_empty(self) -> None:
+    def has_more(self) -> bool:
         while self.parts and self.sent_of_part == self.parts[0].positions:
             self.parts.pop(0)
             self.sent_of_part = 0
+        return bool(self.parts)
 
 
 class Streams:
@@ -66,31 +67,30 @@ class Streams:
         """Forget the reply to a rank that is gone."""
         self._by_lane.pop(lane, None)
 
-    def advance(self) -> None:
-        """Send what fits; end what is sent, and what its rank has abandoned or closed on."""
-        moving = list(self._by_lane)
-        while moving:
-            moving = [lane for lane in moving if self._step(lane)]
+    def advance(self) -> bool:
+        """Send a chunk of each lane that has room; end what is sent, and what its rank has abandoned or closed on. True
+        where it is worth calling again at once: a rank that keeps pace must not keep the others from the teacher."""
+        moved = [self._step(lane) for lane in list(self._by_lane)]
+        return any(moved)
 
     def _step(self, lane: int) -> bool:
-        """Send one chunk of a lane. False where there is no room, or nothing left."""
+        """Send one chunk of a lane. False where there is no room for another, or nothing left."""
         stream = self._by_lane[lane]
         ring, sequence = stream.answer.lane.ring, stream.answer.request.sequence
-        stream.skip_empty()
-        if not stream.parts or ring.abandoned > sequence or ring.closed:
-            del self._by_lane[lane]
-            self._publish(stream.answer)
-            return False
-        if not ring.has_room():
-            return False
-        try:
-            self._send(stream)
-        except Exception as error:
-            del self._by_lane[lane]
-            self._failed(stream.answer, error)
-            self._publish(stream.answer)
-            return False
-        return True
+        unread = ring.abandoned > sequence or ring.closed
+        if stream.has_more() and not unread:
+            if not ring.has_room():
+                return False
+            try:
+                self._send(stream)
+            except Exception as error:
+                stream.parts.clear()
+                self._failed(stream.answer, error)
+        if stream.has_more() and not unread:
+            return ring.has_room()
+        del self._by_lane[lane]
+        self._publish(stream.answer)
+        return False
 
     def _send(self, stream: _Stream) -> None:
         started = time.monotonic_ns()

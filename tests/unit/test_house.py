@@ -19,8 +19,8 @@ FLOORS = [
     {"host_plane", "shared_head", "encode", "token_ids"},
     {"combine", "parity", "requests"},
     {"streams", "probing", "pending"},
-    {"server", "prefetch", "offering"},
-    {"bridge"},
+    {"collect", "prefetch", "offering"},
+    {"bridge", "server"},
     {"disabled", "teacher"},
     {"connection", "teacher_job"},
 ]

@@ -1,0 +1,129 @@
+"""When a round of the teacher begins, and which requests are in it.
+
+A round takes the oldest request of every lane that has one. A lane's second request waits for the next round, so that ranks
+with requests in flight meet in the same forward. So do ranks that come a little apart: greedy collecting waits for every
+lane for teacher.linger_ms, and for those of the last round up to half as long as that round took. Lockstep waits for all.
+
+Lanes that are closed, whose rank has ended, or whose last reply is still being streamed are not waited for (lockstep waits
+for the stream). While it waits, streams go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from shmbridge.board import Phase
+from shmbridge.combine import Answer
+from shmbridge.session import Lane, TeacherSession
+from shmbridge.streams import Streams
+from shmbridge.trace import logger
+
+
+class Collector:
+    """Of one teacher."""
+
+    def __init__(self, session: TeacherSession, streams: Streams, publish: Callable[[Answer], None]) -> None:
+        """`publish` answers with nothing a request whose reply nobody will read."""
+        self._session = session
+        self._streams = streams
+        self._publish = publish
+        self._lockstep = session.settings.teacher.collect == "lockstep"
+        self._linger_s = session.settings.teacher.linger_ms / 1000
+        self._lanes = list(session.lanes)
+        self._last_round: set[int] = set()  # its lanes
+        self._last_round_s = 0.0
+        self._stopping = False
+        self._last: dict[int, int] | None = None  # by lane, once stopping: sequences below it are still answered
+
+    def stop(self) -> None:
+        """Hand out what has been submitted, then nothing. Safe in a signal handler."""
+        self._stopping = True
+
+    def answered(self, answers: Sequence[Answer], took_s: float) -> None:
+        """Take note of a round that is over."""
+        self._last_round = {answer.lane.index for answer in answers}
+        self._last_round_s = took_s
+
+    def collect(self) -> list[Answer]:
+        """The next round; empty when there will be none.
+
+        Raises:
+            PeerLost: the session has failed, or its launcher is gone.
+        """
+        while answers := self._session.wait(self._take_or_end, None, self._check):
+            if len(answers) == len(self._lanes):
+                return answers
+            self._wait_for_the_others()
+            answers = self._take()  # again: more may have come since, and who had asked may be gone
+            if answers:
+                return answers
+        return []
+
+    def _wait_for_the_others(self) -> None:
+        wait, began = self._session.wait, time.monotonic()
+        if self._lockstep:
+            wait(self._everyone, None, self._check)
+        elif self._linger_s and not wait(self._everyone, began + self._linger_s, self._check):
+            wait(self._everyone_of_the_last_round, began + self._last_round_s / 2, self._check)
+
+    def _take_or_end(self) -> list[Answer] | None:
+        self._advance_streams()
+        answers = self._take()
+        if answers:
+            return answers
+        return [] if self._ended() and not self._streams else None
+
+    def _take(self) -> list[Answer]:
+        if self._stopping and self._last is None:
+            self._last = {lane.index: lane.ring.requested for lane in self._lanes}
+            self._session.record.enter(Phase.DRAINING)
+        answers = []
+        for lane in self._lanes:
+            sequence = None if lane.index in self._streams else self._next_wanted(lane)
+            if sequence is not None and (self._last is None or sequence < self._last[lane.index]):
+                answers.append(Answer(lane, lane.ring.read_request(sequence)))
+        return answers
+
+    def _next_wanted(self, lane: Lane) -> int | None:
+        """The lane's oldest request; those before it that were abandoned are answered with nothing."""
+        ring = lane.ring
+        while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
+            self._publish(Answer(lane, ring.read_request(sequence)))
+        return sequence
+
+    def _everyone(self) -> bool | None:
+        """True when no open lane is still to submit."""
+        return self._all_of(self._lanes)
+
+    def _everyone_of_the_last_round(self) -> bool | None:
+        """A rank that is a little late costs a second forward if it is left behind, and half of one at most to wait for."""
+        return self._all_of([lane for lane in self._lanes if lane.index in self._last_round])
+
+    def _all_of(self, lanes: Collection[Lane]) -> bool | None:
+        self._advance_streams()
+        return True if self._ended() or not any(self._is_awaited(lane) for lane in lanes) else None
+
+    def _is_awaited(self, lane: Lane) -> bool:
+        """It is still to submit, or its reply to be read."""
+        if lane.index in self._streams:
+            return self._lockstep
+        submits = not lane.ring.closed and (self._lockstep or lane.records[0].identity is not None)
+        return submits and self._next_wanted(lane) is None
+
+    def _advance_streams(self) -> None:
+        """One chunk of each lane; where more might be sent, the next wait comes back at once."""
+        if self._streams.advance():
+            self._session.bell.ring()
+
+    def _ended(self) -> bool:
+        return self._stopping or self._session.training_done or all(lane.ring.closed for lane in self._lanes)
+
+    def _check(self) -> None:
+        """Once a slice of each wait: who is gone will neither submit nor read."""
+        self._session.check()
+        for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
+            if not lane.ring.closed:
+                logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
+            self._lanes.remove(lane)
+            self._streams.drop(lane.index)

@@ -1,0 +1,536 @@
+"""bridge.prefetch: the teacher ahead of the loop, and what holds where a loop ends, breaks, raises or does something else."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import BatchEncoding
+
+from shmbridge.bridge import Bridge
+from shmbridge.disabled import DisabledBridge
+from shmbridge.errors import Closed, RequestRefused, RingFull
+from shmbridge.payload import Batch
+from shmbridge.pending import Pending
+from tests.harness import Bench, Echo, bench, until
+from tests.process.test_bridge import ids
+
+WAITS = 999
+
+
+class Gated(Echo):
+    """Waits for a byte of `gate` at each batch that holds the token WAITS."""
+
+    def __init__(self, gate: int) -> None:
+        self.gate = gate
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if (batch.input_ids == WAITS).any():
+            os.read(self.gate, 1)
+        return {**super().__call__(batch), "places": places(batch)}
+
+
+def places(batch: Batch) -> torch.Tensor:
+    """position_ids as they came, or -1."""
+    return torch.full_like(batch.input_ids, -1) if batch.position_ids is None else batch.position_ids.clone()
+
+
+@contextmanager
+def running(*overrides: str, teacher: Any = None, lanes: int = 1) -> Iterator[tuple[Bench, Bridge]]:
+    """A teacher and this process's bridge, closed in the end; the teacher must end well."""
+    with bench(lanes, *overrides) as it:
+        child = it.teacher(teacher or Gated(-1))
+        bridge = it.bridge()
+        yield it, bridge
+        bridge.close()
+        assert child.join() == 0
+
+
+def batches(count: int, rows: int = 2, seq: int = 5, seed: int = 0) -> list[torch.Tensor]:
+    return [ids(rows, seq, seed=1000 * seed + i) % WAITS for i in range(count)]
+
+
+def right(pending: Pending, sent: torch.Tensor) -> None:
+    with pending.wait() as reply:
+        assert torch.equal(reply["ids"], sent)
+
+
+def nothing_in_flight(bridge: Bridge) -> None:
+    """Every slot is free again, and the next requests get their own replies."""
+    until(lambda: bridge.free_slots == bridge.settings.ring.depth, "all slots free")
+    for batch in batches(3, seed=77):
+        assert torch.equal(bridge.exchange(batch)["ids"], batch)
+
+
+# Order and ends
+
+
+def as_loader(workers: int) -> Callable[[list[torch.Tensor]], Any]:
+    return lambda wanted: DataLoader(
+        wanted, batch_size=None, num_workers=workers, multiprocessing_context="fork" if workers else None
+    )
+
+
+SOURCES = {
+    "a list": list,
+    "a generator": lambda wanted: (batch for batch in wanted),
+    "a DataLoader": as_loader(0),
+    "a DataLoader with workers": as_loader(2),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_batch_is_handed_out_once_and_in_order_in_every_epoch(source):
+    wanted = batches(7)
+    with running("ring.depth=3") as (_, bridge):
+        again = SOURCES[source](wanted)
+        for _epoch in range(2):
+            seen = []
+            for batch, pending in bridge.prefetch(SOURCES[source](wanted) if source == "a generator" else again):
+                right(pending, batch)
+                seen.append(batch)
+            assert torch.equal(torch.stack(seen), torch.stack(wanted))
+            assert bridge.free_slots == 3
+        nothing_in_flight(bridge)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_loader_shorter_than_the_ring(count):
+    with running("ring.depth=3") as (_, bridge):
+        ahead = bridge.prefetch(iter(batches(count)))
+        for batch, pending in ahead:
+            right(pending, batch)
+            count -= 1
+        assert count == 0
+        assert list(ahead) == [], "it stays at its end"
+
+
+def test_the_teacher_is_ahead_of_the_loop():
+    """Batch n + 1 is submitted before n is handed out, and answered while the loop holds n."""
+    gate, opening = os.pipe()
+    wanted = batches(4)
+    wanted[0][0, 0] = WAITS
+    with running("ring.depth=3", teacher=Gated(gate)) as (it, bridge):
+        ring = it.owner.lanes[0].ring
+        taken = []
+        ahead = bridge.prefetch(taken.append(i) or batch for i, batch in enumerate(wanted))
+        batch, pending = next(ahead)
+        assert (ring.requested, taken, pending.done) == (3, [0, 1, 2], False), "two ahead of a teacher that waits"
+        os.write(opening, b"x")
+        until(lambda: ring.replied == 3, "the replies to all that was submitted, while the loop holds the first batch")
+        right(pending, batch)
+        batch, pending = next(ahead)
+        assert (ring.requested, taken) == (4, [0, 1, 2, 3])
+        ahead.close()
+        pending.cancel()
+        nothing_in_flight(bridge)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 5])
+def test_ahead_is_a_limit_as_the_ring_is(ahead):
+    with running("ring.depth=3") as (it, bridge):
+        ring = it.owner.lanes[0].ring
+        for turn, (batch, pending) in enumerate(bridge.prefetch(batches(5), ahead=ahead), 1):
+            assert ring.requested == min(5, turn + min(ahead, 2))
+            right(pending, batch)
+        with pytest.raises(RequestRefused, match="ahead is -1; 0 submits each batch in its turn"):
+            bridge.prefetch([], ahead=-1)
+
+
+# Errors of the loader, and of batches
+
+
+@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("source", ["a generator", "a DataLoader"])
+def test_what_the_loader_raises_comes_after_the_batches_before_it(source, at):
+    wanted = batches(6)
+
+    class Broken(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(wanted)
+
+        def __getitem__(self, i):
+            if i == at:
+                raise ZeroDivisionError("a bad shard")
+            return wanted[i]
+
+    loader = SOURCES["a DataLoader"](Broken()) if source == "a DataLoader" else (Broken()[i] for i in range(6))
+    with running("ring.depth=3") as (_, bridge):
+        seen = 0
+        ahead = bridge.prefetch(loader)
+        with pytest.raises(ZeroDivisionError, match="a bad shard") as caught:
+            for batch, pending in ahead:
+                right(pending, batch)
+                seen += 1
+        assert seen == at
+        assert "in __getitem__" in "".join(caught.value.__notes__), "where it was raised is told"
+        assert list(ahead) == []
+        nothing_in_flight(bridge)
+
+
+def test_a_refused_batch_is_told_in_its_turn():
+    wanted = batches(4)
+    wanted[2][1, 3] = -100
+    with running("ring.depth=3") as (_, bridge):
+        seen = 0
+        with pytest.raises(RequestRefused, match=r"input_ids\[1, 3\] is -100"):
+            for batch, pending in bridge.prefetch(wanted):
+                right(pending, batch)
+                seen += 1
+        assert seen == 2
+        nothing_in_flight(bridge)
+
+
+def test_a_loader_that_raised_unseen_keeps_neither_slots_nor_the_bridge():
+    """The loop breaks before the loader's exception has its turn; no collector runs."""
+
+    class Loader:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not wanted:
+                raise ZeroDivisionError("a bad shard")
+            return wanted.pop()
+
+    def body(bridge):
+        gc.disable()
+        for batch, pending in bridge.prefetch(Loader()):
+            right(pending, batch)
+            break
+        nothing_in_flight(bridge)
+
+    wanted = batches(2)
+    with bench(1, "ring.depth=3") as it:
+        it.teacher(Echo())
+        assert it.rank(0, body).join() == 0
+
+
+# Leaving the loop
+
+
+def leave_by_break(ahead) -> None:
+    for batch, pending in ahead:
+        right(pending, batch)
+        break
+
+
+def leave_by_exception(ahead) -> None:
+    with pytest.raises(KeyError, match="in the loop"):
+        for _batch, pending in ahead:
+            with pending.wait():
+                raise KeyError("in the loop")
+
+
+def leave_by_exception_before_wait(ahead) -> None:
+    with pytest.raises(KeyError, match="in the loop"):
+        for _batch, _pending in ahead:
+            raise KeyError("in the loop")
+
+
+def leave_by_close(ahead) -> None:
+    batch, pending = next(ahead)
+    ahead.close()
+    ahead.close()
+    right(pending, batch)
+    assert list(ahead) == []
+
+
+def leave_by_with(ahead) -> None:
+    with pytest.raises(KeyError, match="in the loop"), ahead as entered:
+        next(entered)
+        raise KeyError("in the loop")
+    assert next(ahead, None) is None
+
+
+def never_begin(ahead) -> None:
+    iter(ahead)
+
+
+LEAVING = [
+    leave_by_break,
+    leave_by_exception,
+    leave_by_exception_before_wait,
+    leave_by_close,
+    leave_by_with,
+    never_begin,
+]
+
+
+@pytest.mark.parametrize("leave", LEAVING)
+def test_nothing_stays_in_flight_behind_a_loop_that_was_left(leave):
+    def body(bridge):
+        gc.disable()
+        for turn in range(3):
+            leave(bridge.prefetch(batches(6, seed=turn)))
+            nothing_in_flight(bridge)
+
+    with bench(1, "ring.depth=3") as it:
+        it.teacher(Echo())
+        assert it.rank(0, body).join() == 0
+
+
+def test_what_a_left_loop_had_submitted_is_not_computed():
+    gate, opening = os.pipe()
+    wanted = batches(5)
+    wanted[1][0, 0] = WAITS
+    with running("ring.depth=3", teacher=Gated(gate)) as (_, bridge):
+        with bridge.prefetch(wanted) as ahead:
+            _, pending = next(ahead)
+            before = pending.copy().composition.forward
+        os.write(opening, b"x")  # the second batch was in the teacher's hands already, the third was not
+        assert bridge.exchange(wanted[0]).composition.forward <= before + 2
+
+
+def test_a_new_loop_over_the_rest_loses_and_doubles_nothing_that_was_handed_out():
+    """`state` is that of the batch in the loop's hands, not of the loader, which is ahead."""
+
+    class Stateful:
+        """As torchdata's StatefulDataLoader: iterates from where its state says."""
+
+        def __init__(self, at: int = 0) -> None:
+            self.at = at
+
+        def __iter__(self):
+            while self.at < len(wanted):
+                self.at += 1
+                yield wanted[self.at - 1]
+
+        def state_dict(self):
+            return {"at": self.at}
+
+    wanted = batches(8)
+    with running("ring.depth=3") as (_, bridge):
+        loader = Stateful()
+        seen = []
+        with bridge.prefetch(loader, state=loader.state_dict) as ahead:
+            assert ahead.state is None
+            for batch, pending in ahead:
+                right(pending, batch)
+                seen.append(batch)
+                assert ahead.state == {"at": len(seen)}
+                if len(seen) == 3:
+                    break
+            assert loader.state_dict() == {"at": 5}, "the loader is ahead"
+        for batch, pending in bridge.prefetch(Stateful(**ahead.state)):
+            right(pending, batch)
+            seen.append(batch)
+        assert torch.equal(torch.stack(seen), torch.stack(wanted))
+
+
+# What else happens in a loop
+
+
+STREAMED = "payload.stream={chunk_positions: 3, chunks: 2}"
+
+
+@pytest.mark.parametrize(
+    "overrides", [["ring.depth=1"], ["ring.depth=2"], ["ring.depth=3"], ["ring.depth=3", STREAMED]]
+)
+def test_an_evaluation_in_the_middle_of_the_loop(overrides):
+    """What was submitted ahead stands back for it, and comes again in its turn."""
+    with running(*overrides, teacher=lambda batch: {"ids": batch.input_ids}) as (_, bridge):
+        wanted = batches(6)
+        taken: list[int] = []
+        ahead = bridge.prefetch((taken.append(i) or batch for i, batch in enumerate(wanted)), state=lambda: len(taken))
+        for step, (batch, pending) in enumerate(ahead):
+            assert torch.equal(batch, wanted[step])
+            assert ahead.state == step + 1
+            assert torch.equal(pending.copy()["ids"], batch)
+            if step % 2 == 0:
+                held_out = batches(5, seed=step + 1)
+                for other in held_out:
+                    assert torch.equal(bridge.exchange(other)["ids"], other)
+                seen = 0
+                for other, reply in bridge.prefetch(held_out):
+                    assert torch.equal(reply.copy()["ids"], other)
+                    seen += 1
+                assert seen == 5
+        assert taken == list(range(6))
+        nothing_in_flight(bridge)
+
+
+def test_two_loops_by_turns_on_one_ring():
+    with running("ring.depth=3") as (_, bridge):
+        one, other = batches(6, seed=1), batches(6, seed=2)
+        pairs = zip(bridge.prefetch(one, ahead=0), bridge.prefetch(other, ahead=0), strict=True)
+        for i, ((first, its), (second, theirs)) in enumerate(pairs):
+            assert torch.equal(first, one[i])
+            assert torch.equal(second, other[i])
+            right(its, first)
+            right(theirs, second)
+        nothing_in_flight(bridge)
+
+
+def test_a_prefetch_that_fits_beside_an_exchange_is_not_computed_twice():
+    with running("ring.depth=2") as (_, bridge):
+        compositions = []
+        for _batch, pending in bridge.prefetch(batches(4)):
+            compositions.append(pending.copy().composition.forward)
+            compositions.append(bridge.exchange(batches(1)[0]).composition.forward)
+        assert sorted(compositions) == list(range(1, 9))
+
+
+def test_gradient_accumulation_over_micro_batches():
+    with running("ring.depth=2", teacher=lambda batch: {"x": batch.input_ids.double()}) as (_, bridge):
+        wanted = batches(6)
+        weight = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        for micro, (_batch, pending) in enumerate(bridge.prefetch(wanted)):
+            with pending.wait() as reply:
+                (reply["x"] * weight).sum().backward()
+            if micro % 3 == 2:
+                want = torch.stack(wanted[micro - 2 : micro + 1]).double().sum((0, 1))
+                assert torch.equal(weight.grad, want)
+                weight.grad = None
+
+
+def test_leases_held_in_the_loop_leave_the_teacher_less_ahead_until_the_ring_is_full():
+    with running("ring.depth=3") as (it, bridge):
+        ring = it.owner.lanes[0].ring
+        wanted = batches(6)
+        ahead = bridge.prefetch(wanted)
+        leases = []
+        for turn in range(3):
+            batch, pending = next(ahead)
+            leases.append(pending.wait())
+            assert torch.equal(leases[-1].reply["ids"], batch)
+            assert ring.requested == 3, f"nothing is free for batch {turn + 3}"
+        with pytest.raises(RingFull, match=r"3 requests are in flight and the ring has ring\.depth=3 slots"):
+            next(ahead)
+        for lease, batch in zip(leases, wanted, strict=False):
+            assert torch.equal(lease.reply["ids"], batch), "held replies are untouched"
+            lease.release()
+        nothing_in_flight(bridge)
+
+
+def test_two_leases_at_a_time_never_fill_a_ring_of_three():
+    with running("ring.depth=3") as (_, bridge):
+        held = None
+        for batch, pending in bridge.prefetch(batches(9)):
+            lease = pending.wait()
+            if held:
+                held.release()
+            held = lease
+            assert torch.equal(held.reply["ids"], batch)
+        held.release()
+        nothing_in_flight(bridge)
+
+
+# Where a batch has its tokens
+
+
+def test_tokens_are_found_in_every_kind_of_batch():
+    sent = batches(1)[0]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    places = torch.tensor([[0, 1, 2, 2, 2], [0, 1, 2, 3, 4]])
+    labels = sent.clone()
+    full = {"input_ids": sent, "attention_mask": mask, "position_ids": places, "labels": labels}
+    ones = torch.ones_like(sent)
+    cases: list[tuple[Any, Any, torch.Tensor, torch.Tensor]] = [
+        (sent, None, ones, -ones),
+        (sent.numpy().astype(np.int32), None, ones, -ones),
+        ({"input_ids": sent, "labels": labels}, None, ones, -ones),
+        (full, None, mask, places),
+        (BatchEncoding({"input_ids": sent, "attention_mask": mask}), None, mask, -ones),
+        ({"tokens": sent, "attention_mask": mask}, "tokens", ones, -ones),
+        ((sent, "what else there is"), lambda batch: batch[0], ones, -ones),
+        ((sent, mask), lambda batch: {"input_ids": batch[0], "attention_mask": batch[1], "step": 3}, mask, -ones),
+    ]
+    with running("ring.depth=3") as (_, bridge):
+        for given, tokens, wanted_mask, wanted_places in cases:
+            [(batch, pending)] = list(bridge.prefetch([given], tokens))
+            assert batch is given
+            assert pending.step == (3 if callable(tokens) and given[1] is mask else None)
+            reply = pending.copy()
+            assert torch.equal(reply["ids"], sent)
+            assert torch.equal(reply["mask"], wanted_mask), given
+            assert torch.equal(reply["places"], wanted_places), given
+
+
+def test_a_generator_of_batch_and_state_goes_through_unchanged():
+    """As lingua's loader, which yields (NumPy batch of inputs and labels, its own state)."""
+    given = [(np.stack([ids(2, 5, i).numpy() % WAITS, ids(2, 5, i + 1).numpy()], -1), {"it": i}) for i in range(5)]
+    with running("ring.depth=3") as (_, bridge):
+        seen = []
+        for item, pending in bridge.prefetch((each for each in given), tokens=lambda item: item[0][:, :, 0]):
+            right(pending, torch.from_numpy(item[0][:, :, 0]))
+            seen.append(item)
+        assert len(seen) == 5
+        assert all(a is b for a, b in zip(seen, given, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "message"),
+    [
+        ({"tokens": 1, "labels": 2}, None, r"the batch has \['labels', 'tokens'\]; expected 'input_ids'. Give tokens="),
+        ({"tokens": 1}, "ids", r"the batch has \['tokens'\]; expected 'ids'"),
+        ((1, 2), None, r"the batch is a tuple; tokens is None: give a function .* tokens=lambda batch: batch\[0\]"),
+        (torch.ones(1, 2), "ids", "the batch is a Tensor; tokens is 'ids': give a function"),
+        ("text", None, "input_ids is a str; expected a torch.Tensor or a NumPy array"),
+    ],
+)
+def test_a_batch_without_tokens_is_refused_with_what_to_give(batch, tokens, message):
+    with running() as (_, bridge):
+        with pytest.raises(RequestRefused, match=message):
+            next(bridge.prefetch([batch], tokens))
+        nothing_in_flight(bridge)
+
+
+# Beside it
+
+
+def test_a_closed_bridge_ends_the_loop_with_a_word():
+    with bench(1, "ring.depth=3") as it:
+        child = it.teacher(Echo())
+        bridge = it.bridge()
+        ahead = bridge.prefetch(batches(9))
+        next(ahead)
+        bridge.close()
+        with pytest.raises(Closed, match="bridge is closed"):
+            for _ in ahead:
+                pass
+        assert child.join() == 0
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_prefetched_replies_are_streamed_in_their_turn(chunks):
+    with running("ring.depth=3", f"payload.stream={{chunk_positions: 3, chunks: {chunks}}}", teacher=lambda batch: {"ids": batch.input_ids}) as (_, bridge):  # fmt: skip
+        for step, (batch, pending) in enumerate(bridge.prefetch(batches(8))):
+            if step == 3:
+                continue  # dropped, unread
+            found = [chunk["ids"].clone() for _, chunk in pending.chunks()]
+            assert torch.equal(torch.cat(found), batch.flatten())
+        for batch, pending in bridge.prefetch(batches(8)):
+            assert torch.equal(pending.copy()["ids"], batch)
+            break
+        del pending
+        nothing_in_flight(bridge)
+
+
+def test_a_bridge_that_is_off_runs_the_same_loop():
+    given = [{"input_ids": batch, "n": i} for i, batch in enumerate(batches(4))]
+    off = DisabledBridge(0)
+    taken = []
+    seen = []
+    with (
+        off,
+        off.prefetch((taken.append(i) or item for i, item in enumerate(given)), state=lambda: len(taken)) as ahead,
+    ):
+        for item, pending in ahead:
+            assert len(taken) == len(seen) + 1, "nobody computes ahead, so nothing is taken ahead"
+            assert ahead.state == len(taken)
+            with pending.wait() as reply:
+                assert reply.missing
+            assert pending.copy().missing
+            assert [chunk.missing for _, chunk in pending.chunks()] == [True]
+            pending.cancel()
+            seen.append(item)
+    assert seen == given
+    assert [pending.done for _, pending in off.prefetch(given, ahead=2)] == [True] * 4
