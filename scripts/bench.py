@@ -4,9 +4,12 @@
     python scripts/bench.py roundtrip                       # tables on the terminal, some three minutes
     python scripts/bench.py roundtrip --quick               # one rank, few requests
     python scripts/bench.py roundtrip --json roundtrip.json # every figure, with machine and versions
+    python scripts/bench.py overlap                         # training steps beside a teacher; some five minutes
+    python scripts/bench.py replicas                        # one, two and four teachers; some four minutes
+    python scripts/bench.py losses                          # memory and time of the losses
 
-`roundtrip` needs `pip install -e .[bench]` for the ZeroMQ peer; a peer that is not installed or does not run is reported
-as failed and the others go on.
+All but `losses` know --quick and --json. `roundtrip` needs `pip install -e .[bench]` for the ZeroMQ peer; a peer that is not
+installed or does not run is reported as failed and the others go on.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 # Before NumPy and torch load: every copy below is one thread's, and a process with threads must not fork.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from benchmarks import roundtrip
+from benchmarks import losses, overlap, replicas, roundtrip
 from benchmarks.cell import PLACEMENTS
 
 
@@ -42,16 +45,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Benchmarks of shmbridge.")
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     _add_roundtrip(commands)
+    _add_overlap(commands)
+    _add_replicas(commands)
+    command = _add(commands, "losses", "peak memory and time of the losses, beside the plain formulas", losses)
+    losses.add_arguments(command)
     return parser
 
 
-def _add_roundtrip(commands: Any) -> None:
-    command = commands.add_parser(
-        "roundtrip",
-        help="IDs to the teacher and its reply back: this bridge, the raw limit, and other transports",
-        description=roundtrip.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _add(commands: Any, name: str, text: str, module: Any) -> argparse.ArgumentParser:
+    """The sub-command whose module's docstring tells the rest."""
+    raw = argparse.RawDescriptionHelpFormatter
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=module.__doc__, formatter_class=raw
     )
+    command.set_defaults(run=module.run)
+    return command
+
+
+def _add_common(command: argparse.ArgumentParser, quick: str) -> None:
+    command.add_argument("--quick", action="store_true", help=quick)
+    command.add_argument("--patience", type=float, default=60.0, help="seconds until a process counts as hung")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure, machine and versions")
+
+
+def _add_roundtrip(commands: Any) -> None:
+    text = "IDs to the teacher and its reply back: this bridge, the raw limit, and other transports"
+    command = _add(commands, "roundtrip", text, roundtrip)
     command.add_argument("--ranks", type=_list_of(_count), default=[1, 2, 4], help="training ranks (default: 1,2,4)")
     command.add_argument(
         "--sizes", type=_list_of(_nbytes), default=[1 << 10, 16 << 20], help="reply sizes (default: 1KB,16MB)"
@@ -60,10 +79,35 @@ def _add_roundtrip(commands: Any) -> None:
         "--placement", type=_list_of(_placement), default=list(PLACEMENTS), help="cores (default: same,across)"
     )
     command.add_argument("--requests", type=_count, default=1000, help="per rank and row; a tenth from 1 MB on")
-    command.add_argument("--quick", action="store_true", help="one rank and 200 requests")
-    command.add_argument("--patience", type=float, default=60.0, help="seconds until a peer counts as hung")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write every figure, machine and versions")
-    command.set_defaults(run=roundtrip.run)
+    _add_common(command, "one rank and 200 requests")
+
+
+def _add_overlap(commands: Any) -> None:
+    command = _add(commands, "overlap", "training steps beside a teacher of simulated devices", overlap)
+    command.add_argument("--ranks", type=_count, default=7, help="training ranks (default: 7)")
+    command.add_argument("--student-ms", type=float, default=100.0, help="s, a step of the student (default: 100)")
+    command.add_argument(
+        "--multiples", type=_list_of(float), default=[0.25, 0.5, 1.0, 2.0], help="t, in s (default: 0.25,0.5,1,2)"
+    )
+    command.add_argument(
+        "--apart", type=_list_of(float), default=[0.05, 0.2], help="ranks ask so far apart, in s (default: 0.05,0.2)"
+    )
+    _add_turns(command, steps=20, repeats=3)
+    _add_common(command, "three ranks, short steps, one turn")
+
+
+def _add_replicas(commands: Any) -> None:
+    command = _add(commands, "replicas", "one to several teachers of simulated devices", replicas)
+    command.add_argument("--ranks", type=_list_of(_count), default=[8, 7], help="training ranks (default: 8,7)")
+    command.add_argument("--replicas", type=_list_of(_count), default=[1, 2, 4], help="teachers (default: 1,2,4)")
+    command.add_argument("--us-per-token", type=float, default=40.0, help="of a teacher's device (default: 40)")
+    _add_turns(command, steps=20, repeats=3)
+    _add_common(command, "few ranks, one turn")
+
+
+def _add_turns(command: argparse.ArgumentParser, steps: int, repeats: int) -> None:
+    command.add_argument("--steps", type=_count, default=steps, help=f"of one turn (default: {steps})")
+    command.add_argument("--repeats", type=_count, default=repeats, help=f"turns of each case (default: {repeats})")
 
 
 def _list_of(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:

@@ -17,9 +17,11 @@ import torch
 from benchmarks.cell import TOKENS, Ask, Cell, Check, Model, token_ids
 from shmbridge import config
 from shmbridge.bridge import Bridge
+from shmbridge.encode import Verbatim
 from shmbridge.offer import Offer, OutputSpec
 from shmbridge.owner import Owner
-from shmbridge.server import Batch, Server
+from shmbridge.payload import Batch
+from shmbridge.server import Server
 from shmbridge.session import TeacherSession, TrainerSession
 
 
@@ -38,6 +40,9 @@ class Shmbridge:
         self._model = model
         self._ranks = cell.ranks
         overrides = [
+            "teacher.model=bench:nothing",
+            "parity=false",
+            "log.stats_every=0",
             f"ring.max_tokens={TOKENS}",
             "ring.max_batch=1",
             f"ring.spin_us={self._spin_us}",
@@ -58,7 +63,7 @@ class Shmbridge:
 
         session = TeacherSession(self._token)
         session.offer(self._offer)
-        Server(session, answer, self._offer, torch.device("cpu")).serve()
+        Server(session, answer, Verbatim(self._offer.outputs), self._offer, torch.device("cpu")).serve()
 
     @contextmanager
     def rank(self, index: int) -> Iterator[Ask]:

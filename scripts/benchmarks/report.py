@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import tables
 from benchmarks.cell import size_text
 from benchmarks.results import Results, Row
 
@@ -19,18 +17,15 @@ _PLACEMENTS = {
     "same": "same core: the teacher and all ranks share one core",
     "across": "across cores: the teacher alone on one core, the ranks on the others (shared where they are fewer)",
 }
-_WIDTH = 100
 
 
 def show(results: Results, about: str | None) -> None:
     """Print everything."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(_header(results))
-    console.print((about or "").split("\n\n", 1)[-1].strip().replace("\n", " "), style="dim")
+    console = tables.console()
+    console.print(tables.header("roundtrip", results.facts))
+    console.print(tables.about(about), style="dim")
     for placement, rows in groupby(results.rows, key=lambda row: row.placement):
-        _print(console, _PLACEMENTS[placement], _roundtrips(list(rows)))
+        tables.show(console, _PLACEMENTS[placement], _roundtrips(list(rows)))
     console.print(
         "x raw: p50 against the raw limit's in the same section. CPU: of one request, all threads of the process. "
         "shmbridge holds the reply under a lease, in place, and the first pass over it is the reader's; exchange copies "
@@ -41,41 +36,20 @@ def show(results: Results, about: str | None) -> None:
         if row.failed:
             where = f"{row.placement}, {size_text(row.reply_bytes)}, {row.ranks} ranks"
             console.print(Text(f"failed: {row.contestant} ({where}): {row.failed}", style="red"))
-    _print(console, "shmbridge: the teacher's CPU time for each request of a rank", _teacher_costs(results))
+    tables.show(console, "shmbridge: the teacher's CPU time for each request of a rank", _teacher_costs(results))
     if results.waiting:
-        _print(console, "CPU while waiting, percent of a core, over one second", _waiting(results))
-    _print(console, "targets, for shmbridge under a lease (r: ranks)", _targets(results))
+        tables.show(console, "CPU while waiting, percent of a core, over one second", _waiting(results))
+    tables.show(console, "targets, for shmbridge under a lease (r: ranks)", tables.targets(results.targets()))
 
 
 def write_json(results: Results, path: Path) -> None:
     """Every figure, with the machine, the versions and the targets."""
-    tree = {"benchmark": "roundtrip", **asdict(results), "targets": [asdict(target) for target in results.targets()]}
-    path.write_text(json.dumps(tree, indent=1) + "\n")
-
-
-def _header(results: Results) -> Text:
-    found, versions = results.machine, results.versions
-    kind = "virtual machine" if found["virtual_machine"] == "yes" else "no virtual machine"
-    load = " ".join(map(str, results.load_at_start)) + " to " + " ".join(map(str, results.load_at_end))
-    return Text.assemble(
-        ("roundtrip", "bold"),
-        f"  {results.date}  load {load}\n",
-        f"{found['cpu']}, {found['physical_cores_allowed']} cores, {found['memory_gib']} GiB, {kind}, Linux {found['kernel']}\n",
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
-    )
-
-
-def _print(console: Console, title: str, table: Table) -> None:
-    console.print(f"\n{title}", style="bold")
-    console.print(table)
-
-
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    figures = asdict(results)
+    tables.write_json(path, "roundtrip", figures.pop("facts"), figures, results.targets())
 
 
 def _roundtrips(rows: list[Row]) -> Table:
-    table = _table()
+    table = tables.table()
     for name in ("reply", "ranks"):
         table.add_column(name, justify="right")
     table.add_column("transport", no_wrap=True)
@@ -110,7 +84,7 @@ def _time(us: float) -> str:
 
 
 def _teacher_costs(results: Results) -> Table:
-    table = _table()
+    table = tables.table()
     table.add_column("placement")
     table.add_column("reply", justify="right")
     numbers = sorted({row.ranks for row in results.rows})
@@ -124,21 +98,11 @@ def _teacher_costs(results: Results) -> Table:
 
 
 def _waiting(results: Results) -> Table:
-    table = _table()
+    table = tables.table()
     table.add_column("transport")
     table.add_column("teacher without a request", justify="right")
     table.add_column("rank during a long forward", justify="right")
     for waiting in results.waiting:
         values = (waiting.idle_teacher_percent, waiting.waiting_rank_percent)
         table.add_row(waiting.contestant, *(f"{value:.2f} %" for value in values))
-    return table
-
-
-def _targets(results: Results) -> Table:
-    table = _table()
-    for name in ("target", "limit", "found", ""):
-        table.add_column(name, justify="right" if name == "limit" else "left")
-    for target in results.targets():
-        verdict = {True: Text("reached", "green"), False: Text("missed", "bold red"), None: Text("-")}
-        table.add_row(target.text, target.limit, target.found, verdict[target.reached])
     return table

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from benchmarks.cell import LARGE, size_text
+from benchmarks.tables import Facts, Target
 
 OURS = "shmbridge"
 RAW = "raw limit"
@@ -52,25 +52,11 @@ class Waiting:
 
 
 @dataclass
-class Target:
-    """`reached` is None where the run did not measure it."""
-
-    text: str
-    limit: str
-    found: str
-    reached: bool | None
-
-
-@dataclass
 class Results:
     """Everything that a run measured."""
 
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    load_at_start: list[float]
+    facts: Facts
     requests: int
-    load_at_end: list[float] = field(default_factory=list)
-    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     rows: list[Row] = field(default_factory=list)
     waiting: list[Waiting] = field(default_factory=list)
 

@@ -10,7 +10,6 @@ rank's.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import tempfile
 import time
@@ -21,16 +20,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import machine, report
+from benchmarks import machine, report, tables
 from benchmarks.bridge import Shmbridge
 from benchmarks.cell import Cell, place, size_text
 from benchmarks.contestant import Contestant
 from benchmarks.gloo import Gloo
 from benchmarks.memcpy import Memcpy
+from benchmarks.processes import Failed, uninterrupted
 from benchmarks.queues import Queues
 from benchmarks.raw import Raw
 from benchmarks.results import Results, Row, Waiting
-from benchmarks.team import Failed, Team, Turn
+from benchmarks.team import Team, Turn
 from benchmarks.zeromq import ZeroMq
 
 ROUNDS = 10
@@ -64,12 +64,12 @@ def run(options: argparse.Namespace) -> int:
         for ranks in options.ranks
     ]
     watched = next((cell for cell in cells if cell.placement == "across"), cells[0])
-    results = Results(machine.facts(), machine.versions(), machine.load(), options.requests)
+    results = Results(tables.Facts.now(), options.requests)
     for number, cell in enumerate(cells, 1):
-        _tell(f"[{number}/{len(cells)}] {cell.placement}, {cell.ranks} ranks, {size_text(cell.reply_bytes)}")
+        tables.progress(f"[{number}/{len(cells)}] {cell.placement}, {cell.ranks} ranks, {size_text(cell.reply_bytes)}")
         _measure(cell, options, results, watch=cell is watched)
-    results.load_at_end = machine.load()
-    _tell("")
+    results.facts.load_at_end = machine.load()
+    tables.progress("")
     report.show(results, __doc__)
     if options.json:
         report.write_json(results, options.json)
@@ -113,7 +113,7 @@ def _teams(cell: Cell, scratch: str, options: argparse.Namespace) -> Iterator[li
                 entry.team.start()
         yield entries
     finally:
-        with _uninterrupted():
+        with uninterrupted():
             for entry in entries:
                 entry.team.stop()
 
@@ -126,16 +126,6 @@ def _noting(entry: _Entry) -> Iterator[None]:
     except Failed as error:
         entry.failed = str(error)
         entry.team.stop()
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C does not cut the clean-up short."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _take_turn(entry: _Entry, requests: int) -> None:
@@ -184,9 +174,3 @@ def _watch(entries: Sequence[_Entry]) -> list[Waiting]:
 def _percent(before: Sequence[int], after: Sequence[int], started: float) -> list[float]:
     elapsed_ns = (time.perf_counter() - started) * 1e9
     return [100 * (b - a) / elapsed_ns for a, b in zip(before, after, strict=True)]
-
-
-def _tell(text: str) -> None:
-    """Progress, on a terminal only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

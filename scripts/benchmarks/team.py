@@ -1,36 +1,21 @@
-"""The processes of one contestant in one cell: forked, pinned, watched, ended.
+"""The processes of one contestant in one cell: pinned, and given turns.
 
 The ranks stay connected for the whole cell and sleep on a pipe between their turns, so that contestants can take turns
-without starting again. Nothing outlives the bench: a child gets SIGKILL when the bench dies.
+without starting again.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import signal
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.multiprocessing as mp
-
 from benchmarks.cell import Cell, Model
 from benchmarks.contestant import Contestant
-
-_PR_SET_PDEATHSIG = 1
-_GRACE_S = 3.0
-
-
-class Failed(Exception):
-    """The contestant raised, died, or took longer than the bench's patience."""
+from benchmarks.processes import Failed, Processes, cpu_ns
 
 
 class Turn(NamedTuple):
@@ -49,12 +34,10 @@ class Team:
         self.contestant = contestant
         self.model = Model(cell.reply_bytes)
         self._cell = cell
-        self._patience_s = patience_s
-        self._log = scratch / "log"
-        self._teacher: Any = None
-        self._ranks: list[Any] = []
-        self._pipes: list[Connection] = []
         self._scratch = scratch
+        self._processes = Processes(scratch, patience_s)
+        self._teachers: list[Any] = []
+        self._ranks: list[Any] = []
 
     def start(self) -> None:
         """Fork, connect, and see the right reply arrive at every rank. Raises Failed; `stop` is due in any case."""
@@ -62,108 +45,42 @@ class Team:
             self.contestant.prepare(self._cell, self.model, self._scratch)
         except Exception as error:
             raise Failed(f"{type(error).__name__}: {error}") from error
-        self._teacher = self._fork(self._cell.teacher_core, self.contestant.teach)
+        self._teachers.append(self._processes.fork(self.contestant.teach, self._cell.teacher_core))
         for index, core in enumerate(self._cell.rank_cores):
-            ours, theirs = mp.Pipe()
-            self._pipes.append(ours)
-            self._ranks.append(self._fork(core, partial(self._obey, index, theirs)))
-            theirs.close()
-        self._collect()
+            self._ranks.append(self._processes.fork_with_pipe(partial(self._obey, index), core))
+        self.finish()
 
     def turn(self, warm: int, requests: int) -> Turn:
         """Every rank makes `warm` requests unmeasured and `requests` measured ones, all ranks at once. Raises Failed."""
         before = self.teacher_cpu_ns()
         self.begin(warm, requests)
-        answers = self._collect()
+        answers = self._processes.collect()
         samples = [sample for samples, _ in answers for sample in samples]
         asked = (warm + requests) * len(answers)
         return Turn(samples, sum(cpu for _, cpu in answers), self.teacher_cpu_ns() - before, asked)
 
     def begin(self, warm: int, requests: int) -> None:
         """Send the ranks off; `finish` waits for them."""
-        for pipe in self._pipes:
-            pipe.send((warm, requests))
+        self._processes.send((warm, requests))
 
     def finish(self) -> None:
         """Wait for what `begin` began. Raises Failed."""
-        self._collect()
+        self._processes.collect()
 
     def teacher_cpu_ns(self) -> int:
-        return _cpu_ns(self._teacher.pid)
+        return cpu_ns(self._teachers)
 
     def rank_cpu_ns(self) -> int:
         """Of all ranks together."""
-        return sum(_cpu_ns(rank.pid) for rank in self._ranks)
+        return cpu_ns(self._ranks)
 
     def stop(self) -> None:
         """Let the processes leave, end those that do not, and remove what the contestant made."""
-        for pipe in self._pipes:
-            try:
-                pipe.send(None)
-            except OSError:
-                pass
-        deadline = time.monotonic() + _GRACE_S
-        for process in filter(None, [*self._ranks, self._teacher]):
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
-                process.join()
-        for pipe in self._pipes:
-            pipe.close()
+        self._processes.stop()
         self.contestant.close()
 
-    # In the bench's process
-
-    def _fork(self, core: int, body: Callable[[], None]) -> Any:
-        process = mp.get_context("fork").Process(target=self._child, args=(os.getpid(), core, body), daemon=True)
-        process.start()
-        return process
-
-    def _collect(self) -> list[Any]:
-        """One message of each rank."""
-        deadline = time.monotonic() + self._patience_s
-        return [self._receive(rank, pipe, deadline) for rank, pipe in zip(self._ranks, self._pipes, strict=True)]
-
-    def _receive(self, rank: Any, pipe: Connection, deadline: float) -> Any:
-        while True:
-            processes = [process for process in (rank, self._teacher) if process.exitcode is None]
-            sentinels = [process.sentinel for process in processes]
-            ready = wait([pipe, *sentinels], max(0.0, deadline - time.monotonic()))
-            if pipe in ready:
-                try:
-                    return pipe.recv()
-                except EOFError:
-                    rank.join(_GRACE_S)
-            if rank.exitcode is not None or self._teacher.exitcode:
-                raise Failed(f"ended early: {self._last_words()}")
-            if not ready:
-                raise Failed(f"no answer within {self._patience_s:g} s")
-
-    def _last_words(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
-        return next((line for line in reversed(lines) if line.strip()), "without a word")
-
-    # In the children
-
-    def _child(self, bench: int, core: int, body: Callable[[], None]) -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != bench:
-            os._exit(1)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        tempfile.tempdir = str(self._scratch)
-        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        os.dup2(log, 2)
-        os.sched_setaffinity(0, {core})
-        torch.set_num_threads(1)
-        gc.disable()
-        try:
-            body()
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-            os._exit(1)
-
     def _obey(self, index: int, pipe: Connection) -> None:
+        """In the rank's process."""
         with self.contestant.rank(index) as ask:
             ask(self.model.check)
             pipe.send(None)
@@ -187,11 +104,3 @@ def _measure(ask: Callable[[None], None], requests: int) -> tuple[list[int], int
         ask(None)
         samples[i] = clock() - started
     return samples, time.process_time_ns() - cpu
-
-
-def _cpu_ns(pid: int) -> int:
-    """CPU time of another process, all its threads: the clock that clock_getcpuclockid(3) names. 0 once it ended."""
-    try:
-        return time.clock_gettime_ns((~pid << 3) | 2)
-    except OSError:
-        return 0
