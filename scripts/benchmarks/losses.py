@@ -113,7 +113,7 @@ def _add_section(table: Table, args: argparse.Namespace, loss: str, dtype: str) 
                 *(loss, dtype, form, contestant),
                 f"{found.peak_bytes / 2**20:.0f} MiB",
                 f"{found.peak_bytes / case.logits_bytes:.2f}",
-                f"{found.peak_bytes / base.peak_bytes:.2f}",
+                f"{found.peak_bytes / max(1, base.peak_bytes):.2f}",
                 f"{found.seconds:.2f} s",
                 f"{found.seconds / base.seconds:.2f}",
             )

@@ -40,7 +40,9 @@ def test_requests_of_like_length_meet():
 
 @given(shapes, st.integers(1, 80), paddings)
 def test_a_request_that_fits_is_not_split(requests, limit, padding):
-    whole = {p.request for pieces in compose(requests, limit, padding) for p in pieces if p.rows == requests[p.request][0]}
+    whole = {
+        p.request for pieces in compose(requests, limit, padding) for p in pieces if p.rows == requests[p.request][0]
+    }
     assert whole >= {i for i, (batch, seq) in enumerate(requests) if batch * seq <= limit}
 
 

@@ -50,7 +50,9 @@ def test_a_request_arrives_as_it_was_sent():
 def test_every_array_arrives_beside_the_ids_and_none_reaches_beyond_the_slot(names, itemsize, tokens):
     ring = make(depth=1, max_tokens=21, candidates=3)
     ids = bytes(range(tokens)) * itemsize
-    sent = {name: bytes([7 + i]) * ring.layout.array_bytes(name, tokens) for i, name in enumerate(ARRAYS) if name in names}
+    sent = {
+        name: bytes([7 + i]) * ring.layout.array_bytes(name, tokens) for i, name in enumerate(ARRAYS) if name in names
+    }
     guard = ring.layout.request_stride + ring.layout.request(0)
     before = bytes(ring.memory[guard : guard + 64])
     extent = Extent(1, tokens, tokens - 1 if "positions" in names else None)
