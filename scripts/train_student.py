@@ -169,10 +169,9 @@ def fit(
         for step, (input_ids, pending) in enumerate(ahead):
             input_ids = input_ids.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-                hidden = trunk(input_ids=input_ids, use_cache=False).last_hidden_state
-            guess = LazyLogits(hidden, head)
-            kl = distillation_loss(guess, pending, bridge, args.temperature) if bridge.enabled else None
-            ce = cross_entropy(guess, input_ids) if kl is None or args.ce_weight else None
+                guess = LazyLogits(trunk(input_ids=input_ids, use_cache=False).last_hidden_state, head)
+                kl = distillation_loss(guess, pending, bridge, args.temperature) if bridge.enabled else None
+                ce = cross_entropy(guess, input_ids) if kl is None or args.ce_weight else None
             loss = total(kl, ce, args.ce_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -258,12 +257,12 @@ def evaluate(
         labels = input_ids.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             guess = LazyLogits(student.model(input_ids=labels, use_cache=False).last_hidden_state, head)
-        sums[0] += 1
-        sums[1] += cross_entropy(guess, labels)
-        reply = pending.copy()
-        if not reply.missing:
-            sums[2] += divergence(bridge)(guess, teacher_of(reply, bridge, temperature), temperature=temperature)
-            sums[3] += teacher_cross_entropy(reply, bridge, labels)
+            sums[0] += 1
+            sums[1] += cross_entropy(guess, labels)
+            reply = pending.copy()
+            if not reply.missing:
+                sums[2] += divergence(bridge)(guess, teacher_of(reply, bridge, temperature), temperature=temperature)
+                sums[3] += teacher_cross_entropy(reply, bridge, labels)
     dist.all_reduce(sums)
     count, ce, kl, teacher_ce = sums.tolist()
     return {

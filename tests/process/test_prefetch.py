@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -180,12 +182,28 @@ def test_a_refused_batch_is_told_in_its_turn():
     wanted[2][1, 3] = -100
     with running("ring.depth=3") as (_, bridge):
         seen = 0
+        ahead = bridge.prefetch(wanted)
         with pytest.raises(RequestRefused, match=r"input_ids\[1, 3\] is -100"):
-            for batch, pending in bridge.prefetch(wanted):
+            for batch, pending in ahead:
                 right(pending, batch)
                 seen += 1
         assert seen == 2
+        assert list(ahead) == []
         nothing_in_flight(bridge)
+
+
+def test_an_exception_that_was_told_holds_no_reference_to_the_prefetch():
+    with running() as (_, bridge):
+        gc.disable()
+        try:
+            ahead = bridge.prefetch(["no tokens"])
+            watched = weakref.ref(ahead)
+            with contextlib.suppress(RequestRefused):
+                next(ahead)
+            del ahead
+            assert watched() is None
+        finally:
+            gc.enable()
 
 
 def test_a_loader_that_raised_unseen_keeps_neither_slots_nor_the_bridge():

@@ -6,15 +6,19 @@ import gc
 import mmap
 import os
 import signal
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from shmbridge import peer
+from shmbridge.board import Phase
 from shmbridge.bridge import Bridge, Pending
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, TeacherDied, TeacherError
 from shmbridge.head import Head
@@ -22,6 +26,7 @@ from shmbridge.payload import Batch
 from tests.harness import Bench, Child, bench, until
 from tests.process.test_bridge import ids
 
+ROOT = Path(__file__).parents[2]
 WORDS, WIDTH, CHUNK = 50, 8, 4
 STREAM = [f"payload.stream={{chunk_positions: {CHUNK}, chunks: 2}}"]
 LOGITS = ["payload.logits.dtype=float32", *STREAM]
@@ -141,6 +146,24 @@ def test_two_ranks_of_unlike_length_in_one_forward_get_their_own_chunks():
 
     with serving("teacher.collect=lockstep", *LOGITS, lanes=2) as it:
         assert [child.join() for child in [it.rank(lane, body) for lane in range(2)]] == [0, 0]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_request_that_was_split_by_rows_is_one_stream(chosen):
+    with serving("teacher.max_batch_tokens=20", *LOGITS) as it:
+        bridge = it.bridge()
+        sent = safe(7, 7)
+        positions = ids(7, 7, seed=3) % 2 == 0 if chosen else torch.ones(7, 7, dtype=torch.bool)
+        positions[2:4] = not chosen  # the second of four forwards has none
+        found = read(bridge.submit(sent, positions=positions))
+        at = 0
+        for rows, chunk in found:
+            assert (rows.start, rows.stop) == (at, at + len(chunk["logits"]))
+            at = rows.stop
+        wanted = MODEL.logits(sent)[positions.flatten()]
+        torch.testing.assert_close(torch.cat([chunk["logits"] for _, chunk in found]), wanted)
+        torch.testing.assert_close(bridge.exchange(sent, positions=positions).logits, wanted)
+        bridge.close()
 
 
 def test_a_teacher_of_ones_own_streams_what_it_returns():
@@ -536,21 +559,22 @@ def test_closing_with_unread_streams_ends_the_teacher():
         assert it.children[0].join() == 0
 
 
-def test_a_teacher_told_to_stop_ends_the_stream_it_is_in_and_no_more():
-    with serving() as it:
+def test_a_teacher_told_to_stop_ends_the_streams_that_were_asked_for_and_no_more():
+    with serving("ring.depth=3", *LOGITS) as it:
         bridge = it.bridge()
         sent = [safe(3, 15, i) for i in range(2)]
         pending = [bridge.submit(one) for one in sent]
-        rows, first = [], []
-        for at, chunk in pending[0].chunks():
-            if not rows:
-                it.children[0].kill(signal.SIGTERM)
-            rows.append(at.start)
+        first = []
+        for rows, chunk in pending[0].chunks():
             first.append(chunk.logits.clone())
+            if rows.start == 0:
+                it.children[0].kill(signal.SIGTERM)
+                until(lambda: it.owner.control.teachers[0].phase is Phase.DRAINING, "a teacher that ends")
+                late = bridge.submit(sent[0])
         right(torch.cat(first), sent[0])
         right(pending[1].copy().logits, sent[1])
         with pytest.raises(TeacherDied, match=r"is gone; it was in phase (draining|closed)"):
-            bridge.exchange(sent[0])
+            late.copy()
         assert it.children[0].join() == 0
         bridge.close()
 
@@ -585,8 +609,8 @@ def test_what_waits_for_a_reader_is_no_view_of_the_whole_forward():
         alive.clear()
         rounds = Flag()
         with serving("teacher.linger_ms=60000", "ring.max_tokens=1024", *overrides, lanes=2, teacher=model) as it:
-            late = it.rank(1, reads_late)
             bridge = it.bridge()
+            late = it.rank(1, reads_late)
             until(lambda it=it: it.owner.lanes[1].ring.requested, "a request to share the forward with")
             assert bridge.exchange(safe(50, 9)).composition.rows == 51
             for step in range(3):
@@ -645,3 +669,12 @@ def test_memory_of_both_sides_does_not_grow_with_the_sequence():
     short, long = peak_kb_of_one_reply(1024, 8192), peak_kb_of_one_reply(4096, 8192)
     for side, before, after in zip(("teacher", "rank"), short, long, strict=True):
         assert after - before < 24 << 10, f"the {side} took {before} kB, then {after} kB"
+
+
+@pytest.mark.slow
+def test_the_script_that_shows_it():
+    script = [sys.executable, "scripts/stream_long.py", "--tokens", "256", "512", "--words", "1024", "--chunk", "32"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokens = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    assert tokens == ["tokens", "256", "512"]
