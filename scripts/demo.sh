@@ -33,5 +33,9 @@ if ((gpus == 1)); then
   dtype=bfloat16
 fi
 
+# The loss works in chunks of many megabytes. By default glibc gives each back to the system and faults it in again, which
+# takes a tenth of a rank's time.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
+
 exec shmbridge-launch --config configs/demo.yaml "${devices[@]}" --teacher "$model" "teacher.dtype=$dtype" -- \
   scripts/train_student.py --steps "$steps" --out runs/demo "${bf16[@]}" "$@"

@@ -147,7 +147,8 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        self._make_room()
+        if self._prefetches:
+            self._make_room()
         return self._submit(input_ids, attention_mask, **extras)
 
     def _submit(
@@ -156,10 +157,10 @@ class Bridge:
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
-        session, agreed = self._session, self._ready()
+        agreed, shape = self._ready(), self._open.control.shape
         packed = extras.get("position_ids") is not None
-        ids = check_ids(input_ids, agreed, session.control.shape, packed)
-        extent, arrays = check_arrays(ids, attention_mask, extras, agreed, session.control.shape)
+        ids = check_ids(input_ids, agreed, shape, packed)
+        extent, arrays = check_arrays(ids, attention_mask, extras, agreed, shape)
         step = extras.get("step")
         if step is not None and step < 0:
             raise RequestRefused(f"step is {step}; expected a counter that is not negative, or None.")
@@ -276,9 +277,10 @@ class Bridge:
 
     def _ready(self) -> Offer:
         """The offer, once the parity check has passed as well."""
-        if not self._checked:
+        if not self._checked or self._offer is None:
             self.wait_ready()
-        return self._barrier()
+            return self._barrier()
+        return self._offer
 
     def _fail(self, error: BaseException) -> None:
         """Tell the session that this rank ends by an exception. A clean SystemExit is a close."""

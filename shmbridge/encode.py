@@ -67,6 +67,7 @@ class Verbatim:
 
     def __init__(self, outputs: tuple[OutputSpec, ...]) -> None:
         self._outputs = outputs
+        self._per_token = [(spec.name, spec.per_token) for spec in outputs]
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         payload.check_outputs(self._outputs, returned, rows, seq)
@@ -74,9 +75,9 @@ class Verbatim:
 
     def select(self, returned: Tensors, choice: Choice) -> Rows:
         tensors = {}
-        for spec in self._outputs:
-            tensor = returned[spec.name]
-            tensors[spec.name] = _chosen(tensor, choice) if spec.per_token else tensor[choice.rows]
+        for name, per_token in self._per_token:
+            tensor = returned[name]
+            tensors[name] = _chosen(tensor, choice) if per_token else _of_rows(tensor, choice)
         return Rows(_positions(choice), tensors, choice)
 
     def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:
@@ -185,11 +186,14 @@ def of_targets(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _chosen(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
     """The rows of a combined (rows, padded seq, ...) tensor that are the request's, without padding: (rows, seq, ...), or
     (positions, ...) where it chose positions."""
-    if choice.rows.stop - choice.rows.start != tensor.shape[0]:
-        tensor = tensor[choice.rows]
+    tensor = _of_rows(tensor, choice)
     if tensor.shape[1] != choice.seq:
         tensor = tensor[:, : choice.seq]
     return tensor if choice.chosen is None else tensor.flatten(0, 1)[choice.chosen]
+
+
+def _of_rows(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
+    return tensor if choice.rows.stop - choice.rows.start == tensor.shape[0] else tensor[choice.rows]
 
 
 def kept(rows: Rows) -> Rows:

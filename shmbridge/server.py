@@ -99,10 +99,10 @@ class Server:
             self._session.record.at(request.step, request.sequence)
             if self._trace:
                 self._hand_over("collect", answer, len(request.ids), request.submitted_ns)
-        for kind in (False, True):
+        for kind in {combine.packed(answer.request) for answer in answers}:
             alike = [answer for answer in answers if combine.packed(answer.request) is kind]
-            shapes = [(answer.request.extent.batch, answer.request.extent.seq) for answer in alike]
-            for pieces in batching.compose(shapes, self._max_tokens, self._settings.max_padding) if alike else ():
+            shapes = [answer.request.extent[:2] for answer in alike]
+            for pieces in batching.compose(shapes, self._max_tokens, self._settings.max_padding):
                 self._run(alike, pieces)
 
     def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:

@@ -54,28 +54,36 @@ class Meter:
 
     def reset(self) -> None:
         """Count from now on."""
-        self._started = self._window_started = time.monotonic()
-        self._all = self._window = Stats()
+        self._started = time.monotonic()
+        self._all = Stats()
+        self._begin_window(self._started)
+
+    def _begin_window(self, now: float) -> None:
+        self._window_started = now
+        self._replies = 0
+        self._waited_s = self._teacher_ns = self._padding = 0.0
+
+    def _window(self, elapsed_s: float = 0.0) -> Stats:
+        padding = self._padding / self._replies if self._replies else 0.0
+        return Stats(self._replies, elapsed_s, self._waited_s, self._teacher_ns / 1e9, padding)
 
     def waited(self, seconds: float) -> None:
-        self._window = self._window._replace(waited_s=self._window.waited_s + seconds)
+        self._waited_s += seconds
 
     def replied(self, step: int | None, composition: Composition) -> None:
-        before = self._window
-        self._window = before._replace(
-            replies=before.replies + 1,
-            teacher_s=before.teacher_s + composition.forward_ns / 1e9,
-            padding=before.padding + (composition.padded_fraction - before.padding) / (before.replies + 1),
-        )
-        if self._window.replies == self._every:
+        self._replies += 1
+        self._teacher_ns += composition.forward_ns
+        self._padding += composition.padded_fraction
+        if self._replies == self._every:
             now = time.monotonic()
             at = f"reply {self._all.replies + self._every}" if step is None else f"step {step}"
-            trace.logger.info("%s: %s", at, self._window._replace(elapsed_s=now - self._window_started))
-            self._all, self._window, self._window_started = _sum(self._all, self._window), Stats(), now
+            trace.logger.info("%s: %s", at, self._window(now - self._window_started))
+            self._all = _sum(self._all, self._window())
+            self._begin_window(now)
 
     def total(self) -> Stats:
         """Since the last reset, up to now."""
-        return _sum(self._all, self._window)._replace(elapsed_s=time.monotonic() - self._started)
+        return _sum(self._all, self._window())._replace(elapsed_s=time.monotonic() - self._started)
 
 
 def _sum(a: Stats, b: Stats) -> Stats:
