@@ -27,6 +27,7 @@ from shmbridge import parity, shared_head, trace
 from shmbridge.config import Config
 from shmbridge.errors import Closed, RequestRefused
 from shmbridge.head import Head
+from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
 from shmbridge.pending import Lease, Pending
 from shmbridge.prefetch import Prefetch, Tokens
@@ -34,7 +35,7 @@ from shmbridge.reply import Reply
 from shmbridge.requests import Requests
 from shmbridge.session import TrainerSession
 from shmbridge.stats import Stats
-from shmbridge.token_ids import Extras, IntArray, check_arrays, check_ids
+from shmbridge.token_ids import Extras, IntArray, check_arrays, check_ids, check_names
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
 
@@ -157,13 +158,15 @@ class Bridge:
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
+        if extras:
+            check_names(extras)
         agreed, shape = self._ready(), self._open.control.shape
         packed = extras.get("position_ids") is not None
         ids = check_ids(input_ids, agreed, shape, packed)
         extent, arrays = check_arrays(ids, attention_mask, extras, agreed, shape)
         step = extras.get("step")
-        if step is not None and step < 0:
-            raise RequestRefused(f"step is {step}; expected a counter that is not negative, or None.")
+        if step is not None and not (isinstance(step, int) and 0 <= step < NO_STEP):
+            raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
         return Pending(self._sending, self._sending.send(ids, extent, arrays, step))
 
     def exchange(

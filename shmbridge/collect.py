@@ -23,11 +23,11 @@ from shmbridge.trace import logger
 class Collector:
     """Of one teacher."""
 
-    def __init__(self, session: TeacherSession, streams: Streams, publish: Callable[[Answer], None]) -> None:
-        """`publish` answers with nothing a request whose reply nobody will read."""
+    def __init__(self, session: TeacherSession, streams: Streams, skip: Callable[[Answer], None]) -> None:
+        """`skip` answers with nothing a request whose reply nobody will read."""
         self._session = session
         self._streams = streams
-        self._publish = publish
+        self._skip = skip
         self._lockstep = session.settings.teacher.collect == "lockstep"
         self._linger_s = session.settings.teacher.linger_ms / 1000
         self._lanes = list(session.lanes)
@@ -89,7 +89,7 @@ class Collector:
         """The lane's oldest request; those before it that were abandoned are answered with nothing."""
         ring = lane.ring
         while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
-            self._publish(Answer(lane, ring.read_request(sequence)))
+            self._skip(Answer(lane, ring.read_request(sequence)))
         return sequence
 
     def _everyone(self) -> bool | None:

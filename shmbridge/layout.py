@@ -156,7 +156,7 @@ REPLY_HEAD = struct.Struct("<11Q")
 REPLY_HEAD_BYTES = 16 * 1024
 ERROR_OFFSET = 128
 ERROR_CAPACITY = REPLY_HEAD_BYTES - ERROR_OFFSET
-ANSWERED, RAISED = 1, 2
+ANSWERED, RAISED, SKIPPED = 1, 2, 3  # SKIPPED: nobody wanted it, and nothing was computed
 
 # generation, sequence, first position and number of positions
 CHUNK_HEAD = struct.Struct("<4Q")

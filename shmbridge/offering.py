@@ -28,6 +28,10 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
     with torch.inference_mode():
         if settings.payload.named:
             outputs, encoder, words, head = _of_language_model(forward, settings, device)
+        elif settings.payload.vocab is not None:
+            raise PlanError(
+                f"payload.vocab is {settings.payload.vocab}, and no payload is named that it could cut; set payload.logits={{}}."
+            )
         else:
             declared = settings.teacher.outputs or getattr(forward, "outputs", {})
             outputs, words, head = payload.probe(forward, device, declared), None, None

@@ -9,7 +9,8 @@ On a fixed data set this costs no staleness, because it is the same batch that t
       in the loop
 
 Other requests come first. Where `exchange` or another prefetch finds no free slot, or replies are streamed, which is in the
-order of their requests, what was submitted ahead is withdrawn, and submitted again before its turn.
+order of their requests, what was submitted ahead is withdrawn, and submitted again before its turn. Slots come free in order,
+so this holds once the loop has read its own reply.
 """
 
 from __future__ import annotations

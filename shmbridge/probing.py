@@ -10,6 +10,7 @@ from shmbridge import fingerprint
 from shmbridge.combine import next_tokens
 from shmbridge.config import Config, PayloadConfig
 from shmbridge.encode import Choice, Encoder, LanguageModel
+from shmbridge.errors import PlanError
 from shmbridge.head import Head
 from shmbridge.offer import BY_HEAD, Extent, OutputSpec, Probe, by_head
 from shmbridge.payload import Batch, Forward
@@ -31,6 +32,7 @@ def make(
     if settings.payload.named and "logits" in returned:
         encoder = LanguageModel(settings.payload, None)
     expected = _encoded(encoder, returned, ids, settings.payload)
+    _refuse_nan(expected)
     rows, seq = ids.shape
     prints = {
         spec.name: fingerprint.of(spec, expected[spec.name].reshape(spec.dims(Extent(rows, seq)))) for spec in outputs
@@ -45,6 +47,16 @@ def make(
         spec.dtype in ("bfloat16", "float16") for spec in outputs
     )
     return Probe(tuple(map(tuple, ids.tolist())), prints, _ROUNDED if rounded else _EXACT)
+
+
+def _refuse_nan(outputs: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in outputs.items():
+        odd = int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
+        if odd:
+            raise PlanError(
+                f"the teacher's {name!r} has {odd} NaN among {tensor.numel()} numbers for a small batch of ordinary tokens. Try "
+                "another teacher.dtype or teacher.attn_implementation; parity=false lets it pass."
+            )
 
 
 def vocab_size(forward: Forward, settings: Config) -> int | None:
@@ -100,5 +112,5 @@ def _encoded(
     candidates = torch.zeros(rows * seq, asked, dtype=torch.int64, device=device) if asked else None
     choice = Choice(slice(0, rows), seq, None, targets, candidates)
     chosen = encoder.select(encoder.prepare(returned, rows, seq, True), choice)
-    ((_, outputs),) = encoder.encode(chosen)  # so small that it is one part
-    return dict(outputs)
+    parts = [outputs for _, outputs in encoder.encode(chosen)]
+    return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}

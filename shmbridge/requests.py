@@ -166,7 +166,7 @@ class Requests:
         ring = self._session.ring
         try:
             while taken < sent.extent.positions:
-                chunk = self._next_chunk(sent, timeout)
+                chunk = self._next_chunk(sent, taken, timeout)
                 extent = Extent(0, 0, chunk.positions)
                 tensors = self._wanted(self._plane.read(chunk.number, extent, self.device), sent)
                 reply = Reply(tensors, sent.sequence, sent.step, None)
@@ -181,13 +181,19 @@ class Requests:
         finally:
             self.cancel(sent.sequence)
 
-    def _next_chunk(self, sent: Sent, timeout: float | None) -> Chunk:
-        """Sleep until there is one. Raises TeacherError where there will be none."""
+    def _next_chunk(self, sent: Sent, taken: int, timeout: float | None) -> Chunk:
+        """Sleep until there is one, which begins at position `taken`. Raises TeacherError where there will be none."""
         self._await_chunk(sent, timeout)
         chunk = self._open.ring.next_chunk(sent.sequence, self._open.reader)
         if chunk is None:  # answered, and no chunk was published before that
             self.head(sent)
             raise AttachError(f"the reply to sequence {sent.sequence} ends before its last chunk: refused.")
+        most = min(self._open.control.shape.chunk_positions, sent.extent.positions - taken)
+        if chunk.start != taken or not 0 < chunk.positions <= most:
+            raise AttachError(
+                f"chunk {chunk.number} of sequence {sent.sequence} tells {chunk.positions} positions from {chunk.start} on, "
+                f"expected 1 to {most} from {taken} on: refused."
+            )
         return chunk
 
     def _await_chunk(self, sent: Sent, timeout: float | None) -> None:

@@ -34,6 +34,7 @@ from shmbridge.layout import (
     REPLY_HEAD,
     REQUEST,
     REQUEST_DATA,
+    SKIPPED,
     WORD,
     LaneLayout,
     LaneWord,
@@ -241,7 +242,8 @@ class Ring:
     def next_chunk(self, sequence: int, reader: int = 0) -> Chunk | None:
         """The oldest chunk of the reply to `sequence` that is not consumed, or None. Raises AttachError.
 
-        Chunks of earlier replies, which were abandoned, are consumed on the way."""
+        Chunks of earlier replies, which were abandoned, are consumed on the way. What stands in it is for the caller to check.
+        """
         words, chunks = self.words, self.layout.chunks
         while (index := words[self._consumed[reader]]) != words[_STREAMED]:
             head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head(index % chunks))
@@ -264,12 +266,14 @@ class Ring:
 
     def next_request(self) -> int | None:
         """The oldest submitted sequence, or None. Raises AttachError where the cursors contradict each other."""
+        abandoned = self.abandoned  # before `requested`, which it never passes
         requested, replied = self.words[_REQUESTED], self.words[_REPLIED]
         if requested == replied:
             return None
-        if not replied < requested <= replied + self.depth:
+        if not replied < requested <= replied + self.depth or abandoned > requested:
             raise AttachError(
-                f"the lane's cursors are garbled: requested {requested}, replied {replied}, depth {self.depth}."
+                f"the lane's cursors are garbled: requested {requested}, replied {replied}, abandoned {abandoned}, depth "
+                f"{self.depth}."
             )
         return replied
 
@@ -321,6 +325,11 @@ class Ring:
 
     def publish_chunk(self) -> None:
         self.words[_STREAMED] += 1
+
+    def skip_reply(self, sequence: int) -> None:
+        """Write the head of a reply that nobody wants; whoever reads it all the same is refused."""
+        offset = self.layout.reply_head(sequence % self.depth)
+        REPLY_HEAD.pack_into(self.memory, offset, self.generation, sequence, SKIPPED, *[0] * 8)
 
     def write_reply(self, sequence: int, composition: Composition, error: str | None = None, echo: int = 0) -> None:
         """Write a reply's head; its payload is written before, by the plane."""

@@ -65,7 +65,7 @@ class Server:
         self._streams = Streams(
             encoder, self._planes, shape.chunk_positions, self._sent_chunk, self._fail_stream, self._publish
         )
-        self._collector = Collector(session, self._streams, self._publish)
+        self._collector = Collector(session, self._streams, self._skip)
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
@@ -204,6 +204,13 @@ class Server:
         if self._trace:
             nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
             self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
+
+    def _skip(self, answer: Answer) -> None:
+        """Answer with nothing: nobody will read it."""
+        ring, sequence = answer.lane.ring, answer.request.sequence
+        ring.skip_reply(sequence)
+        ring.publish_reply(sequence)
+        self._session.ring_readers(answer.lane)
 
     # Streams
 

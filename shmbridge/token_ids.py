@@ -6,6 +6,7 @@ sent it.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, TypedDict
 
 import numpy as np
@@ -64,6 +65,14 @@ class Extras(TypedDict, total=False):
     targets: torch.Tensor | IntArray | None
     candidates: torch.Tensor | IntArray | None
     step: int | None
+
+
+def check_names(extras: Extras) -> None:
+    """Raise RequestRefused for an argument that submit does not have: misspelt, it would be left out without a word."""
+    for name in extras.keys() - Extras.__annotations__.keys():
+        near = difflib.get_close_matches(name, Extras.__annotations__, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(Extras.__annotations__)}."
+        raise RequestRefused(f"submit has no argument {name!r}; {hint}")
 
 
 def check_arrays(

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from shmbridge import combine
+from shmbridge import combine, config, offering
 from shmbridge.bridge import Bridge
-from shmbridge.errors import ConfigError, ParityError
+from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
 from shmbridge.payload import Batch
 from shmbridge.reply import Reply
@@ -356,3 +356,16 @@ def test_a_payload_vocab_that_cuts_words_is_refused_before_anything_is_served(wi
     ):
         load(with_tokenizer, "payload.vocab=949")
     assert load(with_tokenizer, "payload.vocab=950").head.weight.shape[0] == 950
+
+
+def test_a_teacher_that_gives_nan_is_refused_at_the_offer():
+    settings = config.load(overrides=["teacher.model=tests:own", "payload.logits={}"])
+    nan = lambda batch: {"logits": torch.full((*batch.input_ids.shape, 7), torch.nan)}  # noqa: E731
+    with pytest.raises(PlanError, match="has 84 NaN among 84 numbers"):
+        offering.make(nan, settings, torch.device("cpu"))
+
+
+def test_a_cut_of_the_vocabulary_needs_a_payload_to_cut():
+    settings = config.load(overrides=["teacher.model=tests:own", "payload.vocab=5"])
+    with pytest.raises(PlanError, match="payload.vocab is 5, and no payload is named that it could cut"):
+        offering.make(lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 7)}, settings, torch.device("cpu"))

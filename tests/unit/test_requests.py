@@ -14,7 +14,7 @@ from shmbridge import config
 from shmbridge.errors import RequestRefused
 from shmbridge.offer import Extent, Offer, OutputSpec
 from shmbridge.session import Shape
-from shmbridge.token_ids import check_arrays, check_ids
+from shmbridge.token_ids import check_arrays, check_ids, check_names
 
 LOGPROBS = OutputSpec("logprobs", "float32", ("seq",))
 TEACHER = Offer(outputs=(LOGPROBS,), model="tiny", vocab_size=100, max_seq=16, words=90)
@@ -148,3 +148,9 @@ def test_a_next_token_that_the_teacher_has_no_word_for_is_refused():
         check(ids=np.array([[1, 2, 95], [1, 2, 3]]))
     assert check(SILENT, ids=np.array([[1, 2, 95]]))[0] == Extent(1, 3), "without logprobs it is nobody's target"
     check(ids=np.array([[1, 2, 95]]), targets=np.array([[2, -100, -100]]))
+
+
+def test_a_misspelt_argument_is_refused_by_its_name():
+    with pytest.raises(RequestRefused, match="no argument 'possitions'; did you mean 'positions'"):
+        check_names({"possitions": IDS})
+    check_names({"positions": IDS, "step": 3})

@@ -210,3 +210,21 @@ def test_garbled_chunk_cursors_are_named():
     ring.words[LaneWord.STREAMED] = 2**40
     with pytest.raises(AttachError, match="refused"):
         ring.next_chunk(0)
+
+
+def test_a_reply_that_was_skipped_is_no_reply():
+    ring = make()
+    ask(ring)
+    ring.abandon(0)
+    ring.skip_reply(0)
+    ring.publish_reply(0)
+    with pytest.raises(AttachError, match="status 3: refused"):
+        ring.read_reply(0)
+
+
+def test_an_abandoned_cursor_beyond_the_requests_is_garbled():
+    ring = make()
+    ask(ring)
+    ring.abandon(7)
+    with pytest.raises(AttachError, match="cursors are garbled"):
+        ring.next_request()
