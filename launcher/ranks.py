@@ -61,12 +61,11 @@ class Ranks:
 
     def forward(self, number: signal.Signals, training: Job | None) -> str:
         """Send a user's signal to each rank that handles it, past torchrun. Says what was done."""
-        sent, spared = [], []
-        for rank, who in sorted(self._processes(training).items()):
-            if signals.handles(who.pid, number) and _send(who, number):
-                sent.append(str(rank))
-            else:
-                spared.append(str(rank))
+        found = sorted(self._processes(training).items())
+        handling = {rank for rank, who in found if signals.handles(who.pid, number)}
+        # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
+        sent = [str(rank) for rank, who in found if rank in handling and _send(who, number)]
+        spared = [str(rank) for rank, _ in found if str(rank) not in sent]
         if not sent:
             return f"{number.name} was sent to no rank: none has a handler for it"
         rest = f"; not to {', '.join(spared)}, without a handler" if spared else ""
