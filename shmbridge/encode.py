@@ -153,11 +153,11 @@ class LanguageModel:
 
     def _logprobs(self, logprobs: torch.Tensor, choice: Choice, part: slice) -> dict[str, torch.Tensor]:
         assert self._payload.logprobs and choice.targets is not None
-        outputs = {"logprobs": of_targets(logprobs, choice.targets[part])}
+        outputs = {"logprobs": of_targets(logprobs, choice.targets[part].to(logprobs.device))}
         if self._payload.logprobs.entropy:
             outputs["entropy"] = torch.special.entr(logprobs.exp()).sum(-1)
         if choice.candidates is not None:
-            outputs["candidate_logprobs"] = logprobs.gather(-1, choice.candidates[part])
+            outputs["candidate_logprobs"] = logprobs.gather(-1, choice.candidates[part].to(logprobs.device))
         return outputs
 
 
@@ -189,7 +189,7 @@ def _chosen(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
     tensor = _of_rows(tensor, choice)
     if tensor.shape[1] != choice.seq:
         tensor = tensor[:, : choice.seq]
-    return tensor if choice.chosen is None else tensor.flatten(0, 1)[choice.chosen]
+    return tensor if choice.chosen is None else tensor.flatten(0, 1)[choice.chosen.to(tensor.device)]
 
 
 def _of_rows(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:

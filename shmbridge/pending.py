@@ -115,7 +115,11 @@ class Pending:
             yield from requests.chunks(self._sent, timeout)
         else:
             with self.wait(timeout) as reply:
-                yield slice(0, self._sent.extent.positions), requests.as_chunk(reply, self._sent)
+                chunk = requests.as_chunk(reply, self._sent)
+                try:
+                    yield slice(0, self._sent.extent.positions), chunk
+                finally:
+                    chunk.forget()
 
     def copy(self, timeout: float | None = None) -> Reply:
         """Wait, and copy the reply out of its slot or its chunks: tensors of one's own, no lease. Raises what `wait` and

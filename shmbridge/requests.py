@@ -200,7 +200,11 @@ class Requests:
         ring, reader = self._session.ring, self._open.reader
 
         def ready() -> bool | None:
-            return ring.next_chunk(sent.sequence, reader) is not None or ring.answered(sent.sequence)
+            before = ring.consumed
+            found = ring.next_chunk(sent.sequence, reader) is not None or ring.answered(sent.sequence)
+            if ring.consumed != before:  # chunks of a cancelled reply: there is room again
+                self._open.teacher_bell.ring()
+            return found
 
         if not ready():
             self._sleep(ready, sent.sequence, sent.step, timeout)
@@ -256,7 +260,7 @@ class Requests:
             self._sleep(lambda: ring.answered(oldest), oldest, None, None)
         for sequence in sorted(self._cancelled):
             if ring.answered(sequence):
-                self._cancelled.remove(sequence)
+                self._cancelled.discard(sequence)
                 self._release_slot(sequence)
 
     def _first_unread(self) -> int:

@@ -248,6 +248,8 @@ class Ring:
         while (index := words[self._consumed[reader]]) != words[_STREAMED]:
             head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head(index % chunks))
             generation, found, start, count = head
+            if generation == self.generation and found > sequence and words[_REPLIED] > sequence:
+                return None  # the reply to `sequence` is over: a lane's replies are streamed in order
             if generation != self.generation or found > sequence or not index < words[_STREAMED] <= index + chunks:
                 raise AttachError(
                     f"chunk {index} of generation {self.generation}, sequence {sequence} holds generation {generation}, "

@@ -110,9 +110,13 @@ class Server:
 
         The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
         """
+        halves = batching.halve(pieces)
+        if len(halves) == 2 and batching.padded_tokens(pieces) > self._max_tokens:  # it fell since they were composed
+            for half in halves:
+                self._run(answers, half)
+            return
         trouble = self._try(answers, pieces)
-        halves = batching.halve(pieces) if trouble and trouble.out_of_memory else []
-        if trouble and len(halves) == 2:
+        if trouble and trouble.out_of_memory and len(halves) == 2:
             self._max_tokens = min(self._max_tokens, max(1, batching.padded_tokens(pieces) // 2))
             logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
             if self._device.type == "cuda":

@@ -306,7 +306,11 @@ class TrainerSession(_Attached):
         """
         generation = self.token.generation
         self.record.enter(Phase.BARRIER)
-        ready = self.wait(lambda: True if self.teacher.ready == generation else None, time.monotonic() + timeout_s)
+        teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
+        ready = self.wait(
+            lambda: True if all(teacher.ready == generation for teacher in teachers) else None,
+            time.monotonic() + timeout_s,
+        )
         if not ready:
             raise DeadlineExceeded(self._late_teacher(timeout_s))
         self.record.enter(Phase.TRAINING)
@@ -316,7 +320,8 @@ class TrainerSession(_Attached):
         return Offer.decode(text)
 
     def _late_teacher(self, timeout_s: float) -> str:
-        name, teacher = self.teacher_name(self.teacher_index), self.teacher
+        teacher = next((t for t in self.control.teachers if t.ready != self.token.generation), self.teacher)
+        name = self.teacher_name(teacher.rank)
         if teacher.identity is None:
             where = "has not attached to the session"
         else:

@@ -65,7 +65,9 @@ class Streams:
 
     def drop(self, lane: int) -> None:
         """Forget the reply to a rank that is gone."""
-        self._by_lane.pop(lane, None)
+        stream = self._by_lane.pop(lane, None)
+        if stream:
+            stream.parts.clear()  # the round that made it may still be held
 
     def advance(self) -> bool:
         """Send a chunk of each lane that has room; end what is sent, and what its rank has abandoned or closed on. True
@@ -89,6 +91,7 @@ class Streams:
         if stream.has_more() and not unread:
             return ring.has_room()
         del self._by_lane[lane]
+        stream.parts.clear()  # the round that made it may still be held
         self._publish(stream.answer)
         return False
 

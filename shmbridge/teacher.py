@@ -53,7 +53,7 @@ class HuggingFaceTeacher:
         self.model = _load(teacher, self.path, device, gpus)
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self.max_seq: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.tokenizer = _tokenizer(self.path, settings.payload.vocab)
+        self.tokenizer = _tokenizer(self.path, teacher, settings.payload.vocab)
         self.no_head = ""
         self.head: Head | None = None
         with torch.inference_mode():
@@ -161,10 +161,13 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 0.02 if dtype.itemsize == 2 else 1e-4
 
 
-def _tokenizer(path: str, vocab: int | None) -> Tokens | None:
+def _tokenizer(path: str, teacher: TeacherConfig, vocab: int | None) -> Tokens | None:
     """The table of the model's tokenizer, where it has one. Raises ConfigError where `vocab` cuts words of it."""
     try:
-        table = fingerprint.of_tokenizer(AutoTokenizer.from_pretrained(path))
+        found = AutoTokenizer.from_pretrained(
+            path, revision=teacher.revision or "main", trust_remote_code=teacher.trust_remote_code
+        )
+        table = fingerprint.of_tokenizer(found)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
     if vocab is not None and vocab < table.entries:

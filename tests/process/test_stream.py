@@ -678,3 +678,33 @@ def test_the_script_that_shows_it():
     assert done.returncode == 0, done.stdout + done.stderr
     tokens = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert tokens == ["tokens", "256", "512"]
+
+
+def test_a_request_that_raised_is_told_while_the_next_reply_is_streaming():
+    """The error belongs to the first; chunks of the second, which are there already, are the second's."""
+
+    def forward(batch):
+        if (batch.input_ids == 13).any():
+            raise ValueError("unlucky")
+        return {"ids": batch.input_ids.clone()}
+
+    with bench(1, "payload.stream.chunk_positions=3", "payload.stream.chunks=2") as it:
+        it.teacher(forward)
+        with it.bridge() as bridge:
+            bad = bridge.submit(torch.full((1, 4), 13))
+            good = bridge.submit(torch.arange(4)[None])
+            until(lambda: bridge._requests._open.ring.streamed == 2, "both chunks of the second reply")
+            with pytest.raises(TeacherError, match="unlucky"):
+                list(bad.chunks())
+            assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_request_that_chose_no_position_ends_while_the_next_reply_is_streaming():
+    with bench(1, "payload.stream.chunk_positions=3", "payload.stream.chunks=2") as it:
+        it.teacher(lambda batch: {"ids": batch.input_ids.clone()})
+        with it.bridge() as bridge:
+            nothing = bridge.submit(torch.arange(4)[None], positions=torch.zeros(1, 4))
+            good = bridge.submit(torch.arange(4)[None])
+            until(lambda: bridge._requests._open.ring.streamed == 2, "both chunks of the second reply")
+            assert list(nothing.chunks()) == []
+            assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]

@@ -10,7 +10,7 @@ import posix_ipc
 import pytest
 import torch
 
-from shmbridge import layout, owner
+from shmbridge import config, layout, owner
 from shmbridge.board import Failure, Phase
 from shmbridge.errors import (
     AttachError,
@@ -25,7 +25,7 @@ from shmbridge.errors import (
 from shmbridge.layout import Header
 from shmbridge.offer import Offer, OutputSpec
 from shmbridge.segment import Segment
-from shmbridge.session import Token, TrainerSession, lost
+from shmbridge.session import TeacherSession, Token, TrainerSession, lost
 from tests.harness import Echo, bench, until
 
 OFFER = Offer((OutputSpec("out", "float32", ("seq", 8)),), "m")
@@ -338,3 +338,19 @@ def test_a_teacher_killed_in_its_forward_is_named_with_step_and_sequence():
         with pytest.raises(TeacherDied, match="rank 0 waited for the reply to step 41, sequence 1: .*phase forward"):
             bridge.exchange(torch.full((1, 2), 13), step=41)
         bridge.close()
+
+
+def test_a_rank_waits_for_every_replica():
+    """Teacher 0 writes what all ranks share, so a rank of teacher 1 must not go on before it is ready."""
+    settings = config.load(overrides=["teacher.model=a:b", "ring.max_tokens=16"])
+    with owner.Owner(settings, 2, teachers=2) as it:
+        token = it.start_generation()
+        teachers = [TeacherSession(token, index) for index in range(2)]
+        rank = TrainerSession(token, 1)
+        for teacher in teachers:
+            teacher.record.write_offer(Offer((), "m").encode())
+        teachers[1].open_barrier()
+        with pytest.raises(DeadlineExceeded, match="teacher 0"):
+            rank.wait_ready(0.05)
+        teachers[0].open_barrier()
+        assert rank.wait_ready(5).model == "m"
