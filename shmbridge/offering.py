@@ -19,8 +19,8 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
     """The offer, and what turns the forward's return into it.
 
     A teacher of one's own whose payload sections are all empty offers whatever it returns: by its own word (attribute
-    `outputs`), the config's, or a probe; that it heeds batch.position_ids it says by `packs`. Everything else is a language model that returns `logits`, or `hidden` and has a
-    `head`.
+    `outputs`), the config's, or a probe; that it heeds batch.position_ids it says by `packs`. Everything else is a language
+    model that returns `logits`, or `hidden` and has a `head`.
 
     Raises:
         PlanError: the payload is not one that this teacher can give.

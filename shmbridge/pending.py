@@ -67,7 +67,7 @@ class Pending:
 
     @property
     def done(self) -> bool:
-        """True once `wait` would not have to."""
+        """True once `wait` would not have to; of a streamed reply, once its last chunk is published."""
         return self._requests is None or self._requests.answered(self._sent)
 
     def wait(self, timeout: float | None = None) -> Lease:
@@ -147,5 +147,5 @@ class Pending:
 
     def _waiting(self) -> Requests:
         if self._requests is None:
-            raise Closed(f"sequence {self.sequence} was waited for before; a reply is leased once.")
+            raise Closed(f"sequence {self.sequence} was waited for or cancelled before; a reply is leased once.")
         return self._requests

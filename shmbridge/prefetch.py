@@ -6,7 +6,7 @@ On a fixed data set this costs no staleness, because it is the same batch that t
     the loader raises     the batches before it are handed out first, then its exception is raised, in its place
     a batch is refused    likewise
     break, or an error    what was submitted and not handed out is cancelled: the teacher drops it, its slots are free again
-      in the loop
+      in the loop         (as soon as no variable holds the iterator; a `with` block does it at its end)
 
 Other requests come first. Where `exchange` or another prefetch finds no free slot, or replies are streamed, which is in the
 order of their requests, what was submitted ahead is withdrawn, and submitted again before its turn. Slots come free in order,
@@ -171,8 +171,10 @@ def _without_frames(error: Exception) -> Exception:
     would keep slots and tensors where no collector runs."""
     if not isinstance(error, ShmbridgeError):  # ours says all in its message
         error.add_note("while the teacher was ahead of the loop:\n" + "".join(traceback.format_exception(error)))
+    seen: set[int] = set()  # `raise error from error` is a circle
     cause: BaseException | None = error
-    while cause is not None:
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         cause.__traceback__ = None
         cause = cause.__cause__ or cause.__context__
     return error

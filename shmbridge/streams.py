@@ -1,7 +1,8 @@
 """Streamed replies on their way: a few chunks of each lane at a time, as fast as its rank reads them.
 
 What a forward returned is kept until its rank has taken it; no lane waits for another's reader. The output head is applied
-to one chunk at a time, so reply memory and the head's are constants of the config whatever the number of tokens.
+to one chunk at a time, so reply memory and the head's are constants of the config whatever the number of tokens. A
+model whose head is not taken apart keeps its whole logits here until they are read.
 """
 
 from __future__ import annotations

@@ -552,3 +552,15 @@ def test_a_bridge_that_is_off_runs_the_same_loop():
             seen.append(item)
     assert seen == given
     assert [pending.done for _, pending in off.prefetch(given, ahead=2)] == [True] * 4
+
+
+def test_an_error_that_is_its_own_cause_is_raised_in_its_turn():
+    def loader():
+        error = ValueError("a circle")
+        raise error from error
+        yield
+
+    with bench() as it:
+        it.teacher(Echo())
+        with it.bridge() as bridge, pytest.raises(ValueError, match="a circle"):
+            next(bridge.prefetch(loader()))

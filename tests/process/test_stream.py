@@ -195,7 +195,7 @@ def test_wait_is_refused_and_the_pending_can_still_be_read():
         with pytest.raises(RequestRefused, match=r"use pending\.chunks\(\), or pending\.copy\(\)"):
             pending.wait()
         right(pending.copy().logits, sent)
-        with pytest.raises(Closed, match="was waited for before"):
+        with pytest.raises(Closed, match="was waited for or cancelled before"):
             pending.copy()
         bridge.close()
 
