@@ -23,8 +23,12 @@ from shmbridge.trace import logger
 class Collector:
     """Of one teacher."""
 
-    def __init__(self, session: TeacherSession, streams: Streams, skip: Callable[[Answer], None]) -> None:
-        """`skip` answers with nothing a request whose reply nobody will read."""
+    def __init__(
+        self, session: TeacherSession, streams: Streams, skip: Callable[[Answer], None], healthy: Callable[[], None]
+    ) -> None:
+        """`skip` answers with nothing a request whose reply nobody will read; `healthy` raises where this teacher can answer
+        no more."""
+        self._healthy = healthy
         self._session = session
         self._streams = streams
         self._skip = skip
@@ -122,6 +126,7 @@ class Collector:
     def _check(self) -> None:
         """Once a slice of each wait: who is gone will neither submit nor read."""
         self._session.check()
+        self._healthy()
         for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
             if not lane.ring.closed:
                 logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)

@@ -168,4 +168,6 @@ def _of_positions(array: np.ndarray, chosen: np.ndarray | None, device: torch.de
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """`array`, which is no view of a slot unless it is int32, as an int64 tensor."""
     tensor = torch.from_numpy(array.astype(np.int64, copy=False))
-    return tensor if device.type == "cpu" else tensor.to(device)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)  # from pageable memory the host would wait for the GPU

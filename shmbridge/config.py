@@ -191,6 +191,14 @@ class PayloadConfig(_Section, frozen=True):
         return tuple(name for name in ("logits", "topk", "logprobs", "hidden") if getattr(self, name) is not None)
 
 
+class CudaConfig(_Section, frozen=True):
+    """How a rank reads a reply that lies in the teacher's GPU memory (plane cuda_ipc)."""
+
+    read: Literal["copy", "in_place"] = "copy"
+    """copy: by a side stream into memory of the rank's own, and the teacher's slot is free again at once. in_place: the
+    rank's kernels read the teacher's memory, each time they touch it, until the lease is released."""
+
+
 class TimeoutsConfig(_Section, frozen=True):
     startup_s: float = 600.0
     """From wait_ready to a loaded teacher, and from its offer to the reply memory."""
@@ -234,6 +242,11 @@ class Config(_Section, frozen=True):
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
     payload: PayloadConfig = PayloadConfig()
+    plane: Literal["auto", "cuda_ipc", "host"] = "auto"
+    """Where replies lie. cuda_ipc: in the teacher's GPU memory, which the ranks read over NVLink or PCIe. host: in POSIX
+    shared memory. auto: cuda_ipc where a trial at the start shows that it works between the GPUs of this run, else host.
+    Inside a session it is what was chosen."""
+    cuda: CudaConfig = CudaConfig()
     parity: bool = True
     """Before step 1 every rank sends a probe batch and compares the reply with what the model gives in its own process.
     Off for a teacher whose answers to the same batch differ."""

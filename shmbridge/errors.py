@@ -5,6 +5,7 @@
     ├── PlanError                             the run does not fit /dev/shm, RAM or the GPU
     ├── NotLaunched                           no session: the script was not started by shmbridge-launch
     ├── AttachError                           a segment is missing, garbled, foreign or of another version
+    ├── TornReply                             a reply in GPU memory is not whole: its teacher died while it wrote
     ├── ParityError                           what comes over the bridge is not what the model gives in its own process
     ├── SessionInUse                          the session's name is held by a live launcher
     ├── RequestRefused        (ValueError)    submit was given something the teacher could not take
@@ -42,6 +43,10 @@ class NotLaunched(ShmbridgeError):
 
 class AttachError(ShmbridgeError):
     """Shared memory is not what this process was told to expect."""
+
+
+class TornReply(ShmbridgeError):
+    """A reply that was handed out is not whole. Its positions hold NaN, so that no loss can have used it unseen."""
 
 
 class ParityError(ShmbridgeError):

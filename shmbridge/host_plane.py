@@ -1,87 +1,114 @@
-"""The host plane: replies in POSIX shared memory, written by the teacher and read in place by the rank.
+"""The host plane: replies in POSIX shared memory, written by the teacher and read by the rank.
 
-A plane is what differs between host memory and GPU memory, and nothing else: where the bytes of a reply slot lie and how
-they are copied. Cursors, heads and doorbells are the same for all planes.
+On the CPU the teacher writes in place and the rank reads in place. A GPU copies by itself, on a stream of its own, to and
+from memory that its process has pinned: the teacher publishes a reply once its copy has come to an end, which a thread waits
+for, and a rank gives a slot back after its own copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
+from collections.abc import Callable, Mapping
 
 import torch
 
-from shmbridge import layout, offer, payload
+from shmbridge import layout, payload, pinned
+from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError
-from shmbridge.offer import Extent, Offer, OutputSpec
+from shmbridge.offer import Extent, Offer
 from shmbridge.segment import Segment
 from shmbridge.session import Names, Shape, Token
+from shmbridge.slots import Slots
 
-_NONE = Extent(0, 0)
+
+class _Copies:
+    """A GPU's stream for the copies of one lane, and an event for each slot."""
+
+    def __init__(self, memory: memoryview, device: torch.device, slots: int) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.done = [torch.cuda.Event() for _ in range(slots)]
+        pinned.register(memory, self, device)
+
+    def follow(self) -> None:
+        """The copies come after all that was launched before."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
 
-class HostPlane:
-    """The reply slots of one lane: one for each slot of its ring, or one for each chunk."""
+class TeacherHostPlane:
+    """Teacher: the replies of one lane."""
 
-    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer) -> None:
-        """Attach the lane's reply segment. Raises AttachError."""
-        self._outputs = agreed.outputs
-        self._slots = shape.reply_slots
-        self._stride = shape.slot_bytes(agreed.outputs)
-        name = Names(token.session_id).reply(token.generation, lane)
-        segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
-        expected = shape.reply_bytes(agreed.outputs)
-        if segment.bytes.nbytes != expected:
-            raise AttachError(
-                f"segment {name} has {segment.bytes.nbytes} bytes, the teacher's offer takes {expected}: garbled."
-            )
-        self._memory = segment.bytes
-        self._cached: list[tuple[Extent, dict[str, torch.Tensor]]] = [(_NONE, {})] * self._slots
-
-    def views(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
-        """Every output of reply (or chunk) `number`, in place. The dict is the plane's own: not to be changed."""
-        slot = number % self._slots
-        cached, views = self._cached[slot]
-        if cached == extent:
-            return views
-        start = layout.PAGE + slot * self._stride
-        places = offer.offsets(self._outputs, extent)
-        assert places[-1] <= self._stride, "a request larger than the ring takes"
-        views = {
-            spec.name: payload.view(self._memory, start + place, spec, extent)
-            for spec, place in zip(self._outputs, places, strict=False)
-        }
-        self._cached[slot] = (extent, views)
-        return views
+    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+        """Attach the lane's reply segment; `device` is the teacher's. Raises AttachError."""
+        memory, self._slots = _attach(token, shape, lane, agreed)
+        self._copies = _Copies(memory, device, self._slots.count) if device.type == "cuda" else None
 
     def write(
         self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
     ) -> None:
-        """Teacher: copy `outputs`, in the offered dtype, into the reply from `position` (what has a sequence axis) and
-        from `row` (what has none) on. An output that is not there is left as it is."""
-        views = self.views(number, extent)
-        for spec in self._outputs:
-            source = outputs.get(spec.name)
-            if source is None:
-                continue
-            target = views[spec.name]
-            if source.shape != target.shape:
-                target = _part(target, source, spec, position if spec.per_token else row)
-            target.copy_(source)
+        """Copy `outputs` into the reply: see Slots.write. On a GPU the copy has only been launched."""
+        if self._copies is None:
+            self._slots.write(number, extent, outputs, position, row)
+            return
+        self._copies.follow()
+        with torch.cuda.stream(self._copies.stream):
+            self._slots.write(number, extent, outputs, position, row)
+        for tensor in outputs.values():
+            tensor.record_stream(self._copies.stream)
 
-    def read(self, number: int, extent: Extent, device: torch.device) -> dict[str, torch.Tensor]:
-        """Rank: the reply's tensors; in place on the CPU, copied to any other `device`."""
-        views = self.views(number, extent)
-        if device.type == "cpu":
-            return {name: tensor.detach() for name, tensor in views.items()}
-        return {name: tensor.to(device) for name, tensor in views.items()}
+    def seal(self, number: int) -> Callable[[], None] | None:
+        """Nothing of the reply is written any more: it may be published once what this gives has returned; None: at once."""
+        if self._copies is None:
+            return None
+        done = self._copies.done[number % self._slots.count]
+        done.record(self._copies.stream)
+        return done.synchronize
 
 
-def _part(target: torch.Tensor, source: torch.Tensor, spec: OutputSpec, at: int) -> torch.Tensor:
-    """Where `source` goes in `target`. Positions lie in one or two leading axes of either, in row-major order."""
-    if not spec.per_token:
-        return target[at : at + source.shape[0]]
-    rest = spec.shape[1:]
-    flat = target.view(-1, *rest)  # type: ignore[arg-type]
-    count = prod(source.shape[: source.ndim - len(rest)])
-    return flat[at : at + count].view(source.shape)
+class RankHostPlane:
+    """Rank: the replies of its lane, in place on the CPU, copied to a GPU. See planes.RankPlane."""
+
+    keeps = True
+    busy = False
+
+    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+        """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
+        memory, self._slots = _attach(token, shape, lane, agreed)
+        self.lends = device.type != "cuda"
+        self._copies = None if self.lends else _Copies(memory, device, self._slots.count)
+
+    def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """The tensors of a published reply; on a GPU for its current stream."""
+        views = self._slots.views(number, extent)
+        if self._copies is None:
+            return dict(views)
+        device, stream = self._copies.device, self._copies.stream
+        done = self._copies.done[number % self._slots.count]
+        with torch.cuda.stream(stream):
+            copies = {name: view.to(device, non_blocking=True) for name, view in views.items()}
+            done.record(stream)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_event(done)
+        for copy in copies.values():
+            copy.record_stream(compute)
+        return copies
+
+    def release(self, number: int) -> None:
+        """Before the slot is given back: this rank's copy of it, and nothing else of its GPU, has come to an end."""
+        if self._copies is not None:
+            self._copies.done[number % self._slots.count].synchronize()
+
+    def check(self) -> None:
+        """Host memory cannot be torn: a reply is published after its bytes."""
+
+
+def _attach(token: Token, shape: Shape, lane: int, agreed: Offer) -> tuple[memoryview, Slots]:
+    name = Names(token.session_id).reply(token.generation, lane)
+    segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
+    memory, expected = segment.bytes, shape.reply_bytes(agreed.outputs)
+    if memory.nbytes != expected:
+        raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")
+
+    def view(offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
+        return payload.over(memory, layout.PAGE + offset, dtype, dims)
+
+    return memory, Slots(agreed.outputs, shape.reply_slots, shape.slot_bytes(agreed.outputs), view)

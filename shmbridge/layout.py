@@ -158,6 +158,19 @@ ERROR_OFFSET = 128
 ERROR_CAPACITY = REPLY_HEAD_BYTES - ERROR_OFFSET
 ANSWERED, RAISED, SKIPPED = 1, 2, 3  # SKIPPED: nobody wanted it, and nothing was computed
 
+
+class ExchangeWord:
+    """Word indices in a reply segment that carries CUDA handles in place of replies."""
+
+    EXPORT_NBYTES = 8
+    IMPORTED_NBYTES = 9
+
+
+def exchange_capacity(slots: int) -> int:
+    """Bytes for what one side of a lane exports as JSON: at most 100 for each event handle, and one memory handle."""
+    return align(2048 + 160 * slots, PAGE)
+
+
 # generation, sequence, first position and number of positions
 CHUNK_HEAD = struct.Struct("<4Q")
 

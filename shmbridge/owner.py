@@ -183,7 +183,8 @@ class Owner:
         Raises:
             PlanError: /dev/shm has no room.
         """
-        nbytes = self.shape.reply_bytes(agreed.outputs)
+        on_gpu = self.settings.plane == "cuda_ipc"
+        nbytes = self.shape.exchange_bytes if on_gpu else self.shape.reply_bytes(agreed.outputs)
         head = agreed.head.nbytes if agreed.head else 0
         if head and not self._has_head:
             Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()

@@ -35,8 +35,7 @@ class Lease:
         """Give the slot back. Once is enough; more does nothing."""
         if self._requests is not None:
             requests, self._requests = self._requests, None
-            self.reply.forget()
-            requests.release(self._sent, self._since_ns)
+            requests.release(self._sent, self.reply.forget(), self._since_ns)
 
     def __enter__(self) -> Reply:
         return self.reply

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from shmbridge.errors import Closed
+from shmbridge.loan import Loan
 from shmbridge.ring import Composition
 
 
@@ -16,12 +17,20 @@ class Reply:
     where the request stood in the teacher's forward, which the bits of the reply depend on; None in a chunk.
     """
 
-    __slots__ = ("_released", "_tensors", "composition", "missing", "sequence", "step")
+    __slots__ = ("_loan", "_released", "_tensors", "composition", "missing", "sequence", "step")
 
     def __init__(
-        self, tensors: dict[str, torch.Tensor], sequence: int, step: int | None, composition: Composition | None
+        self,
+        tensors: dict[str, torch.Tensor],
+        sequence: int,
+        step: int | None,
+        composition: Composition | None,
+        *,
+        lent: bool = False,
     ) -> None:
-        self._tensors = tensors
+        """`lent`: the tensors lie in a slot, to be given back with `forget`."""
+        self._loan = Loan(tensors) if lent else None
+        self._tensors = self._loan.tensors if self._loan else tensors
         self._released = False
         self.missing = not tensors
         self.sequence = sequence
@@ -54,11 +63,12 @@ class Reply:
         return name in self._tensors
 
     def owned(self) -> Reply:
-        """The same reply outside of any lease. On a GPU the tensors are this rank's own already."""
-        owned = {name: t.clone() if t.device.type == "cpu" else t for name, t in self._tensors.items()}
+        """The same reply outside of any lease."""
+        owned = {name: tensor.clone() if self._loan else tensor for name, tensor in self._tensors.items()}
         return Reply(owned, self.sequence, self.step, self.composition)
 
-    def forget(self) -> None:
-        """The tensors are not to be read any more."""
+    def forget(self) -> list[str]:
+        """The tensors are not to be read any more. Names of those that lie in a slot and are referred to all the same."""
         self._tensors = {}
         self._released = True
+        return self._loan.still_used() if self._loan else []

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from shmbridge import trace
+from shmbridge import planes, trace
 from shmbridge.board import Phase
 from shmbridge.errors import AttachError, Closed, DeadlineExceeded, PeerLost, RequestRefused, TeacherError
-from shmbridge.host_plane import HostPlane
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
 from shmbridge.reply import Reply
@@ -26,6 +25,11 @@ from shmbridge.stats import Meter
 from shmbridge.token_ids import IntArray
 
 T = TypeVar("T")
+
+_STILL_USED = (
+    "the lease on sequence %d, or a chunk of it, ended while somebody refers to its %s: a variable, or a graph whose backward is "
+    "still to come. The memory is written again: finish the backward before, or use pending.copy(). (Told once.)"
+)
 
 
 class Sent(NamedTuple):
@@ -41,7 +45,8 @@ class Requests:
     """Of one rank, from the barrier to its close."""
 
     def __init__(self, session: TrainerSession, agreed: Offer, device: torch.device | None) -> None:
-        """Map the reply memory; replies are wanted on `device`, None: see `device` below. Raises AttachError."""
+        """Map the reply memory. Replies are wanted on `device`; None: the current CUDA device where the launcher gave training
+        GPUs, else the CPU. Raises AttachError."""
         self.streams = session.control.shape.chunks > 0
         self.dropped: list[int] = []  # sequences whose Pending was dropped; any thread may append
         self.meter = Meter(session.settings.log.stats_every if session.lane.index == 0 else 0)
@@ -49,21 +54,13 @@ class Requests:
         self._closed = False
         self._process = os.getpid()
         self._outputs = agreed.outputs
-        self._device = device
-        self._plane = HostPlane(session.token, session.control.shape, session.lane.index, agreed)
+        self.device = device or _default_device(session)
+        self._plane = planes.of_rank(session, agreed, self.device)
+        self._warned = False
         self._released = 0  # sequences below it are given back
         self._released_early: set[int] = set()
         self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
         self._trace = trace.Trace.of("trainer", session.lane.index)
-
-    @property
-    def device(self) -> torch.device:
-        """Where replies are wanted: as told, or the current CUDA device at the first reply where the launcher gave training
-        GPUs, else the CPU."""
-        if self._device is None:
-            on_gpu = bool(self._open.settings.train.gpus) and torch.cuda.is_available()
-            self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        return self._device
 
     def close(self) -> None:
         """What is in flight is no longer read."""
@@ -117,13 +114,15 @@ class Requests:
         started = time.monotonic_ns()
         try:
             head = self.head(sent)
-            tensors = self._wanted(self._plane.read(sent.sequence, sent.extent, self.device), sent)
+            tensors = self._wanted(self._plane.read(sent.sequence, sent.extent), sent)
         except BaseException:
             self._release_slot(sent.sequence)
             raise
+        if not self._plane.keeps:
+            self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("lease", sent, sum(tensor.nbytes for tensor in tensors.values()), started)
-        return Reply(tensors, sent.sequence, sent.step, head.composition)
+        return Reply(tensors, sent.sequence, sent.step, head.composition, lent=self._plane.lends)
 
     def head(self, sent: Sent) -> ReplyHead:
         """The head of a published reply. Raises TeacherError."""
@@ -141,11 +140,21 @@ class Requests:
         flat = {name: _flat(reply[name], sent.extent) for name in names}
         return Reply(flat, reply.sequence, reply.step, reply.composition)
 
-    def release(self, sent: Sent, since_ns: int) -> None:
-        """Give a reply's slot back."""
-        self._release_slot(sent.sequence)
+    def release(self, sent: Sent, still_used: Sequence[str], since_ns: int) -> None:
+        """Give a reply's slot back; `still_used` names tensors in it that somebody refers to. Raises TornReply."""
+        self._warn_of(still_used, sent)
+        try:
+            self._plane.release(sent.sequence)
+        finally:
+            if self._plane.keeps:
+                self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("release", sent, 0, since_ns)
+
+    def _warn_of(self, still_used: Sequence[str], sent: Sent) -> None:
+        if still_used and not self._warned:
+            self._warned = True
+            trace.logger.warning(_STILL_USED, sent.sequence, ", ".join(still_used))
 
     # Streamed replies
 
@@ -168,13 +177,17 @@ class Requests:
             while taken < sent.extent.positions:
                 chunk = self._next_chunk(sent, taken, timeout)
                 extent = Extent(0, 0, chunk.positions)
-                tensors = self._wanted(self._plane.read(chunk.number, extent, self.device), sent)
-                reply = Reply(tensors, sent.sequence, sent.step, None)
+                tensors = self._wanted(self._plane.read(chunk.number, extent), sent)
+                reply = Reply(tensors, sent.sequence, sent.step, None, lent=self._plane.lends)
+                if not self._plane.keeps:
+                    self._consume(chunk)
                 try:
                     yield slice(chunk.start, chunk.start + chunk.positions), reply
                 finally:
-                    reply.forget()
-                    self._consume(chunk)
+                    self._warn_of(reply.forget(), sent)
+                    self._plane.release(chunk.number)
+                    if self._plane.keeps:
+                        self._consume(chunk)
                 taken += chunk.positions
             self._sleep(lambda: ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
             self.head(sent)
@@ -333,6 +346,11 @@ class Requests:
             nbytes=nbytes,
             since_ns=since_ns,
         )
+
+
+def _default_device(session: TrainerSession) -> torch.device:
+    on_gpu = bool(session.settings.train.gpus) and torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _flat(tensor: torch.Tensor, extent: Extent) -> torch.Tensor:

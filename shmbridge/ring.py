@@ -113,6 +113,8 @@ class Ring:
         self._consumed = [LaneWord.CONSUMED + i for i in readers]
         self._abandoned = [LaneWord.ABANDONED + i for i in readers]
         self._slots = [layout.request(slot) for slot in range(layout.depth)]
+        self._sealed = 0  # teacher: sequences below it are answered, though perhaps not yet published
+        self.filled = words[_STREAMED]  # teacher: chunks written, though perhaps not yet published
 
     # Cursors
 
@@ -267,7 +269,7 @@ class Ring:
     # The teacher's side
 
     def next_request(self) -> int | None:
-        """The oldest submitted sequence, or None. Raises AttachError where the cursors contradict each other."""
+        """The oldest submitted sequence that is not answered, or None. Raises AttachError where the cursors contradict each other."""
         abandoned = self.abandoned  # before `requested`, which it never passes
         requested, replied = self.words[_REQUESTED], self.words[_REPLIED]
         if requested == replied:
@@ -277,7 +279,8 @@ class Ring:
                 f"the lane's cursors are garbled: requested {requested}, replied {replied}, abandoned {abandoned}, depth "
                 f"{self.depth}."
             )
-        return replied
+        first = max(replied, self._sealed)
+        return first if first < requested else None
 
     def read_request(self, sequence: int) -> Request:
         """A submitted request, in place. Raises AttachError if its descriptor is not one that a rank could write."""
@@ -318,14 +321,16 @@ class Ring:
 
     def has_room(self) -> bool:
         """Whether a chunk is free."""
-        return self.words[_STREAMED] - self.consumed < self.layout.chunks
+        return self.filled - self.consumed < self.layout.chunks
 
     def write_chunk(self, sequence: int, start: int, count: int) -> None:
-        """Write the head of the next chunk; its payload is written before, by the plane."""
-        offset = self.layout.chunk_head(self.words[_STREAMED] % self.layout.chunks)
+        """Write the head of chunk number `filled`; its payload is written before, by the plane."""
+        offset = self.layout.chunk_head(self.filled % self.layout.chunks)
         CHUNK_HEAD.pack_into(self.memory, offset, self.generation, sequence, start, count)
+        self.filled += 1
 
     def publish_chunk(self) -> None:
+        """Publish the oldest chunk that is written and not published."""
         self.words[_STREAMED] += 1
 
     def skip_reply(self, sequence: int) -> None:
@@ -344,6 +349,10 @@ class Ring:
         if text:
             start = offset + ERROR_OFFSET
             self.memory[start : start + len(text)] = text
+
+    def seal_reply(self, sequence: int) -> None:
+        """The reply is written; it will be published, in the order of sequences."""
+        self._sealed = sequence + 1
 
     def publish_reply(self, sequence: int) -> None:
         self.words[_REPLIED] = sequence + 1

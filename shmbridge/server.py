@@ -16,16 +16,16 @@ from typing import NamedTuple
 
 import torch
 
-from shmbridge import batching, combine, encode
+from shmbridge import batching, combine, encode, planes
 from shmbridge.batching import Piece
 from shmbridge.board import Phase
 from shmbridge.collect import Collector
 from shmbridge.combine import Answer
 from shmbridge.encode import Encoder, Rows
 from shmbridge.errors import AttachError
-from shmbridge.host_plane import HostPlane
 from shmbridge.offer import Extent, Offer, reply_bytes
 from shmbridge.payload import Batch, Forward
+from shmbridge.publish import Publisher
 from shmbridge.ring import Composition
 from shmbridge.session import TeacherSession
 from shmbridge.streams import Streams
@@ -61,11 +61,18 @@ class Server:
         self._tokens = self._padded_tokens = 0
         shape = session.control.shape
         self._chunks = shape.chunks
-        self._planes = {lane.index: HostPlane(session.token, shape, lane.index, agreed) for lane in session.lanes}
+        self._planes = planes.of_teacher(session, agreed, device)
+        self._publisher = Publisher()
         self._streams = Streams(
-            encoder, self._planes, shape.chunk_positions, self._sent_chunk, self._fail_stream, self._publish
+            encoder,
+            self._planes,
+            self._publisher,
+            shape.chunk_positions,
+            self._sent_chunk,
+            self._fail_stream,
+            self._publish,
         )
-        self._collector = Collector(session, self._streams, self._skip)
+        self._collector = Collector(session, self._streams, self._skip, self._publisher.check)
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
@@ -88,6 +95,7 @@ class Server:
                 self._answer(answers)
                 self._collector.answered(answers, time.monotonic() - began)
                 record.enter(Phase.COLLECTING)
+        self._publisher.close()
         record.enter(Phase.CLOSED)
         logger.info(self._summary())
 
@@ -203,7 +211,13 @@ class Server:
     def _publish(self, answer: Answer) -> None:
         ring, sequence = answer.lane.ring, answer.request.sequence
         ring.write_reply(sequence, answer.composition, answer.error, answer.echo)
-        ring.publish_reply(sequence)
+        whole = not self._chunks and answer.error is None
+        arrived = self._planes[answer.lane.index].seal(sequence) if whole else None
+        ring.seal_reply(sequence)
+        self._publisher.after(arrived, lambda: self._published(answer))
+
+    def _published(self, answer: Answer) -> None:
+        answer.lane.ring.publish_reply(answer.request.sequence)
         self._session.ring_readers(answer.lane)
         if self._trace:
             nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
@@ -213,7 +227,11 @@ class Server:
         """Answer with nothing: nobody will read it."""
         ring, sequence = answer.lane.ring, answer.request.sequence
         ring.skip_reply(sequence)
-        ring.publish_reply(sequence)
+        ring.seal_reply(sequence)
+        self._publisher.after(None, lambda: self._publish_skipped(answer))
+
+    def _publish_skipped(self, answer: Answer) -> None:
+        answer.lane.ring.publish_reply(answer.request.sequence)
         self._session.ring_readers(answer.lane)
 
     # Streams

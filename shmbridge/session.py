@@ -133,8 +133,13 @@ class Shape(NamedTuple):
         return offer.slot_bytes(outputs, self.max_positions, self.max_batch)
 
     def reply_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
-        """Bytes of one lane's reply segment."""
+        """Bytes of one lane's reply segment, with its replies."""
         return layout.reply_bytes(self.reply_slots, self.slot_bytes(outputs))
+
+    @property
+    def exchange_bytes(self) -> int:
+        """Bytes of one lane's reply segment where the replies lie in GPU memory: the handles of both sides."""
+        return layout.PAGE + 2 * layout.exchange_capacity(self.reply_slots)
 
 
 class Control:

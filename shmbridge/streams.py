@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 
 from shmbridge.combine import Answer
 from shmbridge.encode import Encoder
-from shmbridge.host_plane import HostPlane
 from shmbridge.offer import Extent
+from shmbridge.planes import TeacherPlane
+from shmbridge.publish import Publisher
 
 
 class _Stream:
@@ -38,7 +39,8 @@ class Streams:
     def __init__(
         self,
         encoder: Encoder,
-        planes: Mapping[int, HostPlane],
+        planes: Mapping[int, TeacherPlane],
+        publisher: Publisher,
         chunk_positions: int,
         sent: Callable[[Answer, int], None],
         failed: Callable[[Answer, Exception], None],
@@ -47,6 +49,7 @@ class Streams:
         """`sent` hears of every published chunk and its positions, `failed` of what an encoder raised, `publish` ends a reply."""
         self._encoder = encoder
         self._planes = planes
+        self._publisher = publisher
         self._chunk = chunk_positions
         self._sent = sent
         self._failed = failed
@@ -103,11 +106,15 @@ class Streams:
         answer = stream.answer
         ring, sequence = answer.lane.ring, answer.request.sequence
         extent = Extent(0, 0, stop - start)
-        self._planes[answer.lane.index].write(ring.streamed, extent, self._encoder.encode_part(rows, start, stop))
+        plane, number = self._planes[answer.lane.index], ring.filled
+        plane.write(number, extent, self._encoder.encode_part(rows, start, stop))
         ring.write_chunk(sequence, stream.sent, stop - start)
-        ring.publish_chunk()
         stream.sent_of_part = stop
         stream.sent += stop - start
         took = answer.composition.forward_ns + time.monotonic_ns() - started
         answer.composition = answer.composition._replace(forward_ns=took)
-        self._sent(answer, stop - start)
+        self._publisher.after(plane.seal(number), lambda: self._publish_chunk(answer, stop - start))
+
+    def _publish_chunk(self, answer: Answer, count: int) -> None:
+        answer.lane.ring.publish_chunk()
+        self._sent(answer, count)

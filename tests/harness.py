@@ -21,6 +21,7 @@ from shmbridge.payload import Batch, Forward
 from shmbridge.session import TeacherSession, Token, TrainerSession
 
 PATIENCE_S = 60.0
+PLANE: list[str] = []  # overrides that choose the plane of every bench; see tests/process/conftest.py
 
 
 def until(condition: Callable[[], Any], what: str = "the condition") -> Any:
@@ -82,7 +83,7 @@ class Bench:
 
     def __init__(self, lanes: int = 1, *overrides: str) -> None:
         defaults = ["teacher.model=tests:teacher", "ring.max_tokens=256", "parity=false"]
-        self.settings = config.load(overrides=[*defaults, *overrides])
+        self.settings = config.load(overrides=[*defaults, *PLANE, *overrides])
         self.owner = Owner(self.settings, lanes)
         self.token: Token = self.owner.start_generation()
         self.children: list[Child] = []

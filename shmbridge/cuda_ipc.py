@@ -1,0 +1,162 @@
+"""CUDA IPC as torch has it: the only module that touches torch's private functions.
+
+Everything is exported once, at the startup barrier, and opened once. A test puts a stand-in in this module's place.
+Each function says the trap that it walks around.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+
+import msgspec
+import torch
+
+MIB = 2**20
+_OWN_BLOCK = 20 * MIB  # torch's allocator gives smaller requests a part of a block that they share
+_GRAIN = 2 * MIB
+_EXPANDABLE = b"e"
+
+Event = torch.cuda.Event
+Stream = torch.cuda.Stream
+
+
+class MemoryHandle(msgspec.Struct, frozen=True):
+    """One export of one allocation, for one importer: what torch's `_share_cuda_` gives, without the exporter's device."""
+
+    handle: bytes
+    nbytes: int
+    offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    wait: bool
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why this process cannot export memory of `device`; None where nothing speaks against it.
+
+    cudaMallocAsync has no handles at all. Expandable segments turn handles into file descriptors that the other side takes
+    with pidfd_getfd, which most containers refuse; they are seen in the first byte pair of a handle, once there is one.
+    """
+    backend = torch.cuda.get_allocator_backend()
+    if backend != "native":
+        return (
+            f"the allocator of the teacher's process is {backend}, whose memory cannot be exported; take `backend:` out of "
+            "PYTORCH_CUDA_ALLOC_CONF there"
+        )
+    memory = allocate(1, device)
+    if _is_expandable(export_memory(memory)):
+        return (
+            "the teacher's process allocates expandable segments, whose handles do not open in other processes; take "
+            "expandable_segments:True out of its PYTORCH_CUDA_ALLOC_CONF (training may keep it)"
+        )
+    return None
+
+
+def _is_expandable(handle: MemoryHandle) -> bool:
+    """Since torch 2.5 a handle is a version byte, a letter for the kind of allocation, and what CUDA gave."""
+    return len(handle.handle) > 64 and handle.handle[1:2] == _EXPANDABLE
+
+
+def identify(device: torch.device) -> str:
+    """The GPU's UUID. Its number means different cards in processes that see different devices."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 memory of at least `nbytes` with a cudaMalloc of its own.
+
+    A handle opens the whole allocation that it lies in. Under 20 MiB that would be a block which torch shares out among other
+    tensors of the exporter. Never an inference tensor.
+    """
+    size = max(_OWN_BLOCK, -(-nbytes // _GRAIN) * _GRAIN)
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def export_memory(memory: torch.Tensor) -> MemoryHandle:
+    """An export for one importer.
+
+    Two importers of one export would both count its reference counter down. Exports are made once for the life of the
+    memory: torch never uses a counter's place again, and each import keeps an event.
+    """
+    _, handle, nbytes, offset, counter, counter_offset, event, wait = memory.untyped_storage()._share_cuda_()
+    return MemoryHandle(handle, nbytes, offset, counter, counter_offset, event, wait)
+
+
+def open_memory(handle: MemoryHandle, device: torch.device) -> torch.Tensor:
+    """The exporter's memory, uint8, as a tensor of this process's own `device`. To be kept for life.
+
+    torch takes the device for the context to open in. The exporter's number there would make a context on the exporter's card,
+    about 500 MB for each importer.
+    """
+    with torch.inference_mode(False), torch.cuda.device(device):
+        storage = torch.UntypedStorage._new_shared_cuda(
+            device.index,
+            handle.handle,
+            handle.nbytes,
+            handle.offset,
+            handle.counter,
+            handle.counter_offset,
+            handle.event,
+            handle.wait,
+        )
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def shared_event(device: torch.device) -> Event:
+    """An event that other processes can wait for.
+
+    It belongs to the device that is current when its handle is made, so that is done here, at once.
+    """
+    with torch.cuda.device(device):
+        event = torch.cuda.Event(interprocess=True)
+        event.ipc_handle()
+    return event
+
+
+def export_event(event: Event) -> bytes:
+    """The handle of a shared event."""
+    return bytes(event.ipc_handle())
+
+
+def open_event(handle: bytes, device: torch.device) -> Event:
+    """Another process's event. Waiting for one that was never recorded is no wait at all: record, then publish."""
+    opened: Event = torch.cuda.Event.from_ipc_handle(device, handle)
+    return opened
+
+
+def event() -> Event:
+    """An event of this process's own, without a clock."""
+    return torch.cuda.Event()
+
+
+def current_stream(device: torch.device) -> Stream:
+    return torch.cuda.current_stream(device)
+
+
+def side_stream(device: torch.device) -> Stream:
+    return torch.cuda.Stream(device)
+
+
+def on(stream: Stream) -> AbstractContextManager[object]:
+    """What is launched in the block goes to `stream`."""
+    return torch.cuda.stream(stream)
+
+
+def keep_until(tensors: Iterable[torch.Tensor], stream: Stream) -> None:
+    """The allocator gives the memory of `tensors` to nobody before `stream` is done with what it holds now."""
+    for tensor in tensors:
+        tensor.record_stream(stream)
+
+
+def pinned(count: int) -> torch.Tensor:
+    """(count,) int64 host memory that a GPU writes to without this process waiting."""
+    return torch.zeros(count, dtype=torch.int64, pin_memory=True)
+
+
+def pid_namespace() -> int:
+    """CUDA IPC works among processes of one PID namespace."""
+    return os.stat("/proc/self/ns/pid").st_ino

@@ -1,0 +1,374 @@
+"""The CUDA plane: replies in the teacher's GPU memory, read or copied by the ranks, ordered by interprocess events alone.
+
+    teacher   the lane's stream waits for free[slot], writes, stamps, ready[slot].record   then publishes the reply
+    rank      a stream waits for ready[slot], copies, free[slot].record                    then publishes the release
+
+Neither side's host ever waits for a GPU: what is published is that an event has been recorded, not that it has come. An
+event is recorded before its cursor is published, and waited for only after the cursor was read.
+
+The stamp. After a payload the teacher's stream writes the number of the reply behind it. Where a teacher is killed in the
+middle, its events may come all the same; so a rank's stream looks at the stamp first, and puts a NaN into every position of
+a reply that does not have it. Later, when the stamp has reached the host, the rank raises TornReply.
+
+Each lane has a stream of its own in the teacher, so that the event of a rank that was killed, which may never come, holds up
+that lane and no other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import torch
+
+from shmbridge import cuda_ipc, layout, peer
+from shmbridge.config import TorchDtype
+from shmbridge.cuda_ipc import Event, MemoryHandle
+from shmbridge.errors import AttachError, PlanError, TornReply
+from shmbridge.offer import Extent, Offer
+from shmbridge.payload import DTYPES
+from shmbridge.segment import Segment
+from shmbridge.session import Names, Shape, Token
+from shmbridge.slots import Slots
+
+_STAMP_BYTES = 8
+_GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
+_NUMBERS = 2**43
+_SAMPLE_BYTES = 4096
+_STAMPS_ON_THEIR_WAY = 256  # a rank's host that runs further ahead of its GPU waits for it
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Export(msgspec.Struct, frozen=True):
+    """What a rank needs to open its lane's slab: made once, for it alone."""
+
+    torch: str
+    pid: int
+    pid_namespace: int
+    gpu: str  # UUID
+    slots: int
+    stride: int
+    generation: int
+    memory: MemoryHandle
+    ready: tuple[bytes, ...]  # event handles, one for each slot
+    checksum: int  # of the sample in the first slot
+
+
+class Imported(msgspec.Struct, frozen=True):
+    """The rank's answer."""
+
+    free: tuple[bytes, ...]  # event handles, one for each slot
+
+
+def slab_bytes(slots: int, stride: int) -> int:
+    """Bytes of `slots` reply slots of `stride` bytes and their stamps."""
+    return slots * (stride + _STAMP_BYTES)
+
+
+class Slab:
+    """Teacher: the reply slots of one lane in this GPU's memory, held for the life of the process."""
+
+    def __init__(self, device: torch.device, slots: int, stride: int, generation: int) -> None:
+        """Allocate, and leave a sample in the first slot for the rank to check. Raises PlanError."""
+        self.device = device
+        self.slots, self.stride, self.generation = slots, stride, generation
+        try:
+            self.memory = cuda_ipc.allocate(slab_bytes(slots, stride), device)
+        except torch.OutOfMemoryError:
+            raise PlanError(
+                f"the reply slots of one rank take {slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
+                "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
+            ) from None
+        self.stamps = _stamps(self.memory, slots, stride)
+        self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
+        sample = _sample(self.memory, slots * stride)
+        sample.copy_(torch.arange(len(sample), device=device) % 251)
+        self._checksum = int(sample.sum())
+        self.ready[0].record(cuda_ipc.current_stream(device))
+
+    def export(self) -> Export:
+        """For one importer."""
+        return Export(
+            torch=str(torch.__version__),
+            pid=peer.myself().pid,
+            pid_namespace=cuda_ipc.pid_namespace(),
+            gpu=cuda_ipc.identify(self.device),
+            slots=self.slots,
+            stride=self.stride,
+            generation=self.generation,
+            memory=cuda_ipc.export_memory(self.memory),
+            ready=tuple(map(cuda_ipc.export_event, self.ready)),
+            checksum=self._checksum,
+        )
+
+
+class Opened:
+    """Rank: a slab of the teacher's, opened on this rank's own device. To be kept for life."""
+
+    def __init__(self, export: Export, device: torch.device) -> None:
+        """Open, wait for the first event, and compare the sample.
+
+        Raises:
+            AttachError: what does not match, or what CUDA said; with the remedy.
+        """
+        _check(export)
+        self.device = device
+        self.slots, self.stride, self.generation = export.slots, export.stride, export.generation
+        try:
+            self.memory = cuda_ipc.open_memory(export.memory, device)
+            self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
+            stream = cuda_ipc.current_stream(device)
+            stream.wait_event(self.ready[0])
+            found = int(_sample(self.memory, self.slots * self.stride).sum())
+        except RuntimeError as error:
+            raise AttachError(
+                f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
+            ) from None
+        if found != export.checksum:
+            raise AttachError(
+                f"{device} reads {found} from GPU {export.gpu}, where {export.checksum} was written: access between the two is "
+                "broken. Set plane=host, which goes through host memory."
+            )
+        self.stamps = _stamps(self.memory, self.slots, self.stride)
+
+
+def _check(export: Export) -> None:
+    """What both processes must have alike. Raises AttachError."""
+    if export.torch != torch.__version__:
+        raise AttachError(
+            f"the teacher has torch {export.torch}, this process {torch.__version__}: CUDA handles are made and opened by one "
+            "torch. Install the same in both, or set plane=host."
+        )
+    if export.pid_namespace != cuda_ipc.pid_namespace():
+        raise AttachError(
+            "the teacher runs in another PID namespace, where CUDA IPC does not work: start both in one container, or with "
+            "the host's (docker run --pid=host), or set plane=host."
+        )
+    if not (1 <= export.slots == len(export.ready) and export.generation < _GENERATIONS):
+        raise AttachError(f"the teacher's export tells {export.slots} slots, {len(export.ready)} events: garbled.")
+    if export.memory.nbytes < slab_bytes(export.slots, export.stride):
+        raise AttachError(f"the teacher's export tells {export.memory.nbytes} bytes for {export.slots} slots: garbled.")
+
+
+class TeacherCudaPlane:
+    """Teacher: the replies of one lane."""
+
+    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+        """Allocate the lane's slab on `device` and export it. Raises AttachError, PlanError."""
+        self._slab = slab = Slab(device, shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation)
+        self._exchange = _Exchange(token, shape, lane)
+        self._exchange.write_export(slab.export())
+        self._slots = _slots(slab, agreed)
+        self._stream = cuda_ipc.side_stream(device)
+        self._free: list[Event] = []
+        self._begun = -1  # the newest number that the stream may write
+
+    def write(
+        self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
+    ) -> None:
+        """Copy `outputs` into the reply on the lane's stream, after all that was launched before: see Slots.write."""
+        device, stream = self._slab.device, self._stream
+        here = {name: tensor.to(device, non_blocking=True) for name, tensor in outputs.items()}
+        stream.wait_stream(cuda_ipc.current_stream(device))
+        self._begin(number)
+        with cuda_ipc.on(stream):
+            self._slots.write(number, extent, here, position, row)
+        cuda_ipc.keep_until(here.values(), stream)
+
+    def _begin(self, number: int) -> None:
+        """Once for each number: wait, on the stream, for the rank's last read of the slot. That its release was published is
+        known: the rank's request, or the room for a chunk, came after."""
+        if number > self._begun and number >= self._slab.slots:
+            if not self._free:
+                imported = self._exchange.read_imported()
+                self._free = [cuda_ipc.open_event(handle, self._slab.device) for handle in imported.free]
+            self._stream.wait_event(self._free[number % self._slab.slots])
+        self._begun = max(number, self._begun)
+
+    def seal(self, number: int) -> Callable[[], None] | None:
+        """Stamp the reply and record its event: it may be published at once. Nothing of it is written any more."""
+        self._begin(number)
+        slab, slot = self._slab, number % self._slab.slots
+        with cuda_ipc.on(self._stream):
+            slab.stamps[slot].fill_(_stamp(slab.generation, number))
+        slab.ready[slot].record(self._stream)
+        return None
+
+
+class _Read(NamedTuple):
+    """A reply that this rank's stream reads, until its stamp is known to the host."""
+
+    number: int
+    seen: Event
+    place: int  # of the stamp on the host
+
+
+class RankCudaPlane:
+    """Rank: the replies of its lane.
+
+    With `in_place` the tensors are views of the teacher's memory, and the slot is the rank's until `release`; else they are
+    copies, and the slot is free again once `read` returns.
+    """
+
+    def __init__(
+        self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device, *, in_place: bool
+    ) -> None:
+        """Open the lane's slab on `device`. Raises AttachError."""
+        exchange = _Exchange(token, shape, lane)
+        self._slab = slab = Opened(exchange.read_export(), device)
+        found = slab.slots, slab.stride, slab.generation
+        expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
+        if found != expected:
+            raise AttachError(
+                f"the teacher's slab has slots, stride, generation {found}, expected {expected}: garbled."
+            )
+        self.keeps = self.lends = in_place
+        self._slots = _slots(slab, agreed)
+        self._free = [cuda_ipc.shared_event(device) for _ in range(slab.slots)]
+        exchange.write_imported(Imported(tuple(map(cuda_ipc.export_event, self._free))))
+        self._side = cuda_ipc.side_stream(device)
+        self._copied = cuda_ipc.event()
+        self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY)
+        self._reads: deque[_Read] = deque()
+        self._count = 0
+
+    def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """The tensors of a published reply, on this rank's device and for its current stream.
+
+        Raises:
+            TornReply: an earlier reply turned out to be torn.
+        """
+        self.check()
+        views = self._slots.views(number, extent)
+        compute = cuda_ipc.current_stream(self._slab.device)
+        ready = self._slab.ready[number % self._slab.slots]
+        if self.keeps:
+            compute.wait_event(ready)
+            self._guard(number, views)
+            return views
+        with cuda_ipc.on(self._side):
+            self._side.wait_event(ready)
+            copies = {name: torch.empty_like(view) for name, view in views.items()}
+            for name, copy in copies.items():
+                copy.copy_(views[name], non_blocking=True)
+            self._guard(number, copies)
+            self._free[number % self._slab.slots].record(self._side)
+            self._copied.record(self._side)
+        compute.wait_event(self._copied)
+        cuda_ipc.keep_until(copies.values(), compute)
+        return copies
+
+    def _guard(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """On the current stream: a NaN in every position unless the stamp is there; the stamp on its way to the host.
+
+        That it is looked at after the copy makes no difference: nobody writes to the slot before it is released.
+        """
+        stamp = self._slab.stamps[number % self._slab.slots]
+        torn = stamp.ne(_stamp(self._slab.generation, number))
+        for tensor in tensors.values():
+            if tensor.is_floating_point() and tensor.numel():
+                (tensor[..., 0] if tensor.ndim > 1 else tensor).masked_fill_(torn, torch.nan)
+        if len(self._reads) == _STAMPS_ON_THEIR_WAY:
+            self._reads[0].seen.synchronize()
+            self.check()
+        place, self._count = self._count % _STAMPS_ON_THEIR_WAY, self._count + 1
+        self._seen[place].copy_(stamp, non_blocking=True)
+        seen = cuda_ipc.event()
+        seen.record(cuda_ipc.current_stream(self._slab.device))
+        self._reads.append(_Read(number, seen, place))
+
+    def release(self, number: int) -> None:
+        """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
+        if self.keeps:
+            self._free[number % self._slab.slots].record(cuda_ipc.current_stream(self._slab.device))
+        self.check()
+
+    def check(self) -> None:
+        """Look at the stamps that have reached the host, without waiting. Raises TornReply."""
+        while self._reads and self._reads[0].seen.query():
+            read = self._reads.popleft()
+            found, expected = int(self._seen[read.place]), _stamp(self._slab.generation, read.number)
+            if found != expected:
+                raise TornReply(
+                    f"reply {read.number} carries the stamp {found:#x}, expected {expected:#x}: the teacher was killed while "
+                    "it wrote, or its memory was overwritten. Every position of the reply holds a NaN: go back to the last "
+                    "checkpoint."
+                )
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's GPU still waits for, or reads, a reply."""
+        return bool(self._reads) and not self._reads[-1].seen.query()
+
+
+class _Exchange:
+    """One lane's place in shared memory for the exports of both sides."""
+
+    def __init__(self, token: Token, shape: Shape, lane: int) -> None:
+        name = Names(token.session_id).reply(token.generation, lane)
+        self._segment = segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
+        self._capacity = layout.exchange_capacity(shape.reply_slots)
+        if segment.bytes.nbytes != shape.exchange_bytes:
+            raise AttachError(
+                f"segment {name} has {segment.bytes.nbytes} bytes, the exchange of CUDA handles takes "
+                f"{shape.exchange_bytes}: garbled."
+            )
+
+    def write_export(self, export: Export) -> None:
+        self._write(layout.ExchangeWord.EXPORT_NBYTES, 0, export)
+
+    def write_imported(self, imported: Imported) -> None:
+        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 1, imported)
+
+    def read_export(self) -> Export:
+        """Raises AttachError."""
+        return self._read(layout.ExchangeWord.EXPORT_NBYTES, 0, Export)
+
+    def read_imported(self) -> Imported:
+        """Raises AttachError."""
+        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
+
+    def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
+        text = msgspec.json.encode(what)
+        assert len(text) <= self._capacity, "exchange_capacity is too small"
+        start = layout.PAGE + area * self._capacity
+        self._segment.bytes[start : start + len(text)] = text
+        self._segment.words[word] = len(text)
+
+    def _read(self, word: int, area: int, kind: type[T]) -> T:
+        nbytes = self._segment.words[word]
+        start = layout.PAGE + area * self._capacity
+        if nbytes > self._capacity:
+            raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")
+        try:
+            return msgspec.json.decode(bytes(self._segment.bytes[start : start + nbytes]), type=kind)
+        except msgspec.DecodeError as error:
+            raise AttachError(f"segment {self._segment.name} holds garbled CUDA handles: {error}.") from None
+
+
+def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:
+    def view(offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
+        with torch.inference_mode(False):
+            kind = DTYPES[dtype]
+            return slab.memory[offset : offset + prod(dims) * kind.itemsize].view(kind).view(dims)
+
+    return Slots(agreed.outputs, slab.slots, slab.stride, view)
+
+
+def _stamps(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
+    """(slots,) int64, behind the slots."""
+    start = slots * stride
+    with torch.inference_mode(False):
+        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64)
+
+
+def _sample(memory: torch.Tensor, room: int) -> torch.Tensor:
+    return memory[: min(room, _SAMPLE_BYTES)]
+
+
+def _stamp(generation: int, number: int) -> int:
+    return generation * _NUMBERS + number + 1

@@ -1,0 +1,69 @@
+"""What server and bridge know of a plane: where the bytes of a reply lie, and how they come there, is its own affair.
+
+Cursors, heads and doorbells are the same for all planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+
+from shmbridge.config import Config
+from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
+from shmbridge.host_plane import RankHostPlane, TeacherHostPlane
+from shmbridge.offer import Extent, Offer
+from shmbridge.session import TeacherSession, TrainerSession
+
+
+class TeacherPlane(Protocol):
+    """The reply slots of one lane as the teacher fills them. `number` is a sequence, or a chunk's where replies are streamed;
+    its slot is free when it is written."""
+
+    def write(
+        self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
+    ) -> None: ...
+
+    def seal(self, number: int) -> Callable[[], None] | None: ...
+
+
+class RankPlane(Protocol):
+    """The reply slots of one lane as its rank reads them."""
+
+    @property
+    def keeps(self) -> bool:
+        """The slot of a reply is wanted until `release`; else it is free as soon as `read` has returned."""
+
+    @property
+    def lends(self) -> bool:
+        """The tensors of a reply lie in its slot; else they are the rank's own."""
+
+    @property
+    def busy(self) -> bool:
+        """This rank's GPU still waits for a reply, or reads one."""
+
+    def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]: ...
+
+    def release(self, number: int) -> None: ...
+
+    def check(self) -> None: ...
+
+
+def of_teacher(session: TeacherSession, agreed: Offer, device: torch.device) -> dict[int, TeacherPlane]:
+    """One for each lane of the teacher, by lane. Raises AttachError; PlanError where its GPU is too small."""
+    kind = TeacherCudaPlane if _on_gpu(session.settings) else TeacherHostPlane
+    shape = session.control.shape
+    return {lane.index: kind(session.token, shape, lane.index, agreed, device) for lane in session.lanes}
+
+
+def of_rank(session: TrainerSession, agreed: Offer, device: torch.device) -> RankPlane:
+    """Of the rank's lane; replies are wanted on `device`. Raises AttachError."""
+    place = session.token, session.control.shape, session.lane.index, agreed, device
+    if _on_gpu(session.settings):
+        return RankCudaPlane(*place, in_place=session.settings.cuda.read == "in_place")
+    return RankHostPlane(*place)
+
+
+def _on_gpu(settings: Config) -> bool:
+    return settings.plane == "cuda_ipc"

@@ -1,0 +1,32 @@
+"""Tests of what a reply carries run over every plane; the CUDA plane over a stand-in for the GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from shmbridge import cuda_plane
+from tests import harness
+from tests.fake_cuda import FakeCuda
+
+PLANES = {
+    "host": [],
+    "cuda": ["plane=cuda_ipc"],
+    "cuda-in-place": ["plane=cuda_ipc", "cuda.read=in_place"],
+}
+OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__name__.rpartition(".")[2] in OVER_EVERY_PLANE:
+        metafunc.fixturenames.append("plane")
+        metafunc.parametrize("plane", list(PLANES), indirect=True)
+
+
+@pytest.fixture
+def plane(request, monkeypatch) -> str:
+    """The plane of every bench in the test."""
+    name: str = request.param
+    monkeypatch.setattr(harness, "PLANE", PLANES[name])
+    if name != "host":
+        monkeypatch.setattr(cuda_plane, "cuda_ipc", FakeCuda())
+    return name
