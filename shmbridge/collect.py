@@ -44,10 +44,10 @@ class Collector:
         """Hand out what has been submitted, then nothing. Safe in a signal handler."""
         self._stopping = True
 
-    def answered(self, answers: Sequence[Answer], took_s: float) -> None:
-        """Take note of a round that is over."""
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Take note of a round that is over; on a GPU, that has been launched."""
         self._last_round = {answer.lane.index for answer in answers}
-        self._last_round_s = took_s
+        self._last_round_s = max(answer.composition.forward_ns for answer in answers) / 1e9
 
     def collect(self) -> list[Answer]:
         """The next round; empty when there will be none.

@@ -26,7 +26,7 @@ import torch
 
 from shmbridge import cuda_ipc, layout, peer
 from shmbridge.config import TorchDtype
-from shmbridge.cuda_ipc import Event, MemoryHandle
+from shmbridge.cuda_ipc import Event, MemoryHandle, Stream
 from shmbridge.errors import AttachError, PlanError, TornReply
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
@@ -234,6 +234,7 @@ class RankCudaPlane:
         self._copied = cuda_ipc.event()
         self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY)
         self._reads: deque[_Read] = deque()
+        self._waits: deque[tuple[Event, Event]] = deque()
         self._count = 0
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
@@ -247,7 +248,7 @@ class RankCudaPlane:
         compute = cuda_ipc.current_stream(self._slab.device)
         ready = self._slab.ready[number % self._slab.slots]
         if self.keeps:
-            compute.wait_event(ready)
+            self._wait(compute, ready)
             self._guard(number, views)
             return views
         with cuda_ipc.on(self._side):
@@ -258,9 +259,25 @@ class RankCudaPlane:
             self._guard(number, copies)
             self._free[number % self._slab.slots].record(self._side)
             self._copied.record(self._side)
-        compute.wait_event(self._copied)
+        self._wait(compute, self._copied)
         cuda_ipc.keep_until(copies.values(), compute)
         return copies
+
+    def _wait(self, stream: Stream, until: Event) -> None:
+        """On the stream, which takes the time that it stands still."""
+        began, ended = cuda_ipc.timed_event(), cuda_ipc.timed_event()
+        began.record(stream)
+        stream.wait_event(until)
+        ended.record(stream)
+        self._waits.append((began, ended))
+
+    def stalled_s(self) -> float:
+        """Seconds that this rank's GPU stood still for replies, as far as they are over and were not told before."""
+        stalled = 0.0
+        while self._waits and self._waits[0][1].query():
+            began, ended = self._waits.popleft()
+            stalled += began.elapsed_time(ended) / 1000
+        return stalled
 
     def _guard(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """On the current stream: a NaN in every position unless the stamp is there; the stamp on its way to the host.

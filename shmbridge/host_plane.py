@@ -97,6 +97,10 @@ class RankHostPlane:
         if self._copies is not None:
             self._copies.done[number % self._slots.count].synchronize()
 
+    def stalled_s(self) -> float:
+        """What a GPU stands still for here is its own copy."""
+        return 0.0
+
     def check(self) -> None:
         """Host memory cannot be torn: a reply is published after its bytes."""
 

@@ -130,6 +130,7 @@ class Requests:
         if head.error is not None:
             at = f"rank {self._open.lane.index}, step {sent.step}, sequence {sent.sequence}"
             raise TeacherError(f"the teacher could not answer {at}.", head.error)
+        self.meter.waited(self._plane.stalled_s())
         self.meter.replied(sent.step, head.composition)
         self.last_head = head
         return head

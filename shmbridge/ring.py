@@ -68,7 +68,8 @@ class Request(NamedTuple):
 class Composition(NamedTuple):
     """Where a request stood in the teacher's forward: what the bits of its reply depend on.
 
-    A request that was split by rows names its last forward; `forward_ns` is the time of all."""
+    A request that was split by rows names its last forward; `forward_ns` is the time of all. On a GPU, where a forward has only
+    been launched when the reply is published, it is the time of the latest that was over then."""
 
     forward: int
     row: int

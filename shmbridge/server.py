@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from shmbridge import batching, combine, encode, planes
+from shmbridge import batching, combine, encode, planes, stopwatch
 from shmbridge.batching import Piece
 from shmbridge.board import Phase
 from shmbridge.collect import Collector
@@ -57,6 +57,7 @@ class Server:
         self._settings = session.settings.teacher
         self._with_targets = session.settings.payload.logprobs is not None
         self._max_tokens = self._settings.max_batch_tokens
+        self._watch = stopwatch.of(device)
         self._forwards = 0
         self._tokens = self._padded_tokens = 0
         shape = session.control.shape
@@ -91,9 +92,8 @@ class Server:
         with torch.inference_mode():
             while answers := self._collector.collect():
                 record.enter(Phase.FORWARD)
-                began = time.monotonic()
                 self._answer(answers)
-                self._collector.answered(answers, time.monotonic() - began)
+                self._collector.answered(answers)
                 record.enter(Phase.COLLECTING)
         self._publisher.close()
         record.enter(Phase.CLOSED)
@@ -149,7 +149,7 @@ class Server:
         return None
 
     def _forward_and_write(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
-        started = time.monotonic_ns()
+        self._watch.start()
         requests = [answer.request for answer in answers]
         batch = combine.combine(requests, pieces, self._settings.pad_id, self._device)
         rows, seq = batch.input_ids.shape
@@ -164,7 +164,7 @@ class Server:
         if not self._chunks:
             for piece, part in zip(pieces, chosen, strict=True):
                 self._write(answers[piece.request], piece, part)
-        self._note(answers, pieces, chosen, (rows, seq), time.monotonic_ns() - started)
+        self._note(answers, pieces, chosen, (rows, seq), self._watch.stop())
 
     def _write(self, answer: Answer, piece: Piece, part: Rows) -> None:
         """A part of a whole reply into its slot."""

@@ -33,6 +33,9 @@ class FakeEvent:
         self.words[0] += 1
         self.cuda.calls.append(("record", self.number, stream.name))
 
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return 0.0
+
     def query(self) -> bool:
         return not self.cuda.hold_queries
 
@@ -101,6 +104,8 @@ class FakeCuda:
 
     def event(self) -> FakeEvent:
         return self._event(mmap.mmap(-1, _PAGE), b"")
+
+    timed_event = event
 
     def _event(self, memory: mmap.mmap, handle: bytes) -> FakeEvent:
         self._events += 1
