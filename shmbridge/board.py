@@ -15,6 +15,8 @@ import msgspec
 
 from shmbridge.errors import AttachError, PeerLost
 from shmbridge.layout import (
+    DECLARED_CAPACITY,
+    DECLARED_OFFSET,
     FAILURE_CAPACITY,
     FAILURE_OFFSET,
     NO_STEP,
@@ -41,6 +43,7 @@ class Phase(enum.IntEnum):
     WAITING = 9  # rank: waits for a reply
     DRAINING = 10  # teacher: answers what was submitted, then ends
     CLOSED = 11
+    IDLE = 12  # teacher: loaded, between two generations
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -81,6 +84,7 @@ class Record:
         """Make this process the record's participant."""
         pid, start = myself()
         self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
+        self._words[RecordWord.HEARTBEAT_NS] = self._words[RecordWord.DECLARED_NBYTES] = 0
         self._words[RecordWord.START] = start
         self.enter(Phase.STARTING)
         self._words[RecordWord.PID] = pid
@@ -96,6 +100,25 @@ class Record:
     def progress(self, done: int, total: int) -> None:
         self._words[RecordWord.PROGRESS_TOTAL] = total
         self._words[RecordWord.PROGRESS] = done
+
+    def beat(self) -> None:
+        """This process lives. (Where its loop is, the other words tell.)"""
+        self._words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns()
+
+    def declare(self, name: str, until_ns: int) -> None:
+        """The script says what it does, and until when (CLOCK_MONOTONIC) it is no fault that its loop stands still."""
+        text = name.encode(errors="replace")[:DECLARED_CAPACITY]
+        self._words[RecordWord.DECLARED_NBYTES] = 0
+        self._memory[DECLARED_OFFSET : DECLARED_OFFSET + len(text)] = text
+        self._words[RecordWord.DECLARED_UNTIL_NS] = until_ns
+        self._words[RecordWord.DECLARED_NBYTES] = len(text)
+
+    def withdraw(self) -> None:
+        """What was declared is over."""
+        self._words[RecordWord.DECLARED_NBYTES] = 0
+
+    def has_save_hook(self) -> None:
+        self._words[RecordWord.SAVES] = 1
 
     def set_ready(self, generation: int) -> None:
         self._words[RecordWord.READY] = generation
@@ -140,6 +163,25 @@ class Record:
         self._memory[FAILURE_OFFSET : FAILURE_OFFSET + len(text)] = text
         self._words[RecordWord.FAILURE_NBYTES] = len(text)
 
+    # Written by the owner, about a teacher that is gone
+
+    def clear(self) -> None:
+        """Make room for a new process in this participant's place."""
+        for word in (
+            RecordWord.PID,
+            RecordWord.READY,
+            RecordWord.OFFER_NBYTES,
+            RecordWord.FAILURE_NBYTES,
+            RecordWord.PROGRESS,
+            RecordWord.PROGRESS_TOTAL,
+        ):
+            self._words[word] = 0
+        self.enter(Phase.ABSENT)
+
+    def set_lost(self) -> None:
+        """No new teacher will come."""
+        self._words[RecordWord.LOST] = 1
+
     # Read by everyone
 
     @property
@@ -156,6 +198,29 @@ class Record:
     @property
     def seconds_in_phase(self) -> float:
         return (time.monotonic_ns() - self._words[RecordWord.SINCE_NS]) / 1e9
+
+    @property
+    def heartbeat_age_s(self) -> float | None:
+        """Seconds since the last heartbeat; None before the first."""
+        at = self._words[RecordWord.HEARTBEAT_NS]
+        return (time.monotonic_ns() - at) / 1e9 if at and self.identity else None
+
+    @property
+    def declared(self) -> tuple[str, float] | None:
+        """What the script said that it does, and the seconds that it has left (negative: over)."""
+        text = self._blob(DECLARED_OFFSET, RecordWord.DECLARED_NBYTES, DECLARED_CAPACITY)
+        if text is None:
+            return None
+        left_s = (self._words[RecordWord.DECLARED_UNTIL_NS] - time.monotonic_ns()) / 1e9
+        return text.decode(errors="replace"), left_s
+
+    @property
+    def saves(self) -> bool:
+        return self._words[RecordWord.SAVES] != 0
+
+    @property
+    def lost(self) -> bool:
+        return self._words[RecordWord.LOST] != 0
 
     @property
     def step(self) -> int | None:

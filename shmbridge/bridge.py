@@ -16,8 +16,10 @@ What is in flight is in `requests`, what the caller holds of it in `pending`; he
 from __future__ import annotations
 
 import os
+import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -25,16 +27,17 @@ import torch
 
 from shmbridge import parity, shared_head, trace
 from shmbridge.config import Config
-from shmbridge.errors import Closed, RequestRefused
+from shmbridge.errors import Closed, PeerLost, RequestRefused
 from shmbridge.head import Head
 from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
-from shmbridge.pending import Lease, Pending
+from shmbridge.pending import Lease, MissingPending, Pending
 from shmbridge.prefetch import Prefetch, Tokens
 from shmbridge.reply import Reply
-from shmbridge.requests import Requests
+from shmbridge.requests import Requests, Sent
 from shmbridge.session import TrainerSession
 from shmbridge.stats import Stats
+from shmbridge.stopping import Stopping
 from shmbridge.token_ids import Extras, IntArray, check_arrays, check_ids, check_names
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
@@ -57,6 +60,8 @@ class Bridge:
         self._checked = False  # the parity check has passed, or is off
         self._head: Head | None = None
         self._prefetches: weakref.WeakSet[Prefetch[Any]] = weakref.WeakSet()
+        self._stopping = Stopping(session)
+        self._missing = 0
 
     @property
     def rank(self) -> int:
@@ -167,7 +172,11 @@ class Bridge:
         step = extras.get("step")
         if step is not None and not (isinstance(step, int) and 0 <= step < NO_STEP):
             raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
-        return Pending(self._sending, self._sending.send(ids, extent, arrays, step))
+        sending = self._sending
+        if sending.teacher_lost:
+            self._missing += 1
+            return MissingPending(Sent(self._missing, step, extent, False))
+        return Pending(sending, sending.send(ids, extent, arrays, step))
 
     def exchange(
         self,
@@ -208,6 +217,26 @@ class Bridge:
         made = Prefetch(self._submit, self._make_room, free_slots, batches, tokens, ahead, state)
         self._prefetches.add(made)
         return made
+
+    def on_stop(self, save: Callable[[], object]) -> None:
+        """Call `save()` once before this rank stops: at a SIGTERM (as Slurm sends it ahead of the end), a Ctrl-C or SIGTERM of
+        the launcher, the loss of the teacher or of another rank. It runs in the thread and at the place of the next call of
+        the bridge, which then raises a PeerLost; the launcher gives all ranks timeouts.save_s for it.
+
+        Without a hook, and where the script handles SIGTERM itself, signals do what they always did.
+        """
+        self._stopping.set(save)
+
+    @contextmanager
+    def phase(self, name: str, timeout: float) -> Iterator[None]:
+        """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
+        fault that this rank's loop stands still; hang reports name the phase."""
+        record = self._session.record
+        record.declare(name, time.monotonic_ns() + int(timeout * 1e9))
+        try:
+            yield
+        finally:
+            record.withdraw()
 
     def stats(self) -> Stats:
         """What this rank's replies took so far, since `wait_ready`."""
@@ -273,8 +302,12 @@ class Bridge:
         """What the teacher offers, once its model is loaded."""
         session = self._session
         if self._offer is None:
-            agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
-            self._requests = Requests(session, agreed, self._device)
+            try:
+                agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
+            except PeerLost:
+                self._stopping.save()
+                raise
+            self._requests = Requests(session, agreed, self._device, self._stopping)
             self._offer = agreed
         return self._offer
 

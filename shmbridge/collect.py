@@ -24,10 +24,16 @@ class Collector:
     """Of one teacher."""
 
     def __init__(
-        self, session: TeacherSession, streams: Streams, skip: Callable[[Answer], None], healthy: Callable[[], None]
+        self,
+        session: TeacherSession,
+        streams: Streams,
+        skip: Callable[[Answer], None],
+        adopted: Callable[[Lane], None],
+        healthy: Callable[[], None],
     ) -> None:
-        """`skip` answers with nothing a request whose reply nobody will read; `healthy` raises where this teacher can answer
-        no more."""
+        """`skip` answers with nothing a request whose reply nobody will read; `adopted` hears of a lane that another teacher has
+        served so far; `healthy` raises where this one can answer no more."""
+        self._adopted = adopted
         self._healthy = healthy
         self._session = session
         self._streams = streams
@@ -120,6 +126,17 @@ class Collector:
         if self._streams.advance():
             self._session.bell.ring()
 
+    def _exchange_lanes(self) -> None:
+        """Lanes of a teacher that is gone come to this one, and go back when there is a new one."""
+        for lane in self._session.adopt():
+            logger.info("lane %d is served by this teacher now", lane.index)
+            self._adopted(lane)
+            self._lanes.append(lane)
+        for lane in [lane for lane in self._lanes if lane.wanted_teacher != self._session.index]:
+            if lane.ring.settled and lane.index not in self._streams:
+                self._lanes.remove(lane)
+                self._session.yield_lane(lane)
+
     def _ended(self) -> bool:
         return self._stopping or self._session.training_done or all(lane.ring.closed for lane in self._lanes)
 
@@ -127,6 +144,7 @@ class Collector:
         """Once a slice of each wait: who is gone will neither submit nor read."""
         self._session.check()
         self._healthy()
+        self._exchange_lanes()
         for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
             if not lane.ring.closed:
                 logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)

@@ -72,6 +72,10 @@ class TeacherConfig(_Section, frozen=True):
     replicas: int | None = None
     """Copies of the teacher; lane i is served by replica i % replicas. None: one for each GPU of teacher.gpus, one on a
     CPU. Fewer replicas than GPUs: each model is spread over its share of them."""
+    keep: bool = False
+    """Stay loaded when training has ended, for the next. Set by `shmbridge-launch teacher start`."""
+    restarts: int = 0
+    """How often a teacher that died is started again while training waits for it."""
     compile: bool = False
     """torch.compile the model. Sequence lengths are dynamic after the first recompilation."""
     cpu_threads: int | None = None
@@ -83,6 +87,7 @@ class TeacherConfig(_Section, frozen=True):
         self._require("cpu_threads", 1, "thread")
         self._require("vocab_size", 1, "token")
         self._require("replicas", 1, "replica")
+        self._require("restarts", 0, "restarts")
         if not 0 <= self.max_padding < 1:
             raise ValueError(f"`max_padding` is {self.max_padding}; it is a share of 0 to below 1")
 
@@ -92,6 +97,8 @@ class TrainConfig(_Section, frozen=True):
     """The training GPUs, such as `0-6` or `0,2,5`; one rank each."""
     cpu_ranks: int = 0
     """Ranks of a training group without GPUs."""
+    restarts: int = 0
+    """How often the training group is started again after a crash, while the teacher stays loaded."""
     torchrun_args: str = ""
     """Further flags of torchrun, as on its command line."""
     cpu_threads: int | None = None
@@ -99,6 +106,7 @@ class TrainConfig(_Section, frozen=True):
 
     def __post_init__(self) -> None:
         self._require("cpu_ranks", 0, "ranks")
+        self._require("restarts", 0, "restarts")
         self._require("cpu_threads", 1, "thread")
 
 
@@ -204,6 +212,10 @@ class TimeoutsConfig(_Section, frozen=True):
     """From wait_ready to a loaded teacher, and from its offer to the reply memory."""
     request_s: float = 1800.0
     """From wait to reply."""
+    report_s: float = 120.0
+    """The hang report is printed, and the wait goes on, when a party has owed something for this long."""
+    save_s: float = 60.0
+    """For ranks that have a save hook (bridge.on_stop), from the stop of a run to the end of their saving."""
     shutdown_s: float = 10.0
     """One shared grace for everything that was asked to end, before it is killed."""
 
@@ -237,7 +249,8 @@ class Config(_Section, frozen=True):
     name: str = ""
     """Alias of the session; refused while a live launcher holds it."""
     run_dir: str = "runs"
-    """Each run gets a directory of its own below it: logs, the resolved config, the report."""
+    """Each run gets a directory of its own below it: logs, the resolved config, the report. Inside a session it is that
+    directory."""
     teacher: TeacherConfig = TeacherConfig()
     train: TrainConfig = TrainConfig()
     ring: RingConfig = RingConfig()
@@ -247,6 +260,9 @@ class Config(_Section, frozen=True):
     shared memory. auto: cuda_ipc where a trial at the start shows that it works between the GPUs of this run, else host.
     Inside a session it is what was chosen."""
     cuda: CudaConfig = CudaConfig()
+    on_teacher_lost: Literal["stop", "wait", "continue"] = "stop"
+    """Once teacher.restarts are used up. stop: ranks raise TeacherDied, after their save hooks. wait: a teacher is started again
+    and again, with growing pauses, until timeouts.request_s. continue: replies are `missing` from then on."""
     parity: bool = True
     """Before step 1 every rank sends a probe batch and compares the reply with what the model gives in its own process.
     Off for a teacher whose answers to the same batch differ."""

@@ -6,14 +6,16 @@ import atexit
 import os
 import sys
 import weakref
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from shmbridge import trace
+from shmbridge import stacks, trace
 from shmbridge.bridge import Bridge
 from shmbridge.disabled import DisabledBridge
 from shmbridge.errors import NotLaunched
+from shmbridge.heartbeat import Heartbeat
 from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
 
 
@@ -46,6 +48,8 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
         )
     session = TrainerSession(Token.parse(text), lane)
     trace.configure(session.settings.log.level)
+    stacks.listen(Path(session.settings.run_dir))
+    Heartbeat(session.record)
     bridge = Bridge(session, None if device is None else torch.device(device))
     _report_exit(bridge)
     return bridge

@@ -31,7 +31,7 @@ from shmbridge.errors import AttachError, PlanError, TornReply
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
 from shmbridge.segment import Segment
-from shmbridge.session import Names, Shape, Token
+from shmbridge.session import Lane, Names, Shape, Token
 from shmbridge.slots import Slots
 
 _STAMP_BYTES = 8
@@ -53,6 +53,7 @@ class Export(msgspec.Struct, frozen=True):
     slots: int
     stride: int
     generation: int
+    first: int  # number of the first reply, or chunk, that lies in it
     memory: MemoryHandle
     ready: tuple[bytes, ...]  # event handles, one for each slot
     checksum: int  # of the sample in the first slot
@@ -61,6 +62,7 @@ class Export(msgspec.Struct, frozen=True):
 class Imported(msgspec.Struct, frozen=True):
     """The rank's answer."""
 
+    of: int  # which export of the lane it answers
     free: tuple[bytes, ...]  # event handles, one for each slot
 
 
@@ -90,8 +92,8 @@ class Slab:
         self._checksum = int(sample.sum())
         self.ready[0].record(cuda_ipc.current_stream(device))
 
-    def export(self) -> Export:
-        """For one importer."""
+    def export(self, first: int = 0) -> Export:
+        """For one importer, which finds replies from number `first` on in it."""
         return Export(
             torch=str(torch.__version__),
             pid=peer.myself().pid,
@@ -100,6 +102,7 @@ class Slab:
             slots=self.slots,
             stride=self.stride,
             generation=self.generation,
+            first=first,
             memory=cuda_ipc.export_memory(self.memory),
             ready=tuple(map(cuda_ipc.export_event, self.ready)),
             checksum=self._checksum,
@@ -157,11 +160,12 @@ def _check(export: Export) -> None:
 class TeacherCudaPlane:
     """Teacher: the replies of one lane."""
 
-    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Allocate the lane's slab on `device` and export it. Raises AttachError, PlanError."""
         self._slab = slab = Slab(device, shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation)
-        self._exchange = _Exchange(token, shape, lane)
-        self._exchange.write_export(slab.export())
+        self._first = lane.ring.filled if shape.chunks else lane.ring.replied
+        self._exchange = _Exchange(token, shape, lane.index)
+        self._export = self._exchange.write_export(slab.export(self._first))
         self._slots = _slots(slab, agreed)
         self._stream = cuda_ipc.side_stream(device)
         self._free: list[Event] = []
@@ -182,9 +186,9 @@ class TeacherCudaPlane:
     def _begin(self, number: int) -> None:
         """Once for each number: wait, on the stream, for the rank's last read of the slot. That its release was published is
         known: the rank's request, or the room for a chunk, came after."""
-        if number > self._begun and number >= self._slab.slots:
+        if number > self._begun and number >= self._first + self._slab.slots:
             if not self._free:
-                imported = self._exchange.read_imported()
+                imported = self._exchange.read_imported(self._export)
                 self._free = [cuda_ipc.open_event(handle, self._slab.device) for handle in imported.free]
             self._stream.wait_event(self._free[number % self._slab.slots])
         self._begun = max(number, self._begun)
@@ -203,8 +207,28 @@ class _Read(NamedTuple):
     """A reply that this rank's stream reads, until its stamp is known to the host."""
 
     number: int
+    stamp: int  # expected
     seen: Event
     place: int  # of the stamp on the host
+
+
+class _Import(NamedTuple):
+    """What the rank has opened of one teacher."""
+
+    nth: int  # of the lane's exports
+    first: int
+    slab: Opened
+    slots: Slots
+    events: list[Event]  # this rank's own, exported: a slot's last read
+
+    def ready(self, number: int) -> Event:
+        return self.slab.ready[number % self.slab.slots]
+
+    def free(self, number: int) -> Event:
+        return self.events[number % self.slab.slots]
+
+    def stamp(self, number: int) -> torch.Tensor:
+        return self.slab.stamps[number % self.slab.slots]
 
 
 class RankCudaPlane:
@@ -215,21 +239,16 @@ class RankCudaPlane:
     """
 
     def __init__(
-        self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device, *, in_place: bool
+        self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device, *, in_place: bool
     ) -> None:
         """Open the lane's slab on `device`. Raises AttachError."""
-        exchange = _Exchange(token, shape, lane)
-        self._slab = slab = Opened(exchange.read_export(), device)
-        found = slab.slots, slab.stride, slab.generation
-        expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
-        if found != expected:
-            raise AttachError(
-                f"the teacher's slab has slots, stride, generation {found}, expected {expected}: garbled."
-            )
         self.keeps = self.lends = in_place
-        self._slots = _slots(slab, agreed)
-        self._free = [cuda_ipc.shared_event(device) for _ in range(slab.slots)]
-        exchange.write_imported(Imported(tuple(map(cuda_ipc.export_event, self._free))))
+        self._device = device
+        self._expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
+        self._agreed = agreed
+        self._exchange = _Exchange(token, shape, lane.index)
+        self._opened: list[_Import] = []
+        self._open()
         self._side = cuda_ipc.side_stream(device)
         self._copied = cuda_ipc.event()
         self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY)
@@ -244,20 +263,20 @@ class RankCudaPlane:
             TornReply: an earlier reply turned out to be torn.
         """
         self.check()
-        views = self._slots.views(number, extent)
-        compute = cuda_ipc.current_stream(self._slab.device)
-        ready = self._slab.ready[number % self._slab.slots]
+        slab = self._of(number)
+        views = slab.slots.views(number, extent)
+        compute = cuda_ipc.current_stream(self._device)
         if self.keeps:
-            self._wait(compute, ready)
-            self._guard(number, views)
+            self._wait(compute, slab.ready(number))
+            self._guard(slab, number, views)
             return views
         with cuda_ipc.on(self._side):
-            self._side.wait_event(ready)
+            self._side.wait_event(slab.ready(number))
             copies = {name: torch.empty_like(view) for name, view in views.items()}
             for name, copy in copies.items():
                 copy.copy_(views[name], non_blocking=True)
-            self._guard(number, copies)
-            self._free[number % self._slab.slots].record(self._side)
+            self._guard(slab, number, copies)
+            slab.free(number).record(self._side)
             self._copied.record(self._side)
         self._wait(compute, self._copied)
         cuda_ipc.keep_until(copies.values(), compute)
@@ -279,13 +298,32 @@ class RankCudaPlane:
             stalled += began.elapsed_time(ended) / 1000
         return stalled
 
-    def _guard(self, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _open(self) -> None:
+        """Open the newest export. Where a teacher follows another, replies of the last lie in its slab still."""
+        count, export = self._exchange.read_export()
+        slab = Opened(export, self._device)
+        found = slab.slots, slab.stride, slab.generation
+        if found != self._expected:
+            raise AttachError(
+                f"the teacher's slab has slots, stride, generation {found}, expected {self._expected}: garbled."
+            )
+        events = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
+        self._opened.append(_Import(count, export.first, slab, _slots(slab, self._agreed), events))
+        self._exchange.write_imported(Imported(count, tuple(map(cuda_ipc.export_event, events))))
+
+    def _of(self, number: int) -> _Import:
+        """Where a published reply lies. Raises AttachError."""
+        if self._exchange.exports != self._opened[-1].nth:
+            self._open()
+        return next((opened for opened in reversed(self._opened) if number >= opened.first), self._opened[0])
+
+    def _guard(self, slab: _Import, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """On the current stream: a NaN in every position unless the stamp is there; the stamp on its way to the host.
 
         That it is looked at after the copy makes no difference: nobody writes to the slot before it is released.
         """
-        stamp = self._slab.stamps[number % self._slab.slots]
-        torn = stamp.ne(_stamp(self._slab.generation, number))
+        stamp, expected = slab.stamp(number), _stamp(slab.slab.generation, number)
+        torn = stamp.ne(expected)
         for tensor in tensors.values():
             if tensor.is_floating_point() and tensor.numel():
                 (tensor[..., 0] if tensor.ndim > 1 else tensor).masked_fill_(torn, torch.nan)
@@ -295,20 +333,20 @@ class RankCudaPlane:
         place, self._count = self._count % _STAMPS_ON_THEIR_WAY, self._count + 1
         self._seen[place].copy_(stamp, non_blocking=True)
         seen = cuda_ipc.event()
-        seen.record(cuda_ipc.current_stream(self._slab.device))
-        self._reads.append(_Read(number, seen, place))
+        seen.record(cuda_ipc.current_stream(self._device))
+        self._reads.append(_Read(number, expected, seen, place))
 
     def release(self, number: int) -> None:
         """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
         if self.keeps:
-            self._free[number % self._slab.slots].record(cuda_ipc.current_stream(self._slab.device))
+            self._of(number).free(number).record(cuda_ipc.current_stream(self._device))
         self.check()
 
     def check(self) -> None:
         """Look at the stamps that have reached the host, without waiting. Raises TornReply."""
         while self._reads and self._reads[0].seen.query():
             read = self._reads.popleft()
-            found, expected = int(self._seen[read.place]), _stamp(self._slab.generation, read.number)
+            found, expected = int(self._seen[read.place]), read.stamp
             if found != expected:
                 raise TornReply(
                     f"reply {read.number} carries the stamp {found:#x}, expected {expected:#x}: the teacher was killed while "
@@ -335,19 +373,30 @@ class _Exchange:
                 f"{shape.exchange_bytes}: garbled."
             )
 
-    def write_export(self, export: Export) -> None:
+    @property
+    def exports(self) -> int:
+        """How many exports there were."""
+        return self._segment.words[layout.ExchangeWord.EXPORTS]
+
+    def write_export(self, export: Export) -> int:
+        """The count of it."""
         self._write(layout.ExchangeWord.EXPORT_NBYTES, 0, export)
+        self._segment.words[layout.ExchangeWord.EXPORTS] += 1
+        return self.exports
 
     def write_imported(self, imported: Imported) -> None:
         self._write(layout.ExchangeWord.IMPORTED_NBYTES, 1, imported)
 
-    def read_export(self) -> Export:
-        """Raises AttachError."""
-        return self._read(layout.ExchangeWord.EXPORT_NBYTES, 0, Export)
+    def read_export(self) -> tuple[int, Export]:
+        """The newest, and its count. Raises AttachError."""
+        return self.exports, self._read(layout.ExchangeWord.EXPORT_NBYTES, 0, Export)
 
-    def read_imported(self) -> Imported:
-        """Raises AttachError."""
-        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
+    def read_imported(self, count: int) -> Imported:
+        """The answer to export `count`, without which nothing of it can have been read. Raises AttachError."""
+        imported = self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
+        if imported.of != count:
+            raise AttachError(f"the rank's handles answer export {imported.of}, expected {count}: garbled.")
+        return imported
 
     def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
         text = msgspec.json.encode(what)

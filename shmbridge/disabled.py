@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 import torch
@@ -12,9 +14,8 @@ from shmbridge.config import Config
 from shmbridge.errors import Closed
 from shmbridge.head import Head
 from shmbridge.offer import Extent, Offer
-from shmbridge.pending import Chunks, Lease, Pending
+from shmbridge.pending import MissingPending, Pending
 from shmbridge.prefetch import Prefetch
-from shmbridge.reply import Reply
 from shmbridge.requests import Sent
 from shmbridge.stats import Stats
 from shmbridge.token_ids import Extras, IntArray
@@ -62,10 +63,17 @@ class DisabledBridge(Bridge):
         **extras: Unpack[Extras],
     ) -> Pending:
         self._submitted += 1
-        return _MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
+        return MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
 
     def _make_room(self, asking: Prefetch[Any] | None = None) -> None:
         """There is no ring."""
+
+    def on_stop(self, save: Callable[[], object]) -> None:
+        """Signals end this rank as they always did."""
+
+    @contextmanager
+    def phase(self, name: str, timeout: float) -> Iterator[None]:
+        yield
 
     def stats(self) -> Stats:
         return Stats()
@@ -75,30 +83,3 @@ class DisabledBridge(Bridge):
 
     def _fail(self, error: BaseException) -> None:
         pass
-
-
-class _MissingPending(Pending):
-    __slots__ = ()
-
-    def __init__(self, sent: Sent) -> None:
-        self._sent = sent
-
-    def __del__(self) -> None:
-        """There is no slot to give back."""
-
-    @property
-    def done(self) -> bool:
-        return True
-
-    def wait(self, timeout: float | None = None) -> Lease:
-        return Lease(None, self._sent, Reply({}, self.sequence, self.step, None))
-
-    def chunks(self, timeout: float | None = None) -> Chunks:
-        """One, of all rows, that is `missing`."""
-        yield slice(0, None), Reply({}, self.sequence, self.step, None)
-
-    def copy(self, timeout: float | None = None) -> Reply:
-        return Reply({}, self.sequence, self.step, None)
-
-    def cancel(self) -> None:
-        """There is nothing to cancel."""

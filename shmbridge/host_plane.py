@@ -16,7 +16,7 @@ from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError
 from shmbridge.offer import Extent, Offer
 from shmbridge.segment import Segment
-from shmbridge.session import Names, Shape, Token
+from shmbridge.session import Lane, Names, Shape, Token
 from shmbridge.slots import Slots
 
 
@@ -37,7 +37,7 @@ class _Copies:
 class TeacherHostPlane:
     """Teacher: the replies of one lane."""
 
-    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Attach the lane's reply segment; `device` is the teacher's. Raises AttachError."""
         memory, self._slots = _attach(token, shape, lane, agreed)
         self._copies = _Copies(memory, device, self._slots.count) if device.type == "cuda" else None
@@ -70,7 +70,7 @@ class RankHostPlane:
     keeps = True
     busy = False
 
-    def __init__(self, token: Token, shape: Shape, lane: int, agreed: Offer, device: torch.device) -> None:
+    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
         memory, self._slots = _attach(token, shape, lane, agreed)
         self.lends = device.type != "cuda"
@@ -105,9 +105,9 @@ class RankHostPlane:
         """Host memory cannot be torn: a reply is published after its bytes."""
 
 
-def _attach(token: Token, shape: Shape, lane: int, agreed: Offer) -> tuple[memoryview, Slots]:
-    name = Names(token.session_id).reply(token.generation, lane)
-    segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
+def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memoryview, Slots]:
+    name = Names(token.session_id).reply(token.generation, lane.index)
+    segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane.index)
     memory, expected = segment.bytes, shape.reply_bytes(agreed.outputs)
     if memory.nbytes != expected:
         raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")

@@ -55,7 +55,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MAGIC = int.from_bytes(b"SHMBRDGE", "little")
-VERSION = 2
+VERSION = 3
 PAGE = 4096
 CACHE_LINE = 64
 WORD = 8
@@ -86,6 +86,8 @@ class ControlWord:
     CHUNK_POSITIONS = 19
     SETTINGS_NBYTES = 20
     CURRENT_GENERATION = 21
+    SESSION_ENDING = 24  # no generation follows
+    STOPPING = 25  # ranks with a save hook are to save and stop
     REPLIES_READY = 22  # the generation whose reply segments exist
     TRAINING_DONE = 23  # the last generation whose training group has ended
 
@@ -109,7 +111,15 @@ class RecordWord:
     READY = 8  # teacher: the generation it serves; reader: its generation, once attached
     OFFER_NBYTES = 9
     FAILURE_NBYTES = 10
+    HEARTBEAT_NS = 11
+    DECLARED_NBYTES = 12  # a phase that the script has named; 0: none
+    DECLARED_UNTIL_NS = 13  # until then it is no fault that the loop stands still
+    SAVES = 14  # rank: it has a hook to save with before it stops
+    LOST = 15  # teacher: no new one will come; written by the owner
 
+
+DECLARED_OFFSET = 256
+DECLARED_CAPACITY = 64
 
 RECORD_BYTES = 32 * 1024
 OFFER_OFFSET = 512
@@ -124,7 +134,8 @@ class LaneWord:
     DEPTH = 8
     READERS = 9
     MAX_TOKENS = 10
-    TEACHER = 11  # which teacher serves this lane
+    TEACHER = 11  # which teacher serves this lane: written by that teacher as it hands the lane over, or by the owner once it is gone
+    WANTED = 14  # which is to serve it: the owner's word
     REQUESTED = 64
     CLOSED = 65
     CANDIDATES = 12
@@ -164,6 +175,7 @@ class ExchangeWord:
 
     EXPORT_NBYTES = 8
     IMPORTED_NBYTES = 9
+    EXPORTS = 10  # so many teachers have exported, one after the other
 
 
 def exchange_capacity(slots: int) -> int:

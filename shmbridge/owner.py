@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -44,7 +44,12 @@ def objects(session_id: str | None = None) -> dict[str, list[str]]:
 def unlink_session(session_id: str) -> int:
     """Remove every object of a session, its control segment last. Returns how many there were."""
     names = objects(session_id).get(session_id, [])
-    for name in sorted(names, key=lambda name: name.endswith("-control")):
+    _unlink(sorted(names, key=lambda name: name.endswith("-control")))
+    return len(names)
+
+
+def _unlink(names: Iterable[str]) -> None:
+    for name in names:
         try:
             if name.startswith("sem."):
                 posix_ipc.unlink_semaphore("/" + name.removeprefix("sem."))
@@ -52,7 +57,6 @@ def unlink_session(session_id: str) -> int:
                 posix_ipc.unlink_shared_memory("/" + name)
         except posix_ipc.ExistentialError:
             pass
-    return len(names)
 
 
 @contextmanager
@@ -104,17 +108,26 @@ class Owner:
             self._teacher_bells = [Doorbell(self.names.teacher_bell(i), create=True) for i in range(teachers)]
             self._undo = undo.pop_all()
 
-    def _create_control(self, undo: ExitStack) -> Segment:
-        text = config.to_json(self.settings)
+    def describe(self, settings: Config) -> None:
+        """Put other settings of the same shape in place, before anybody has the token. Raises ConfigError."""
+        self._write_settings(self.control.segment, settings)
+        self.settings = settings
+
+    @staticmethod
+    def _write_settings(segment: Segment, settings: Config) -> None:
+        text = config.to_json(settings)
         if len(text) > layout.SETTINGS_CAPACITY:
             raise ConfigError(f"the settings take {len(text)} bytes as JSON, at most {layout.SETTINGS_CAPACITY} fit")
+        segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + len(text)] = text
+        segment.words[ControlWord.SETTINGS_NBYTES] = len(text)
+
+    def _create_control(self, undo: ExitStack) -> Segment:
         segment = self._create_locked(undo)
         words = segment.words
         words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
         for i, value in enumerate(self.shape):
             words[ControlWord.LANES + i] = value
-        segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + len(text)] = text
-        words[ControlWord.SETTINGS_NBYTES] = len(text)
+        self._write_settings(segment, self.settings)
         segment.publish()
         return segment
 
@@ -136,9 +149,14 @@ class Owner:
                 return segment
             os.close(lock)
 
-    def start_generation(self) -> Token:
-        """Create the lanes and doorbells of the next generation. Raises PlanError."""
+    def start_generation(self, lanes: int | None = None) -> Token:
+        """Create the lanes and doorbells of the next generation, and remove those of the last; `lanes` where their number is
+        another now. Raises PlanError."""
+        self._remove_generation()
         self.generation += 1
+        if lanes is not None:
+            self.shape = self.shape._replace(lanes=lanes)
+            self.control.words[ControlWord.LANES] = lanes
         self._rank_bells = [
             Doorbell(self.names.reader_bell(self.generation, lane, reader), create=True)
             for lane in range(self.shape.lanes)
@@ -146,6 +164,7 @@ class Owner:
         ]
         self.lanes = [self._create_lane(lane) for lane in range(self.shape.lanes)]
         self.control.words[ControlWord.CURRENT_GENERATION] = self.generation
+        self.ring_all()
         return Token(self.session_id, self.generation)
 
     def _create_lane(self, index: int) -> Lane:
@@ -153,7 +172,7 @@ class Owner:
         name = self.names.lane(self.generation, index)
         segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, self.generation, index)
         words = segment.words
-        words[LaneWord.TEACHER] = index % self.shape.teachers
+        words[LaneWord.TEACHER] = words[LaneWord.WANTED] = index % self.shape.teachers
         for word, value in zip(layout.LANE_CONSTANTS, shape.constants, strict=True):
             words[word] = value
         segment.publish()
@@ -197,9 +216,37 @@ class Owner:
         self.ring_all()
         return nbytes * self.shape.lanes + head
 
+    def _remove_generation(self) -> None:
+        """Names of the last generation; whoever still has its objects open keeps them."""
+        for bell in self._rank_bells:
+            bell.close()
+        _unlink(name for name in objects(self.session_id).get(self.session_id, []) if f"-g{self.generation}-" in name)
+
     def end_training(self) -> None:
-        """Announce that this generation's training group has ended; the teacher drains and stops."""
+        """Announce that this generation's training group has ended; the teacher drains, and stops or waits for the next."""
         self.control.words[ControlWord.TRAINING_DONE] = self.generation
+        self.ring_all()
+
+    def end_session(self) -> None:
+        """Announce that no generation follows."""
+        self.control.words[ControlWord.SESSION_ENDING] = 1
+        self.end_training()
+
+    def ask_to_save(self) -> None:
+        """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge."""
+        self.control.words[ControlWord.STOPPING] = 1
+        self.ring_all()
+
+    def hand_over(self, lane: int, teacher: int) -> None:
+        """Give a lane whose teacher is gone, and reaped, to another one."""
+        words = self.lanes[lane].segment.words
+        words[LaneWord.WANTED] = teacher
+        self.lanes[lane].hand_over(teacher)
+        self.ring_all()
+
+    def ask_to_hand_over(self, lane: int, teacher: int) -> None:
+        """Ask the teacher that serves a lane to hand it over to `teacher`, once nothing of it is in its hands."""
+        self.lanes[lane].segment.words[LaneWord.WANTED] = teacher
         self.ring_all()
 
     def fail(self, failure: Failure) -> None:

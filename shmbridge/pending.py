@@ -83,7 +83,9 @@ class Pending:
             RequestRefused: the session streams its replies; use `chunks` or `copy`.
         """
         requests = self._waiting()
-        requests.wait(self._sent, timeout)
+        if not requests.wait(self._sent, timeout):
+            self._requests = None
+            return Lease(None, self._sent, _missing(self._sent))
         self._requests = None  # from here on the slot is the lease's, or given back
         return Lease(requests, self._sent, requests.read(self._sent))
 
@@ -109,9 +111,12 @@ class Pending:
     def _read(self, timeout: float | None) -> Chunks:
         requests = self._waiting()
         if requests.streams:
-            requests.begin(self._sent, timeout)
+            answered = requests.begin(self._sent, timeout)
             self._requests = None
-            yield from requests.chunks(self._sent, timeout)
+            if answered:
+                yield from requests.chunks(self._sent, timeout)
+            else:
+                yield slice(0, None), _missing(self._sent)
         else:
             with self.wait(timeout) as reply:
                 chunk = requests.as_chunk(reply, self._sent)
@@ -148,3 +153,36 @@ class Pending:
         if self._requests is None:
             raise Closed(f"sequence {self.sequence} was waited for or cancelled before; a reply is leased once.")
         return self._requests
+
+
+class MissingPending(Pending):
+    """Of a request that nobody answers: the bridge is off, or its teacher is lost."""
+
+    __slots__ = ()
+
+    def __init__(self, sent: Sent) -> None:
+        self._sent = sent
+
+    def __del__(self) -> None:
+        """There is no slot to give back."""
+
+    @property
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> Lease:
+        return Lease(None, self._sent, _missing(self._sent))
+
+    def chunks(self, timeout: float | None = None) -> Chunks:
+        """One, of all rows, that is `missing`."""
+        yield slice(0, None), _missing(self._sent)
+
+    def copy(self, timeout: float | None = None) -> Reply:
+        return _missing(self._sent)
+
+    def cancel(self) -> None:
+        """There is nothing to cancel."""
+
+
+def _missing(sent: Sent) -> Reply:
+    return Reply({}, sent.sequence, sent.step, None)

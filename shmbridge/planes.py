@@ -14,7 +14,7 @@ from shmbridge.config import Config
 from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
 from shmbridge.host_plane import RankHostPlane, TeacherHostPlane
 from shmbridge.offer import Extent, Offer
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge.session import Lane, TeacherSession, TrainerSession
 
 
 class TeacherPlane(Protocol):
@@ -52,16 +52,15 @@ class RankPlane(Protocol):
     def check(self) -> None: ...
 
 
-def of_teacher(session: TeacherSession, agreed: Offer, device: torch.device) -> dict[int, TeacherPlane]:
-    """One for each lane of the teacher, by lane. Raises AttachError; PlanError where its GPU is too small."""
+def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device) -> TeacherPlane:
+    """Of a lane that the teacher serves. Raises AttachError; PlanError where its GPU is too small."""
     kind = TeacherCudaPlane if _on_gpu(session.settings) else TeacherHostPlane
-    shape = session.control.shape
-    return {lane.index: kind(session.token, shape, lane.index, agreed, device) for lane in session.lanes}
+    return kind(session.token, session.control.shape, lane, agreed, device)
 
 
 def of_rank(session: TrainerSession, agreed: Offer, device: torch.device) -> RankPlane:
     """Of the rank's lane; replies are wanted on `device`. Raises AttachError."""
-    place = session.token, session.control.shape, session.lane.index, agreed, device
+    place = session.token, session.control.shape, session.lane, agreed, device
     if _on_gpu(session.settings):
         return RankCudaPlane(*place, in_place=session.settings.cuda.read == "in_place")
     return RankHostPlane(*place)

@@ -15,13 +15,22 @@ import torch
 
 from shmbridge import planes, trace
 from shmbridge.board import Phase
-from shmbridge.errors import AttachError, Closed, DeadlineExceeded, PeerLost, RequestRefused, TeacherError
+from shmbridge.errors import (
+    AttachError,
+    Closed,
+    DeadlineExceeded,
+    PeerLost,
+    RequestRefused,
+    TeacherDied,
+    TeacherError,
+)
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
 from shmbridge.reply import Reply
 from shmbridge.ring import Chunk, ReplyHead
 from shmbridge.session import TrainerSession
 from shmbridge.stats import Meter
+from shmbridge.stopping import Stopping
 from shmbridge.token_ids import IntArray
 
 T = TypeVar("T")
@@ -44,13 +53,16 @@ class Sent(NamedTuple):
 class Requests:
     """Of one rank, from the barrier to its close."""
 
-    def __init__(self, session: TrainerSession, agreed: Offer, device: torch.device | None) -> None:
+    def __init__(self, session: TrainerSession, agreed: Offer, device: torch.device | None, stopping: Stopping) -> None:
         """Map the reply memory. Replies are wanted on `device`; None: the current CUDA device where the launcher gave training
         GPUs, else the CPU. Raises AttachError."""
         self.streams = session.control.shape.chunks > 0
         self.dropped: list[int] = []  # sequences whose Pending was dropped; any thread may append
         self.meter = Meter(session.settings.log.stats_every if session.lane.index == 0 else 0)
         self._open = session
+        self.stopping = stopping
+        self.teacher_lost = False  # and on_teacher_lost is continue: replies are missing from now on
+        self._goes_on = session.settings.on_teacher_lost == "continue"
         self._closed = False
         self._process = os.getpid()
         self._outputs = agreed.outputs
@@ -74,13 +86,14 @@ class Requests:
         """Copy a checked request into the ring. Raises RingFull."""
         started = time.monotonic_ns()
         session = self._session
+        self.stopping.heed()
         ring = session.ring
         if self.dropped or self._cancelled:
             self._free_cancelled(wait=True)
         sequence = ring.claim()
         ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
         ring.publish_request(sequence)
-        session.teacher_bell.ring()
+        session.ring_teacher()
         session.record.at(step, sequence)
         sent = Sent(sequence, step, extent, "candidates" in arrays)
         if self._trace:
@@ -99,15 +112,28 @@ class Requests:
     def answered(self, sent: Sent) -> bool:
         return self._session.ring.answered(sent.sequence) is True
 
-    def wait(self, sent: Sent, timeout: float | None) -> None:
-        """Sleep until the reply is published."""
+    def wait(self, sent: Sent, timeout: float | None) -> bool:
+        """Sleep until the reply is published. False where none will be, and the loop is to go on without."""
         session = self._session
         if self.streams:
             raise RequestRefused("this session streams its replies; use pending.chunks(), or pending.copy().")
         if session.ring.answered(sent.sequence):
             session.bell.drain()
-            return
-        self._sleep(lambda: session.ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
+            return True
+        try:
+            self._sleep(lambda: session.ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
+        except TeacherDied as error:
+            return self._without_teacher(error)
+        return True
+
+    def _without_teacher(self, error: TeacherDied) -> bool:
+        """False, so that a wait can be `return self._without_teacher(...)`; raises `error` unless the loop is to go on."""
+        if not self._goes_on:
+            raise error
+        if not self.teacher_lost:
+            trace.logger.warning("%s Replies are missing from now on (on_teacher_lost=continue).", error)
+        self.teacher_lost = True
+        return False
 
     def read(self, sent: Sent) -> Reply:
         """A published reply; the slot is given back where there is none to be had."""
@@ -159,8 +185,9 @@ class Requests:
 
     # Streamed replies
 
-    def begin(self, sent: Sent, timeout: float | None) -> None:
-        """Sleep until the first chunk is there, or there will be none. Raises RequestRefused unless it is its turn."""
+    def begin(self, sent: Sent, timeout: float | None) -> bool:
+        """Sleep until the first chunk is there. False where no reply will come, and the loop is to go on without. Raises
+        RequestRefused unless it is its turn."""
         self._free_cancelled(wait=False)
         first = self._first_unread()
         if sent.sequence != first:
@@ -168,7 +195,11 @@ class Requests:
                 f"sequence {first} is to be read before sequence {sent.sequence}: replies are streamed in the order of their "
                 "requests. Read or cancel it first."
             )
-        self._await_chunk(sent, timeout)
+        try:
+            self._await_chunk(sent, timeout)
+        except TeacherDied as error:
+            return self._without_teacher(error)
+        return True
 
     def chunks(self, sent: Sent, timeout: float | None) -> Iterator[tuple[slice, Reply]]:
         """The chunks of a streamed reply; what is not read of them is cancelled."""
@@ -217,7 +248,7 @@ class Requests:
             before = ring.consumed
             found = ring.next_chunk(sent.sequence, reader) is not None or ring.answered(sent.sequence)
             if ring.consumed != before:  # chunks of a cancelled reply: there is room again
-                self._open.teacher_bell.ring()
+                self._open.ring_teacher()
             return found
 
         if not ready():
@@ -226,7 +257,7 @@ class Requests:
     def _consume(self, chunk: Chunk) -> None:
         if os.getpid() == self._process and not self._closed:  # not a forked child's copy of the loop
             self._open.ring.consume(chunk.number, self._open.reader)
-            self._open.teacher_bell.ring()
+            self._open.ring_teacher()
 
     def assemble(self, sent: Sent, chunks: Iterable[tuple[slice, Reply]]) -> Reply:
         """A streamed reply in tensors of the caller's own, shaped as a whole one."""
@@ -236,6 +267,8 @@ class Requests:
         }
         tensors = self._wanted(empty, sent)
         for rows, chunk in chunks:
+            if chunk.missing:
+                return chunk
             for name, tensor in tensors.items():
                 _flat(tensor, sent.extent)[rows] = chunk[name]
         return Reply(tensors, sent.sequence, sent.step, self.last_head.composition)
@@ -268,7 +301,7 @@ class Requests:
         first = self._first_unread()
         if first > ring.abandoned:
             ring.abandon(first - 1, session.reader)
-            session.teacher_bell.ring()
+            session.ring_teacher()
         if wait and ring.requested - ring.released >= ring.depth and self._released in self._cancelled:
             oldest = self._released
             self._sleep(lambda: ring.answered(oldest), oldest, None, None)
@@ -308,6 +341,8 @@ class Requests:
         try:
             found = session.wait(ready, started + limit)
         except PeerLost as error:
+            if not (self._goes_on and isinstance(error, TeacherDied)):
+                self.stopping.save()
             at = f"rank {session.lane.index} waited for the reply to step {step}, sequence {sequence}"
             raise type(error)(f"{at}: {error}") from None
         finally:

@@ -114,8 +114,7 @@ class Ring:
         self._consumed = [LaneWord.CONSUMED + i for i in readers]
         self._abandoned = [LaneWord.ABANDONED + i for i in readers]
         self._slots = [layout.request(slot) for slot in range(layout.depth)]
-        self._sealed = 0  # teacher: sequences below it are answered, though perhaps not yet published
-        self.filled = words[_STREAMED]  # teacher: chunks written, though perhaps not yet published
+        self.take_over()
 
     # Cursors
 
@@ -268,6 +267,25 @@ class Ring:
         self.words[self._consumed[reader]] = index + 1
 
     # The teacher's side
+
+    def take_over(self) -> None:
+        """Go on where the lane's last teacher stopped."""
+        self._sealed = self.words[_REPLIED]  # sequences below it are answered, though perhaps not yet published
+        self.filled = self.words[_STREAMED]  # chunks written, though perhaps not yet published
+
+    @property
+    def settled(self) -> bool:
+        """All that this teacher has written is published."""
+        return self.words[_REPLIED] >= self._sealed and self.words[_STREAMED] == self.filled
+
+    def streamed_of(self, sequence: int) -> int:
+        """How many positions of the reply to `sequence` are published as chunks."""
+        streamed = self.words[_STREAMED]
+        if not streamed or not self.layout.chunks:
+            return 0
+        head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head((streamed - 1) % self.layout.chunks))
+        generation, found, start, count = head
+        return start + count if (generation, found) == (self.generation, sequence) else 0
 
     def next_request(self) -> int | None:
         """The oldest submitted sequence that is not answered, or None. Raises AttachError where the cursors contradict each other."""

@@ -27,7 +27,7 @@ from shmbridge.offer import Extent, Offer, reply_bytes
 from shmbridge.payload import Batch, Forward
 from shmbridge.publish import Publisher
 from shmbridge.ring import Composition
-from shmbridge.session import TeacherSession
+from shmbridge.session import Lane, TeacherSession
 from shmbridge.streams import Streams
 from shmbridge.trace import Trace, logger
 
@@ -62,7 +62,8 @@ class Server:
         self._tokens = self._padded_tokens = 0
         shape = session.control.shape
         self._chunks = shape.chunks
-        self._planes = planes.of_teacher(session, agreed, device)
+        self._agreed = agreed
+        self._planes = {lane.index: planes.of_teacher(session, lane, agreed, device) for lane in session.lanes}
         self._publisher = Publisher()
         self._streams = Streams(
             encoder,
@@ -73,7 +74,7 @@ class Server:
             self._fail_stream,
             self._publish,
         )
-        self._collector = Collector(session, self._streams, self._skip, self._publisher.check)
+        self._collector = Collector(session, self._streams, self._skip, self._adopt, self._publisher.check)
         self._trace = Trace.of("teacher", session.index)
 
     def stop(self) -> None:
@@ -203,6 +204,9 @@ class Server:
                     self._streams.begin(answer)
                 else:
                     self._publish(answer)
+
+    def _adopt(self, lane: Lane) -> None:
+        self._planes[lane.index] = planes.of_teacher(self._session, lane, self._agreed, self._device)
 
     def _fail(self, answer: Answer, trouble: _Trouble) -> None:
         answer.error = trouble.traceback

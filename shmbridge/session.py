@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-from shmbridge import config, layout, offer
+from shmbridge import config, layout, offer, trace
 from shmbridge.board import Failure, Phase, Record
 from shmbridge.config import Config
 from shmbridge.doorbell import Doorbell
@@ -191,6 +191,20 @@ class Lane:
             for start in map(shape.record, range(shape.readers))
         ]
 
+    @property
+    def teacher(self) -> int:
+        """The index of the teacher that serves it."""
+        return self.segment.words[LaneWord.TEACHER]
+
+    @property
+    def wanted_teacher(self) -> int:
+        """The index of the teacher that is to serve it."""
+        return self.segment.words[LaneWord.WANTED]
+
+    def hand_over(self, teacher: int) -> None:
+        """By the teacher that serves it, with nothing of the lane in its hands; or by the owner, once that one is gone."""
+        self.segment.words[LaneWord.TEACHER] = teacher
+
     @classmethod
     def attach(cls, token: Token, shape: Shape, index: int) -> Lane:
         name = Names(token.session_id).lane(token.generation, index)
@@ -267,12 +281,11 @@ class TrainerSession(_Attached):
         self.record = self.lane.records[reader]
         self._sign_in()
         self.bell = Doorbell(self.names.reader_bell(token.generation, lane, reader))
-        self.teacher_index = self.lane.segment.words[LaneWord.TEACHER]
-        if self.teacher_index >= len(self.control.teachers):
-            raise AttachError(f"segment {self.lane.segment.name} names teacher {self.teacher_index}: garbled.")
-        self.teacher = self.control.teachers[self.teacher_index]
-        self.teacher_bell = Doorbell(self.names.teacher_bell(self.teacher_index))
+        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
         self._teacher_peer: Peer | None = None
+        self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
+        self._missed: Identity | None = None  # the teacher whose end was told
+        self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
 
     def _sign_in(self) -> None:
         holder = self.record.identity
@@ -284,19 +297,52 @@ class TrainerSession(_Attached):
         self.record.sign_in()
         self.record.set_ready(self.token.generation)
 
+    @property
+    def teacher_index(self) -> int:
+        """The teacher that serves this lane now. Raises AttachError."""
+        index = self.lane.teacher
+        if index >= len(self.control.teachers):
+            raise AttachError(f"segment {self.lane.segment.name} names teacher {index}: garbled.")
+        return index
+
+    @property
+    def teacher(self) -> Record:
+        return self.control.teachers[self.teacher_index]
+
+    def ring_teacher(self) -> None:
+        self._teacher_bells[self.teacher_index].ring()
+
+    @property
+    def asked_to_save(self) -> bool:
+        """The run is to end: a rank that has a save hook saves now."""
+        return self.control.words[ControlWord.STOPPING] != 0
+
     def check(self) -> None:
-        failure = self.teacher.failure
-        if failure and not failure.consequence:
+        """Raise a PeerLost if the session has failed, or its owner or this lane's teacher is gone.
+
+        Where a teacher may be started again, its end is told and waited out: whether one comes is the owner's word."""
+        if self.stop():
+            raise LauncherDied("the run is to stop.")
+        teacher = self.teacher
+        failure = teacher.failure
+        if failure and not failure.consequence and not self._outlives_teacher:
             raise lost(failure)
         super().check()
-        if self._teacher_peer is None:
-            who = self.teacher.identity
-            if who is None:
-                return
+        who = teacher.identity
+        if teacher.lost:
+            raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
+        if who is None:
+            return
+        if self._teacher_peer is None or self._teacher_peer.identity != who:
             self._teacher_peer = Peer(who)
-        if not self._teacher_peer.alive():
-            name, pid = self.teacher_name(self.teacher_index), self._teacher_peer.identity.pid
-            raise TeacherDied(f"{name}, pid {pid}, is gone; it was in phase {self.teacher.phase}.")
+        if self._teacher_peer.alive():
+            return
+        gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
+        if not self._outlives_teacher:
+            raise TeacherDied(gone)
+        if self._missed != who:
+            self._missed = who
+            trace.logger.warning("rank %d: %s Waiting for a new one.", self.lane.index, gone)
 
     def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
         """The project's one wait, on this rank's doorbell."""
@@ -341,9 +387,9 @@ class TrainerSession(_Attached):
         """Tell that no request follows. Memory stays mapped while tensors of the caller look into it."""
         self.ring.close_requests()
         self.record.enter(Phase.CLOSED)
-        self.teacher_bell.ring()
-        self.teacher_bell.close()
-        self.bell.close()
+        self.ring_teacher()
+        for bell in (*self._teacher_bells, self.bell):
+            bell.close()
 
 
 class TeacherSession(_Attached):
@@ -357,14 +403,12 @@ class TeacherSession(_Attached):
         self.record.sign_in()
         self.bell = Doorbell(self.names.teacher_bell(index))
         shape = self.control.shape
-        every = [Lane.attach(token, shape, i) for i in range(shape.lanes)]
-        self.lanes = [lane for lane in every if lane.segment.words[LaneWord.TEACHER] == index]
-        self.reader_bells = {
-            lane.index: [
-                Doorbell(self.names.reader_bell(token.generation, lane.index, r)) for r in range(shape.readers)
-            ]
-            for lane in self.lanes
-        }
+        self._every = [Lane.attach(token, shape, i) for i in range(shape.lanes)]
+        self.lanes = [lane for lane in self._every if lane.teacher == index]
+        self.reader_bells = [
+            [Doorbell(self.names.reader_bell(token.generation, lane.index, r)) for r in range(shape.readers)]
+            for lane in self._every
+        ]
         self._ranks: dict[int, Peer] = {}
 
     def offer(self, made: Offer) -> None:
@@ -404,6 +448,41 @@ class TeacherSession(_Attached):
     ) -> T | None:
         """The project's one wait, on this teacher's doorbell; `check` in place of the session's own."""
         return self.bell.wait(ready, check or self.check, deadline, self._spin_s)
+
+    def adopt(self) -> list[Lane]:
+        """Lanes of other teachers that are this one's from now on."""
+        adopted = [lane for lane in self._every if lane.teacher == self.index and lane not in self.lanes]
+        for lane in adopted:
+            lane.ring.take_over()
+        self.lanes += adopted
+        return adopted
+
+    def yield_lane(self, lane: Lane) -> None:
+        """Hand a lane over to the teacher that is to serve it; nothing of it is in this one's hands."""
+        self.lanes.remove(lane)
+        lane.hand_over(lane.wanted_teacher)
+        bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
+        bell.ring()
+        bell.close()
+
+    def next_generation(self, stop: Callable[[], bool]) -> TeacherSession | None:
+        """Sleep until training starts again; this teacher's side of that generation. None where none follows, or once `stop`
+        gives True.
+
+        Raises:
+            PeerLost: the session has failed, or its launcher is gone.
+        """
+        self.record.enter(Phase.IDLE)
+        words, own = self.control.words, self.token.generation
+
+        def follows() -> bool | None:
+            if stop() or words[ControlWord.SESSION_ENDING]:
+                return False
+            return True if words[ControlWord.CURRENT_GENERATION] > own else None
+
+        if not self.wait(follows, None):
+            return None
+        return TeacherSession(Token(self.token.session_id, words[ControlWord.CURRENT_GENERATION]), self.index)
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""

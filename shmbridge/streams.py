@@ -26,6 +26,14 @@ class _Stream:
         self.sent_of_part = 0
         self.sent = 0
 
+    def skip(self, positions: int) -> None:
+        """A teacher before this one has sent `positions` of them."""
+        self.sent = positions
+        while positions and self.parts:
+            here = min(positions, self.parts[0].positions)
+            positions, self.sent_of_part = positions - here, here
+            self.has_more()
+
     def has_more(self) -> bool:
         while self.parts and self.sent_of_part == self.parts[0].positions:
             self.parts.pop(0)
@@ -65,7 +73,8 @@ class Streams:
     def begin(self, answer: Answer) -> None:
         """Take a reply that is computed but for its head."""
         assert answer.lane.index not in self._by_lane
-        self._by_lane[answer.lane.index] = _Stream(answer)
+        stream = self._by_lane[answer.lane.index] = _Stream(answer)
+        stream.skip(answer.lane.ring.streamed_of(answer.request.sequence))
 
     def drop(self, lane: int) -> None:
         """Forget the reply to a rank that is gone."""

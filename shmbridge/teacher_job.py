@@ -15,11 +15,14 @@ from pathlib import Path
 
 import torch
 
-from shmbridge import offering, shared_head, trace
+from shmbridge import offering, shared_head, stacks, trace
 from shmbridge.board import Phase
 from shmbridge.config import Config, is_builder
+from shmbridge.encode import Encoder
 from shmbridge.errors import ConfigError, PeerLost
 from shmbridge.head import Head
+from shmbridge.heartbeat import Heartbeat
+from shmbridge.offer import Offer
 from shmbridge.payload import Forward
 from shmbridge.server import Server
 from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
@@ -33,6 +36,8 @@ def main() -> int:
     args = parser.parse_args()
     session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     trace.configure(session.settings.log.level)
+    stacks.listen(Path(session.settings.run_dir))
+    Heartbeat(session.record)
     try:
         run(session, args.gpus)
     except PeerLost as error:
@@ -59,15 +64,50 @@ def run(session: TeacherSession, gpus: int) -> None:
 
 
 def serve(session: TeacherSession, forward: Forward, device: torch.device) -> None:
-    """Offer what `forward` returns, and answer requests with it."""
+    """Offer what `forward` returns, and answer requests with it: of one generation, or of all where training may start
+    again."""
     agreed, encoder = offering.make(forward, session.settings, device)
+    stays = session.settings.teacher.keep or session.settings.train.restarts > 0
+    stop = _Stop()
+    following: TeacherSession | None = session
+    while following and not stop.asked:
+        _serve_generation(following, forward, encoder, agreed, device, stop)
+        following = following.next_generation(stop.now) if stays else None
+
+
+def _serve_generation(
+    session: TeacherSession, forward: Forward, encoder: Encoder, agreed: Offer, device: torch.device, stop: _Stop
+) -> None:
     session.offer(agreed)
     head: Head | None = getattr(forward, "head", None)
     if agreed.head and head and session.index == 0:
         shared_head.write(session.token, agreed.head, head)
     server = Server(session, forward, encoder, agreed, device)
-    signal.signal(signal.SIGTERM, lambda *_: server.stop())
+    stop.reaches(server)
     server.serve()
+
+
+class _Stop:
+    """SIGTERM: the server answers what was submitted, and no generation follows."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._server: Server | None = None
+
+    def now(self) -> bool:
+        return self.asked
+
+    def reaches(self, server: Server) -> None:
+        if self._server is None:  # until now there was nothing to answer, and SIGTERM ended the process
+            signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        self._server = server
+        if self.asked:
+            server.stop()
+
+    def _ask(self) -> None:
+        self.asked = True
+        if self._server:
+            self._server.stop()
 
 
 def build(session: TeacherSession, settings: Config, device: torch.device, gpus: int) -> Forward:

@@ -10,15 +10,16 @@ import pytest
 import shmbridge
 
 FLOORS = [
-    {"errors", "layout", "peer"},
+    {"errors", "layout", "peer", "stacks"},
     {"config", "batching", "trace"},
     {"offer", "segment", "board"},
-    {"doorbell", "ring"},
+    {"doorbell", "ring", "heartbeat"},
     {"session"},
-    {"owner", "payload", "head", "fingerprint", "loan", "stats", "cuda_ipc", "pinned", "publish"},
+    {"owner", "payload", "head", "fingerprint", "loan", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
     {"slots", "reply", "shared_head", "encode", "token_ids"},
     {"host_plane", "cuda_plane"},
-    {"combine", "parity", "planes"},
+    {"combine", "parity", "planes", "cuda_probe"},
+    {"stopping"},
     {"requests"},
     {"streams", "probing", "pending"},
     {"collect", "prefetch", "offering"},
