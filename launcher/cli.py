@@ -19,8 +19,12 @@ from launcher.codes import INTERRUPTED, REFUSED
 
 if TYPE_CHECKING:
     from launcher.console import Console
+    from launcher.machine import Machine
     from launcher.plan import Plan
+    from launcher.registry import Registration
+    from launcher.signals import Signals
     from shmbridge.config import Config
+    from shmbridge.owner import Owner
 
 _FLAGS = {
     "teacher": "teacher.model",
@@ -29,6 +33,9 @@ _FLAGS = {
     "train_gpus": "train.gpus",
     "cpu": "train.cpu_ranks",
     "torchrun": "train.torchrun_args",
+    "teacher_restarts": "teacher.restarts",
+    "train_restarts": "train.restarts",
+    "plane": "plane",
     "name": "name",
     "run_dir": "run_dir",
 }
@@ -68,8 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
     parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
     parser.add_argument("--teacher-replicas", metavar="N", type=int, help="teachers; by itself one on each of its GPUs")
-    parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5; one rank each")
+    parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5, one rank each; 0,0: two on one GPU")
     parser.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
+    parser.add_argument(
+        "--teacher-restarts", metavar="N", type=int, help="start a teacher that died again; training waits"
+    )
+    parser.add_argument(
+        "--train-restarts", metavar="N", type=int, help="start crashed training again; the teacher stays"
+    )
+    parser.add_argument("--plane", metavar="PLANE", help="where replies lie: auto, cuda_ipc or host")
     parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
     parser.add_argument("--torchrun", metavar="ARGS", help='further flags of torchrun, in one string: "--tee 3"')
     parser.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
@@ -89,14 +103,14 @@ def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
     if not args.dry_run:
         for session_id, count in stale.reclaim():
             console.say(f"removed {count} objects that the dead session {session_id[:8]} left in /dev/shm")
-    planned = plan.make(settings, script, machine.look(bool(settings.teacher.gpus or settings.train.gpus)))
-    if planned.memory:
-        planned.memory.check()
+    found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
+    planned = plan.make(settings, script, found)
     if args.dry_run:
+        _check_memory(planned)
         jobs = planned.jobs(_run_path(settings, "SESSION"), "SESSION@1")
         print(plan.describe(planned, jobs, os.environ), end="")
         return 0
-    return _run(planned, console)
+    return _run(settings, planned, found, console)
 
 
 def _values(args: argparse.Namespace) -> dict[str, Any]:
@@ -111,30 +125,77 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
     return values | ({"enabled": False} if args.no_teacher else {})
 
 
-def _run(planned: Plan, console: Console) -> int:
-    """Create the session and the run directory, run the jobs, remove the session."""
-    from launcher import header, plan, registry
+def _run(settings: Config, planned: Plan, found: Machine, console: Console) -> int:
+    """Try the plane, create the session and the run directory, run the jobs, remove the session."""
+    from launcher import registry
     from launcher.signals import Signals
+    from launcher.trial import Stopped
+
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())  # outermost: a signal at any moment still has the session removed
+        registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
+        try:
+            planned = _settle(settings, planned, found, console, signals)
+        except Stopped as stopped:
+            console.say(str(stopped))
+            return 128 + stopped.number
+        _check_memory(planned)
+        return _supervise(planned, registration, console, signals, stack)
+
+
+def _settle(settings: Config, planned: Plan, found: Machine, console: Console, signals: Signals) -> Plan:
+    """The plan for the plane that a trial has shown to work, where the settings alone do not tell.
+
+    Raises:
+        PlanError: the plane that was asked for does not work.
+        Stopped: the user ended the launcher meanwhile.
+    """
+    from launcher import plan, plane, trial
+
+    if not planned.plane or not planned.plane.untried:
+        return planned
+    pairs = plane.pairs(planned.teachers, planned.train_gpus)
+    console.say(f"trying CUDA IPC between {plane.between(pairs)}")
+    exporters, importer = trial.commands(planned, pairs, os.environ)
+    chosen = plane.choose(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))
+    return plan.make(settings, planned.script, found, chosen)
+
+
+def _check_memory(planned: Plan) -> None:
+    if planned.memory:
+        planned.memory.check()
+
+
+def _supervise(
+    planned: Plan, registration: Registration | None, console: Console, signals: Signals, stack: ExitStack
+) -> int:
+    """Create the session and the run directory, which `stack` removes and closes, and run the jobs."""
+    from launcher import header, plan
     from launcher.supervise import Supervisor
     from shmbridge import config
     from shmbridge.owner import Owner
 
     settings = planned.config
-    with ExitStack() as stack:
-        signals = stack.enter_context(Signals())  # outermost: a signal at any moment still has the session removed
-        registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
-        owner = stack.enter_context(Owner(settings, planned.ranks, len(planned.teachers))) if settings.enabled else None
-        session = str(owner.start_generation()) if owner else ""
-        run = _make_directory(_run_path(settings, session[:8] or "no-teacher"))
-        if registration:
-            registration.describe(session, str(run.resolve()))
-        jobs = planned.jobs(run, session)
-        (run / "config.yaml").write_text(config.dump(settings))
-        (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
-        for job in jobs:
-            console.expect(job.who)
-        console.say(header.make(planned, session, run))
-        return Supervisor(planned, jobs, os.environ, owner, run, console, signals).run()
+    owner = stack.enter_context(Owner(settings, planned.ranks, len(planned.teachers))) if settings.enabled else None
+    run = _make_directory(_run_path(settings, owner.session_id[:8] if owner else "no-teacher"))
+    session = _begin(owner, settings, run) if owner else ""
+    if registration:
+        registration.describe(session, str(run.resolve()))
+    jobs = planned.jobs(run, session)
+    (run / "config.yaml").write_text(config.dump(settings))
+    (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
+    for job in jobs:
+        console.expect(job.who)
+    console.say(header.make(planned, session, run, os.environ))
+    return Supervisor(planned, jobs, os.environ, owner, run, console, signals).run()
+
+
+def _begin(owner: Owner, settings: Config, run: Path) -> str:
+    """The first generation; its participants are told the run's directory."""
+    import msgspec
+
+    owner.describe(msgspec.structs.replace(settings, run_dir=str(run.resolve())))
+    return str(owner.start_generation())
 
 
 def _run_path(settings: Config, label: str) -> Path:

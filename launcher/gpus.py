@@ -58,11 +58,12 @@ def select_visible(table: str, visible: str | None) -> list[Gpu]:
     return found
 
 
-def parse(text: str, setting: str) -> list[int]:
-    """The numbers of `0-6`, `7` or `0,2,5`, in the order given.
+def parse(text: str, setting: str, shared: bool = False) -> list[int]:
+    """The numbers of `0-6`, `7` or `0,2,5`, in the order given; `shared`: one GPU may have several ranks, as in `0,0`.
 
     Raises:
-        ConfigError: the list is empty, garbled, or names a GPU twice; names `setting`.
+        ConfigError: the list is empty or garbled, names a GPU twice that is not shared, or ranks do not share GPUs in turn;
+            names `setting`.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -74,28 +75,35 @@ def parse(text: str, setting: str) -> list[int]:
             raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
         numbers += range(first, last + 1)
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
-    if twice:
+    if twice and not shared:
         raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
+    in_turn = _in_turn(numbers)
+    if numbers != in_turn:
+        raise ConfigError(
+            f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
+            f"{','.join(map(str, in_turn))}."
+        )
     return numbers
 
 
 def check(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> None:
-    """Raises ConfigError where a GPU does not exist, or both the teacher and training are to have it."""
+    """Raises ConfigError where a GPU does not exist."""
     for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
         missing = [number for number in numbers if number >= len(gpus)]
         if missing:
             raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {_what_there_is(gpus)}")
-    both = sorted(set(teacher) & set(train))
-    if both:
-        raise ConfigError(
-            f"GPU {both[0]} is given to the teacher and to training; each needs GPUs of its own "
-            "(--teacher-gpu 7 --train-gpus 0-6)."
-        )
 
 
 def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
-    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge. Without GPUs of its own it sees none."""
-    return ",".join(gpus[number].visible for number in (*own, *others)) if own else ""
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge, each once. Without GPUs of its own it sees
+    none."""
+    return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
+
+
+def _in_turn(numbers: Sequence[int]) -> list[int]:
+    """The same GPUs for as many ranks, rank i on GPU i % GPUs."""
+    cards = list(dict.fromkeys(numbers))
+    return [cards[rank % len(cards)] for rank in range(len(numbers))]
 
 
 def _names(name: str, row: Sequence[str]) -> bool:

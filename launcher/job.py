@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,9 +127,14 @@ def reap(jobs: Iterable[Job]) -> None:
         os.waitpid(ended.si_pid, 0)
 
 
+def shimmed(argv: Sequence[str]) -> list[str]:
+    """The command line that runs `argv` below a shim of this process's."""
+    return [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *argv]
+
+
 def _spawn(spec: JobSpec, base: Mapping[str, str]) -> int:
     """Start the shim in a session of its own: Ctrl-C on the terminal reaches the launcher alone."""
-    argv = [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *spec.argv]
+    argv = shimmed(spec.argv)
     write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return os.posix_spawn(
         sys.executable,

@@ -94,6 +94,10 @@ class Logs:
         self._tails.append(Tail(source, path))
         self._last.setdefault(source, deque(maxlen=KEPT_LINES))
 
+    def expect(self, ranks: int) -> None:
+        """The logs of `ranks` more ranks will appear."""
+        self._missing += 2 * ranks
+
     def pump(self) -> bool:
         """Show what was written since the last call. Returns whether there was anything."""
         self._discover()

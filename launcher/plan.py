@@ -9,10 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import gpus, memory, model_card, replicas, torchrun
+import msgspec
+
+from launcher import allocator, gpus, memory, model_card, plane, replicas, torchrun
 from launcher.gpus import Gpu
 from launcher.machine import Machine
 from launcher.memory import MemoryPlan
+from launcher.model_card import ModelCard
+from launcher.plane import Choice
 from launcher.text import table
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError
@@ -41,22 +45,29 @@ class JobSpec:
     set: Mapping[str, str]
     removed: tuple[str, ...]  # patterns of variable names
     log: Path  # stdout and stderr of the job's first process
+    exports: bool = False  # CUDA memory, so that the allocator must be one whose memory others can open
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The job's whole environment, made of the launcher's."""
         kept = {name: value for name, value in base.items() if not _matches(name, self.removed)}
+        if self.exports:
+            kept = allocator.shareable(kept)
         return {"PYTHONUNBUFFERED": "1", **kept, **self.set}  # so that a log shows a line when it is printed
 
     def removes(self, base: Mapping[str, str]) -> list[str]:
         """Names in `base` that the job does not get."""
         return sorted(name for name in base if _matches(name, self.removed))
 
+    def strips(self, base: Mapping[str, str]) -> dict[str, list[str]]:
+        """Options that the job does not get, by the variable in `base` that they stand in."""
+        return allocator.unshareable(base) if self.exports else {}
+
 
 @dataclass(frozen=True)
 class Plan:
     """A run before anything of it exists."""
 
-    config: Config
+    config: Config  # its plane is the choice's
     script: tuple[str, ...]  # the training command
     ranks: int
     teachers: tuple[tuple[Gpu, ...], ...]  # the GPUs of each replica, none on the CPU; empty where the bridge is off
@@ -64,6 +75,7 @@ class Plan:
     visible: tuple[tuple[str, ...], str]  # CUDA_VISIBLE_DEVICES of each teacher, of training
     threads: tuple[int | None, int | None]  # of each teacher, of each rank; None: torch's or torchrun's default
     memory: MemoryPlan | None  # None where the bridge is off
+    plane: Choice | None  # None where the bridge is off
 
     def jobs(self, run: Path, session: str) -> tuple[JobSpec, ...]:
         """The jobs of a run in directory `run`; `session` is the text of SHMBRIDGE_SESSION."""
@@ -77,7 +89,8 @@ class Plan:
         variables = _variables(session, self.visible[0][replica], self.threads[0])
         who = replicas.called(replica, len(self.teachers))
         name = who.replace(" ", "")
-        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, run / f"{name}.log")
+        log = run / f"{name}.log"
+        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, self.config.plane == "cuda_ipc")
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)
@@ -87,9 +100,13 @@ class Plan:
         return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, run / "torchrun.log")
 
 
-def make(config: Config, script: Sequence[str], machine: Machine) -> Plan:
-    """Raises ConfigError for what contradicts itself, names a GPU that is not there, or a local model that is not, and
-    PlanError for a payload that the model cannot give."""
+def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice | None = None) -> Plan:
+    """A plan for the plane that was `chosen`, or that the settings lead to expect.
+
+    Raises:
+        ConfigError: something contradicts itself, or names a GPU that is not there, or a local model that is not.
+        PlanError: the payload is not one that the model can give.
+    """
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
     teacher, train = _gpu_numbers(config)
     gpus.check(teacher, train, machine.gpus)
@@ -98,15 +115,21 @@ def make(config: Config, script: Sequence[str], machine: Machine) -> Plan:
     shares = replicas.shares(teacher, count)
     found = machine.gpus
     placed = tuple(tuple(found[i] for i in own) for own in shares)
+    trained = tuple(found[i] for i in train)
+    if placed:
+        chosen = chosen or plane.expect(config, placed, trained)
+        config = msgspec.structs.replace(config, plane=chosen.plane)
+    card = model_card.read(config.teacher) if placed else ModelCard()
     return Plan(
         config=config,
         script=tuple(script),
         ranks=ranks,
         teachers=placed,
-        train_gpus=tuple(found[i] for i in train),
+        train_gpus=trained,
         visible=(tuple(gpus.visible(own, train, found) for own in shares), gpus.visible(train, teacher, found)),
         threads=_threads(config, machine.cores, ranks, count),
-        memory=memory.plan(config, ranks, model_card.read(config.teacher), placed, machine) if placed else None,
+        memory=memory.plan(config, ranks, card, placed, machine, trained) if placed else None,
+        plane=chosen,
     )
 
 
@@ -118,7 +141,10 @@ def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> st
         removed = job.removes(base)
         if removed:
             rows.append((f"without {' '.join(removed)}",))
+        rows += [(f"without {' '.join(options)} in {name}",) for name, options in job.strips(base).items()]
         parts.append(f"{job.name}\n  {shlex.join(job.argv)}\n\n{table(rows)}\n\n  log {job.log}")
+    if plan.plane:
+        parts.append(f"plane\n  {plan.plane}")
     if plan.memory:
         parts.append(f"memory\n{plan.memory}")
     uneven = replicas.imbalance(plan.ranks, len(plan.teachers))
@@ -138,7 +164,7 @@ def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
     with_teacher = bool(teacher) and config.enabled
     return (
         gpus.parse(teacher, "teacher.gpus") if with_teacher else [],
-        gpus.parse(train, "train.gpus") if train else [],
+        gpus.parse(train, "train.gpus", shared=True) if train else [],
     )
 
 

@@ -35,6 +35,12 @@ class Ranks:
         assert self._owner
         return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in ranks)
 
+    @property
+    def with_save_hook(self) -> list[int]:
+        """Those that are to save before they stop, and have not ended."""
+        lanes = self._owner.lanes if self._owner else []
+        return [lane.index for lane in lanes if lane.records[0].saves and lane.index not in self.ended_ns]
+
     def failed(self, ranks: Iterable[int]) -> bool:
         """One of `ranks` has written a failure, be it one that follows from another's."""
         assert self._owner

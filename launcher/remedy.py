@@ -10,6 +10,8 @@ from shmbridge.offer import OutputSpec
 
 _MORE_SHM = "give /dev/shm more (docker run --shm-size; Docker and Kubernetes give 64 MB unless told otherwise)."
 
+_ON_HOST = "keep the replies in host memory (plane=host)."
+
 
 def lanes(config: Config) -> str:
     """The requests alone do not fit /dev/shm."""
@@ -35,6 +37,11 @@ def ram(config: Config, outputs: Sequence[OutputSpec] | None, replicas: int) -> 
     return f"{_less(config, outputs)}, {fewer}take a smaller teacher.model, or raise the memory limit; /dev/shm counts as RAM."
 
 
+def ram_beside_gpus(config: Config) -> str:
+    """/dev/shm does not fit RAM, with teacher and replies on GPUs."""
+    return f"{_lower(_of_requests(config))}, or raise the memory limit; /dev/shm counts as RAM."
+
+
 def gpu(config: Config, gpus: int, replicas: int) -> str:
     """The teacher's weights do not fit a GPU; there are `gpus` for all `replicas`."""
     smaller = "" if config.teacher.dtype in ("bfloat16", "float16") else "Set teacher.dtype=bfloat16. "
@@ -44,6 +51,29 @@ def gpu(config: Config, gpus: int, replicas: int) -> str:
         else "Spread the model: name more GPUs in teacher.gpus, with teacher.replicas=1"
     )
     return f"{smaller}{spread}. Or take a smaller teacher.model, or free that GPU."
+
+
+def slabs(config: Config, outputs: Sequence[OutputSpec] | None) -> str:
+    """The replies do not fit the teacher's GPU beside its weights."""
+    return f"{_less(config, outputs)}, or {_ON_HOST}"
+
+
+def copies(config: Config, outputs: Sequence[OutputSpec] | None) -> str:
+    """The ranks' copies of replies do not fit their GPU."""
+    return f"Read replies where they lie (cuda.read=in_place). {_less(config, outputs)}, or {_ON_HOST}"
+
+
+def head_on_gpu(words: str) -> str:
+    """The output head does not fit a training GPU; `words` tells its size there."""
+    return (
+        f"The output head ({words}) comes with payload.hidden, and each rank copies it to its GPU. Send the most likely words "
+        "instead (payload.hidden=null payload.topk={}), or free that GPU."
+    )
+
+
+def context(words: str) -> str:
+    """Not even CUDA itself fits a training GPU; `words` tells what it takes."""
+    return f"CUDA itself takes about {words} for each process. Free that GPU, or name another in train.gpus."
 
 
 def _less(config: Config, outputs: Sequence[OutputSpec] | None) -> str:

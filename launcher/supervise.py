@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import cause, cgroup, job, report
@@ -29,12 +30,14 @@ from launcher.job import Job
 from launcher.logs import Logs
 from launcher.plan import TEACHER, TRAIN, JobSpec, Plan
 from launcher.ranks import Ranks
+from launcher.rerun import Reruns
 from launcher.signals import USER, Signals
 from launcher.teachers import Teachers
 from launcher.teardown import Teardown
-from launcher.text import seconds, size
+from launcher.text import listed, seconds
 from shmbridge.errors import ShmbridgeError
 from shmbridge.owner import Owner
+from shmbridge.session import SESSION_VARIABLE
 
 # How long the loop sleeps: short while log lines come, twice as long each time that nothing did.
 _TICK_MS, _LONGEST_TICK_MS, _LONGEST_BUSY_TICK_MS = 50, 500, 100
@@ -79,6 +82,9 @@ class Supervisor:
         self._oom_kills_before = cgroup.oom_kills()
         self._told_stop = False
         self._jobs: dict[str, Job] = {}
+        self._reruns = Reruns(plan.config.train.restarts)
+        self._crashed = False  # training has, and is to start again
+        self._saving = False  # ranks run their save hooks before they stop
         self._teachers: Teachers | None = None  # where the bridge is off, and until the jobs start
         self._ending: Ending | None = None
         self._cause: Cause | None = None
@@ -104,11 +110,15 @@ class Supervisor:
 
     def _start(self) -> None:
         for spec in self._specs:
-            self._jobs[spec.name] = Job(spec, self._base)
+            self._jobs[spec.name] = self._start_job(spec)
             self._logs.follow(spec.who, spec.log)
         if self._owner:
-            teachers = [running for running in self._jobs.values() if running.spec.replica is not None]
-            self._teachers = Teachers(self._plan.config, self._owner, teachers, self._ranks, self._console)
+            self._teachers = Teachers(
+                self._plan.config, self._owner, self._jobs, self._ranks, self._console, self._start_job
+            )
+
+    def _start_job(self, spec: JobSpec) -> Job:
+        return Job(spec, self._base)
 
     def _tick(self) -> None:
         self._sleep()
@@ -127,6 +137,7 @@ class Supervisor:
         if self._ending is None:
             self._look()
         elif self._ending is Ending.STOPPED:
+            self._end_savers()
             self._stop_waits()
         self._teardown.advance()
         self._tick_ms = _TICK_MS if shown else min(2 * self._tick_ms, self._longest_tick_ms)
@@ -146,14 +157,15 @@ class Supervisor:
         self._ranks.note_ended({fd for fd, _ in poll.poll(self._tick_ms)})
 
     def _agree(self, teachers: Teachers) -> None:
-        """Create the reply memory once every teacher has said what it returns."""
+        """Create the reply memory once every teacher has said what it returns; start new ones in the place of the dead."""
         try:
-            nbytes = teachers.agree()
+            created = teachers.agree()
+            teachers.revive()
         except ShmbridgeError as error:
             self._fail(self._of_launcher(str(error), REFUSED))
         else:
-            if nbytes is not None:
-                self._console.say(f"reply memory: {size(nbytes)} in /dev/shm")
+            if created:
+                self._console.say(f"reply memory: {created}")
 
     # Deciding
 
@@ -162,17 +174,57 @@ class Supervisor:
         found = self._find()
         training = self._jobs[TRAIN]
         early = self._teachers.ended_early() if self._teachers else None
-        if found:
+        if self._crashed:
+            self._start_training_again()
+        elif found and not self._survives(found):
             self._fail(found)
+        elif found:
+            pass
         elif training.exit and not training.exit.failed:
             self._finish()
         elif early:
             name = f"the {early.spec.who}" if early.name == TEACHER else early.spec.who
             self._fail(self._of_launcher(f"{name} ended although ranks were still to be served", 1))
 
+    def _survives(self, found: Cause) -> bool:
+        """Whether the run goes on after a failure: with a new teacher, without one, or with new ranks."""
+        if not self._teachers or not self._teachers.ready:
+            return False
+        if found.role == TEACHER:
+            return self._teachers.revival.survives(found, self._teachers.jobs[found.rank])
+        if found.role == LAUNCHER or not self._owner:
+            return False
+        refused = self._reruns.grant(self._owner.lanes)
+        if refused:
+            if self._reruns.allowed:
+                self._console.say(f"training is not started again: {refused}")
+            return False
+        which = f"restart {self._reruns.count} of {self._reruns.allowed}"
+        self._console.say(f"{found.sentence}; training starts again ({which}), the teacher stays loaded")
+        self._crashed = True
+        self._owner.end_training()
+        self._jobs[TRAIN].kill()
+        return True
+
+    def _start_training_again(self) -> None:
+        """Once nothing of the crashed generation is left, start the next."""
+        old = self._jobs[TRAIN]
+        if old.alive:
+            return
+        assert self._owner and self._teachers
+        self._crashed = False
+        if self._record.exists():
+            self._record.rename(self._record.with_name(f"failures-{self._owner.generation}.json"))
+        token = self._owner.start_generation()
+        self._ranks.close()
+        self._ranks = Ranks(self._owner, self._plan.ranks)
+        self._teachers.serve(self._ranks)
+        self._logs.expect(self._plan.ranks)
+        self._jobs[TRAIN] = self._start_job(replace(old.spec, set={**old.spec.set, SESSION_VARIABLE: str(token)}))
+
     def _find(self) -> Cause | None:
         jobs = list(self._jobs.values())
-        served = self._teachers.served if self._teachers else ()
+        served = self._teachers.no_witnesses if self._teachers else ()
         return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, self._oom_kills, served)
 
     @property
@@ -190,7 +242,7 @@ class Supervisor:
     def _finish(self) -> None:
         self._ending = Ending.DONE
         if self._owner:
-            self._owner.end_training()
+            self._owner.end_session()
         self._teardown.begin(after_s=self._grace_s)
 
     def _fail(self, found: Cause) -> None:
@@ -201,7 +253,8 @@ class Supervisor:
         if self._owner:
             self._owner.fail(found.as_failure())
         of_teacher = found.role in (TEACHER, LAUNCHER)
-        self._teardown.begin(after_s=self._grace_s if self._ranks.all_signed_in or not of_teacher else 0.0)
+        grace_s = self._plan.config.timeouts.save_s if self._ranks.with_save_hook else self._grace_s
+        self._teardown.begin(after_s=grace_s if self._ranks.all_signed_in or not of_teacher else 0.0)
         if found.role != LAUNCHER:
             self._end_teachers(found)
 
@@ -222,9 +275,26 @@ class Supervisor:
             self._ending = Ending.STOPPED
             self._stopped_by = number
             self._console.say(f"{number.name}: stopping; Ctrl-C kills at once")
-            self._teardown.begin(after_s=0.0)
+            self._stop()
         elif number == signal.SIGINT:
             self._teardown.kill()
+
+    def _stop(self) -> None:
+        """Ranks with a save hook save first; the rest is ended now."""
+        saving = self._ranks.with_save_hook if self._owner else []
+        if not saving or not self._owner:
+            self._teardown.begin(after_s=0.0)
+            return
+        self._saving = True
+        self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
+        self._teardown.begin(after_s=self._plan.config.timeouts.save_s)
+        self._owner.ask_to_save()
+
+    def _end_savers(self) -> None:
+        """Once the ranks have saved, nothing is waited for."""
+        if self._saving and not self._ranks.with_save_hook:
+            self._saving = False
+            self._teardown.begin(after_s=0.0)
 
     def _stop_waits(self) -> None:
         """Once every teacher has ended, end the waits of ranks that handle SIGTERM themselves.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping
 
-from launcher import machine, memory, replicas
+from launcher import machine, memory
 from launcher.console import Console
 from launcher.job import Job
 from launcher.progress import Progress
 from launcher.ranks import Ranks
+from launcher.revival import Revival, Start
 from shmbridge.config import Config
+from shmbridge.errors import PlanError
 from shmbridge.layout import ControlWord
 from shmbridge.owner import Owner
 
@@ -17,15 +19,41 @@ from shmbridge.owner import Owner
 class Teachers:
     """One job for each replica. Replica i has lanes of its own, and is needed until their ranks have finished."""
 
-    def __init__(self, config: Config, owner: Owner, jobs: Sequence[Job], ranks: Ranks, console: Console) -> None:
-        """`jobs` are those of the replicas, in their order."""
-        self.jobs = jobs
+    def __init__(
+        self, config: Config, owner: Owner, jobs: MutableMapping[str, Job], ranks: Ranks, console: Console, start: Start
+    ) -> None:
+        """`jobs` are all of the run; `start` starts another one."""
+        self.revival = Revival(config, owner, start, console)
+        self._all_jobs = jobs
         self.served: set[int] = set()  # replicas that their ranks have finished with, without a failure
         self._config = config
         self._owner = owner
         self._ranks = ranks
         self._progress = Progress(console, owner.control.teachers, owner.generation)
         self._told: set[int] = set()  # of replicas that crashed late
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Of the replicas, in their order."""
+        return [job for job in self._all_jobs.values() if job.spec.replica is not None]
+
+    @property
+    def no_witnesses(self) -> set[int]:
+        """Replicas whose end is no cause of the run's."""
+        return self.served | self.revival.excused
+
+    def serve(self, ranks: Ranks) -> None:
+        """Training starts again; these are its ranks."""
+        self._ranks = ranks
+        self.served.clear()
+
+    def revive(self) -> None:
+        """Start new teachers in the place of dead ones. Raises PlanError where one offers something else."""
+        self.revival.note_ready(self._owner.offered() if self.ready else None)
+        self.revival.advance(self._all_jobs)
+        differing = self.revival.differing()
+        if differing:
+            raise PlanError(differing)
 
     @property
     def ready(self) -> bool:
@@ -40,23 +68,24 @@ class Teachers:
     def show_progress(self) -> None:
         self._progress.show()
 
-    def agree(self) -> int | None:
-        """Create the reply memory once all have said what they return; its size in bytes when that is done now.
+    def agree(self) -> str:
+        """Create the reply memory once all have said what they return; its size, and where it is, when that is done now.
 
         Raises:
             PlanError: it does not fit, or the offers differ.
         """
         if self._owner.control.words[ControlWord.REPLIES_READY] == self._owner.generation:
-            return None
+            return ""
         agreed = self._owner.offered()
         if agreed is None:
-            return None
+            return ""
         memory.check_replies(self._config, self._ranks.count, agreed, machine.look(with_gpus=False))
-        return self._owner.create_replies(agreed)
+        return memory.created(self._config, self._owner.shape, agreed, self._owner.create_replies(agreed))
 
     def ended_early(self) -> Job | None:
         """One that has ended with ranks of its own still to be served."""
-        return next((job for job in self.jobs if job.exit and not self._ranks.finished(self._lanes(job))), None)
+        ended = [job for job in self.jobs if job.exit and _replica(job) not in self.revival.excused]
+        return next((job for job in ended if not self._ranks.finished(self._lanes(job))), None)
 
     def crashed_late(self, trained: bool) -> list[Job]:
         """Those that crashed in their exit, with all of their ranks done (`trained`: training has ended well). Each is
@@ -69,8 +98,8 @@ class Teachers:
         self._told.update(map(_replica, late))
         return late
 
-    def _lanes(self, job: Job) -> range:
-        return replicas.lanes(_replica(job), len(self.jobs), self._ranks.count)
+    def _lanes(self, job: Job) -> list[int]:
+        return [lane.index for lane in self._owner.lanes if lane.teacher == _replica(job)]
 
 
 def _replica(job: Job) -> int:

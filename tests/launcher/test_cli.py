@@ -120,6 +120,7 @@ def test_a_run(directory):
         assert made.name.endswith("-exp")
         assert {path.name for path in made.iterdir()} == {
             "config.yaml",
+            "stacks",
             "plan.txt",
             "teacher.log",
             "torchrun.log",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from launcher import memory, model_card
 from launcher.gpus import Gpu
@@ -14,7 +16,7 @@ from launcher.machine import Machine
 from launcher.memory import RAM, SHM
 from launcher.model_card import ModelCard
 from launcher.text import seconds, size
-from shmbridge import config, layout
+from shmbridge import config, cuda_ipc, cuda_plane, layout
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.offer import HeadSpec, Offer, OutputSpec
@@ -165,9 +167,13 @@ def test_weights_that_do_not_fit_the_gpu_are_refused():
 TWO = (Gpu(6, "6", 80 * GIB, 79 * GIB), Gpu(7, "7", 80 * GIB, 79 * GIB))
 
 
+def weights(planned: memory.MemoryPlan) -> list[tuple[str, str, int | None]]:
+    return [(item.what, item.where, item.nbytes) for item in planned.items if item.kind is memory.Kind.WEIGHTS]
+
+
 def test_each_replica_has_the_weights_on_a_gpu_of_its_own():
     planned = plan(ModelCard(None, 70 * GIB), gpus=TWO)
-    assert [(item.what, item.where, item.nbytes) for item in planned.items[-2:]] == [
+    assert weights(planned) == [
         ("teacher 0's weights", "GPU 6", 70 * GIB),
         ("teacher 1's weights", "GPU 7", 70 * GIB),
     ]
@@ -182,7 +188,7 @@ def test_each_replica_has_the_weights_on_a_gpu_of_its_own():
 def test_a_replica_that_is_spread_has_a_part_of_the_weights_on_each_gpu():
     settings = config.load(overrides=["teacher.model=m", "teacher.dtype=bfloat16"])
     planned = memory.plan(settings, 2, ModelCard(None, 100 * GIB), (TWO,), MACHINE)
-    assert [(item.what, item.where, item.nbytes) for item in planned.items[-2:]] == [
+    assert weights(planned) == [
         ("teacher's weights, part 1 of 2", "GPU 6", 50 * GIB),
         ("teacher's weights, part 2 of 2", "GPU 7", 50 * GIB),
     ]
@@ -331,6 +337,172 @@ def test_a_head_known_only_after_loading_is_checked_too():
     memory.check_replies(settings, 2, agreed, MACHINE)
     with pytest.raises(PlanError, match="The output head"):
         memory.check_replies(settings, 2, agreed, MACHINE._replace(shm_free=GIB))
+
+
+# The CUDA plane
+
+EIGHT = tuple(Gpu(i, str(i), 80 * GIB, 79 * GIB) for i in range(8))
+ON_GPU = "plane=cuda_ipc"
+SLOT = 8192 * 128_256 * 2
+MIB = 2**20
+
+
+def on_gpus(
+    *overrides: str, train: tuple[Gpu, ...] = EIGHT[:2], teachers: tuple[Gpu, ...] = EIGHT[7:], card: ModelCard = LLAMA
+) -> memory.MemoryPlan:
+    settings = config.load(overrides=["teacher.model=m", ON_GPU, *overrides])
+    return memory.plan(settings, len(train), card, [(gpu,) for gpu in teachers], MACHINE, train)
+
+
+def with_free(gpu: Gpu, free: float) -> Gpu:
+    return gpu._replace(free_bytes=int(free * GIB))
+
+
+def test_a_slab_takes_what_it_allocates():
+    for slots, stride in ((1, 4096), (2, 10 * MIB), (3, 4096 * 2049)):
+        memory_of = cuda_ipc.allocate(cuda_plane.slab_bytes(slots, stride), torch.device("cpu"))
+        assert memory.slab_bytes(slots, stride) == memory_of.numel()
+
+
+def test_replies_on_gpus_are_counted_where_they_lie():
+    planned = on_gpus("ring.depth=2", "ring.max_tokens=8192")
+    exchange = memory.Shape.of(planned.config, 2).exchange_bytes
+    lane = layout.LaneLayout(2, 8192).nbytes
+    assert planned.needed(SHM) == layout.control_bytes(1) + 2 * (lane + exchange)
+    assert planned.needed(RAM) == planned.needed(SHM), "weights and replies are on the GPU"
+    assert row(planned, "replies: 2 ranks x 2 slots x 2.0 GiB").where == "GPU 7"
+    slabs = 2 * memory.slab_bytes(2, SLOT)
+    assert planned.needed("GPU 7") == 16 * GIB + slabs + memory.CONTEXT_BYTES
+    assert planned.needed("GPU 0") == planned.needed("GPU 1") == 3 * SLOT + memory.CONTEXT_BYTES
+    planned.check()
+
+
+def test_each_replica_has_the_replies_of_its_lanes_on_its_first_gpu():
+    settings = config.load(overrides=["teacher.model=m", ON_GPU])
+    shares = [EIGHT[4:6], EIGHT[6:]]
+    planned = memory.plan(settings, 3, LLAMA, shares, MACHINE, EIGHT[:3])
+    slabs = [item for item in planned.items if item.kind is memory.Kind.REPLIES]
+    assert [(item.where, item.nbytes) for item in slabs] == [
+        ("GPU 4", 2 * memory.slab_bytes(2, SLOT)),
+        ("GPU 6", memory.slab_bytes(2, SLOT)),
+    ]
+    assert planned.needed("GPU 5") == 8 * GIB + memory.CONTEXT_BYTES
+
+
+def test_replies_read_in_place_are_not_copied():
+    planned = on_gpus("cuda.read=in_place")
+    assert planned.needed("GPU 0") == memory.CONTEXT_BYTES
+
+
+def test_chunks_are_copied_as_they_come():
+    stream = "payload={logits: {}, stream: {chunks: 3, chunk_positions: 256}}"
+    chunk = 256 * 128_256 * 2
+    planned = on_gpus(stream)
+    assert row(planned, "replies: 2 ranks x 3 chunks").nbytes == 2 * memory.slab_bytes(3, chunk)
+    assert planned.needed("GPU 0") == 4 * chunk + memory.CONTEXT_BYTES
+
+
+def test_each_rank_copies_the_head_to_its_gpu():
+    head = HeadSpec("bfloat16", 128_256, 4096).nbytes
+    planned = on_gpus(HIDDEN, "cuda.read=in_place", train=(EIGHT[0], EIGHT[1], EIGHT[0]))
+    assert row(planned, "output head, copied for 2 ranks")[2:] == ("GPU 0", 2 * head)
+    assert row(planned, "output head, copied for 1 rank")[2:] == ("GPU 1", head)
+    assert row(planned, "output head: 128256").where == SHM
+    assert row(planned, "CUDA contexts of 2 processes")[2:] == ("GPU 0", 2 * memory.CONTEXT_BYTES)
+
+
+def test_on_the_host_plane_ranks_have_their_head_and_context_alone():
+    settings = config.load(overrides=["teacher.model=m", "plane=host", HIDDEN])
+    planned = memory.plan(settings, 2, LLAMA, [EIGHT[7:]], MACHINE._replace(shm_free=64 * GIB), EIGHT[:2])
+    assert planned.needed("GPU 0") == HeadSpec("bfloat16", 128_256, 4096).nbytes + memory.CONTEXT_BYTES
+    assert row(planned, "replies").where == SHM
+
+
+def test_a_gpu_for_both_holds_all_of_it():
+    planned = on_gpus(train=(EIGHT[0], EIGHT[0]), teachers=EIGHT[:1])
+    slabs = 2 * memory.slab_bytes(2, SLOT)
+    assert planned.needed("GPU 0") == 16 * GIB + slabs + 2 * 3 * SLOT + 3 * memory.CONTEXT_BYTES
+
+
+def test_what_gpus_have_alike_is_one_row_and_training_is_not_counted():
+    text = str(on_gpus(train=EIGHT[:7]))
+    assert "copies of replies: 1 rank x 3 x 2.0 GiB" in text
+    assert re.search(r"copies of replies: 1 rank x 3 x 2.0 GiB +GPUs 0-6 +5.9 GiB each\n", text)
+    assert re.search(r"GPU 3 +needs 6.4 GiB \(training itself is not counted\) +79.0 GiB free(\n|$)", text)
+    assert re.search(r"GPU 7 +needs 43.9 GiB +79.0 GiB free\n", text)
+    unknown = str(on_gpus(train=EIGHT[:7], card=ModelCard()))
+    assert re.search(r"copies of replies: 1 rank x 3 +GPUs 0-6 +known once it has loaded\n", unknown)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "train", "teacher", "message", "remedy"),
+    [
+        (
+            [],
+            79,
+            20,
+            "the run needs 24.3 GiB of GPU 7, and 20.0 GiB are free",
+            "Lower ring.max_tokens (now 8192), ring.max_positions (now 8192) or ring.depth (now 2), stream them "
+            "(payload.stream={}), or keep the replies in host memory (plane=host).",
+        ),
+        ([], 79, 16, "of GPU 7", "Spread the model"),
+        (
+            [],
+            6,
+            79,
+            "the run needs 6.4 GiB of GPU 0, and 6.0 GiB are free",
+            "Read replies where they lie (cuda.read=in_place). Lower ring.max_tokens (now 8192)",
+        ),
+        ([], 0.4, 79, "of GPU 0", "CUDA itself takes about 500 MiB for each process. Free that GPU, or name another"),
+        (
+            [HIDDEN],
+            1,
+            79,
+            "of GPU 0",
+            "The output head (1.0 GiB) comes with payload.hidden, and each rank copies it to its GPU. Send",
+        ),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_refused_with_what_helps(overrides, train, teacher, message, remedy):
+    ranks = (with_free(EIGHT[0], train), EIGHT[1])
+    with pytest.raises(PlanError) as caught:
+        on_gpus(*overrides, train=ranks, teachers=(with_free(EIGHT[7], teacher),)).check()
+    assert message in str(caught.value)
+    assert remedy in str(caught.value)
+    assert "replies: 2 ranks" in str(caught.value)
+
+
+def test_shared_memory_too_small_for_the_requests_of_a_gpu_run():
+    settings = config.load(overrides=["teacher.model=m", ON_GPU])
+    for machine, more in (
+        (MACHINE._replace(shm_free=MIB // 8), "give /dev/shm more"),
+        (MACHINE._replace(ram_free=MIB // 8), "memory limit"),
+    ):
+        with pytest.raises(PlanError) as caught:
+            memory.plan(settings, 2, LLAMA, [EIGHT[7:]], machine, EIGHT[:2]).check()
+        remedy = str(caught.value).rpartition("\n\n")[2]
+        assert remedy.startswith("Lower ring.max_tokens (now 8192) or ring.depth (now 2), or")
+        assert more in remedy
+        assert "max_positions" not in remedy
+
+
+@pytest.mark.parametrize(
+    ("plane", "text"),
+    [("host", "5.0 KiB in /dev/shm"), ("cuda_ipc", "1.2 GiB in the teacher's GPU memory, 5.0 KiB in /dev/shm")],
+)
+def test_what_was_created_is_told_with_its_place(plane, text):
+    agreed = Offer((OutputSpec("logits", "bfloat16", ("seq", 20_000)),), "m")
+    settings = config.load(overrides=[f"plane={plane}"])
+    assert memory.created(settings, memory.Shape.of(settings, 2), agreed, 5 * 1024) == text
+
+
+def test_replies_on_gpus_are_not_looked_for_in_shared_memory_after_loading():
+    agreed = Offer((OutputSpec("logits", "bfloat16", ("seq", 20_000)),), "m")
+    small = MACHINE._replace(shm_free=MIB, ram_free=MIB)
+    memory.check_replies(config.load(overrides=[ON_GPU]), 2, agreed, small)
+    with_head = Offer((OutputSpec("hidden", "float32", ("seq", 4096)),), "m", head=HeadSpec("float32", 128_256, 4096))
+    with pytest.raises(PlanError, match="The output head"):
+        memory.check_replies(config.load(overrides=[ON_GPU, HIDDEN]), 2, with_head, small)
 
 
 @pytest.mark.parametrize(

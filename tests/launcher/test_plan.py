@@ -34,10 +34,54 @@ def test_gpu_lists(text, numbers):
     assert gpus.parse(text, "train.gpus") == numbers
 
 
-@pytest.mark.parametrize("text", ["", ",", "0,,1", "a", "-1", "3-1", "0-2,1", "5,5"])
-def test_gpu_lists_that_are_refused(text):
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("text", ["", ",", "0,,1", "a", "-1", "3-1"])
+def test_gpu_lists_that_are_refused(text, shared):
     with pytest.raises(ConfigError, match=r"train\.gpus is"):
-        gpus.parse(text, "train.gpus")
+        gpus.parse(text, "train.gpus", shared)
+
+
+@pytest.mark.parametrize("text", ["0-2,1", "5,5"])
+def test_the_teachers_gpus_are_each_given_once(text):
+    with pytest.raises(ConfigError, match=r"teacher\.gpus is .* is given twice"):
+        make(f"teacher.gpus={text}", "train.cpu_ranks=2")
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0,0", [0, 0]), ("0-1,0-1", [0, 1, 0, 1]), ("5,3,5", [5, 3, 5]), ("0,0,0", [0, 0, 0])]
+)
+def test_ranks_may_share_gpus_in_turn(text, numbers):
+    planned = make(f"train.gpus={text}", "teacher.gpus='7'")
+    assert [gpu.number for gpu in planned.train_gpus] == numbers
+    assert planned.ranks == len(numbers)
+
+
+@pytest.mark.parametrize(("text", "instead"), [("0,0,1", "0,1,0"), ("0-2,1", "0,1,2,0")])
+def test_ranks_that_share_gpus_out_of_turn_are_refused(text, instead):
+    with pytest.raises(ConfigError, match=f"take them in turn, .* Write {instead}"):
+        make(f"train.gpus={text}")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "train", "teacher_sees", "training_sees"),
+    [
+        ("0", "0", "0", "0"),
+        ("0", "0,0", "0", "0"),
+        ("7", "0,1,0,1", "7,0,1", "0,1,7"),
+        ("2", "0-3", "2,0,1,3", "0,1,2,3"),
+        ("2-3", "3,2", "2,3", "3,2"),
+    ],
+)
+def test_a_shared_gpu_is_visible_once(teacher, train, teacher_sees, training_sees):
+    found = specs(make(f"teacher.gpus='{teacher}'", f"train.gpus='{train}'", "teacher.replicas=1"))
+    assert found[TEACHER].set["CUDA_VISIBLE_DEVICES"] == teacher_sees
+    assert found[TRAIN].set["CUDA_VISIBLE_DEVICES"] == training_sees
+
+
+def test_a_job_without_gpus_sees_none():
+    found = specs(make("teacher.gpus='7'", "train.cpu_ranks=2"))
+    assert found[TEACHER].set["CUDA_VISIBLE_DEVICES"] == "7"
+    assert found[TRAIN].set["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_each_job_sees_its_own_gpus_first():
@@ -81,7 +125,6 @@ def test_gpus_are_named_as_slurm_named_them():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["teacher.gpus='0'", "train.gpus=0-3"], "GPU 0 is given to the teacher and to training"),
         (
             ["teacher.gpus='8'", "train.gpus=0-3"],
             "teacher.gpus names GPU 8, which does not exist; there are GPUs 0 to 7",

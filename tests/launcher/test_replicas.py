@@ -99,7 +99,7 @@ def test_ranks_that_do_not_divide_are_told():
     line = "7 ranks over 4 replicas: 2, 2, 2 and 1. The slowest replica sets the step; 4 or 8 ranks would be even"
     planned = make("train.cpu_ranks=7", "teacher.replicas=4")
     assert replicas.imbalance(7, 4) == line
-    assert f"lanes     {line}" in header.make(planned, "TOKEN@1", Path("runs/x"))
+    assert f"lanes     {line}" in header.make(planned, "TOKEN@1", Path("runs/x"), {})
     assert line in plan.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), {})
     assert [list(replicas.lanes(i, 4, 7)) for i in range(4)] == [[0, 4], [1, 5], [2, 6], [3]]
 
@@ -119,7 +119,7 @@ def test_ranks_that_divide_are_not_worth_a_line(ranks, teachers):
     ],
 )
 def test_the_header_tells_where_the_replicas_are(overrides, where):
-    lines = header.make(make(*overrides, machine=MACHINE), "TOKEN@1", Path("runs/x")).splitlines()
+    lines = header.make(make(*overrides, machine=MACHINE), "TOKEN@1", Path("runs/x"), {}).splitlines()
     assert f"teacher   {where}" in lines
 
 

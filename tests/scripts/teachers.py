@@ -70,3 +70,17 @@ def build_dying(settings):
 
 def build_raising(settings):
     raise RuntimeError("the weights are made of cheese")
+
+
+def build_summing(settings):
+    """Sums; where teacher.args.once names a file that is not there, it makes it and is killed in the forward of token 13."""
+    once = Path(settings.teacher.args.get("once", "/"))
+
+    def forward(batch):
+        if (batch.input_ids == 13).any() and not once.exists():
+            once.touch()
+            os.kill(os.getpid(), 9)
+        return {"answer": batch.input_ids * 2}
+
+    forward.vocab_size = VOCAB
+    return forward
