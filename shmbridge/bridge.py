@@ -249,6 +249,11 @@ class Bridge:
         self._ready()
         return self._sending.free_slots
 
+    @property
+    def gpu_waits(self) -> bool:
+        """Whether this rank's GPU still waits for a reply, or reads one. Never blocks; any thread may ask."""
+        return self._requests is not None and self._requests.gpu_waits
+
     def close(self) -> None:
         """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing."""
         if self._closed:

@@ -17,6 +17,7 @@ from shmbridge.disabled import DisabledBridge
 from shmbridge.errors import NotLaunched
 from shmbridge.heartbeat import Heartbeat
 from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
+from shmbridge.stuck import Stuck
 
 
 def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:
@@ -49,10 +50,21 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
     session = TrainerSession(Token.parse(text), lane)
     trace.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
-    Heartbeat(session.record)
     bridge = Bridge(session, None if device is None else torch.device(device))
+    _show_life(bridge, session)
     _report_exit(bridge)
     return bridge
+
+
+def _show_life(bridge: Bridge, session: TrainerSession) -> None:
+    """A heartbeat for as long as the bridge is there."""
+    there = weakref.ref(bridge)
+
+    def gpu_waits() -> bool:
+        found = there()
+        return found is not None and found.gpu_waits
+
+    Heartbeat(session.record, Stuck(session, gpu_waits).look)
 
 
 def _report_exit(bridge: Bridge) -> None:

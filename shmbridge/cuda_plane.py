@@ -356,8 +356,11 @@ class RankCudaPlane:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's GPU still waits for, or reads, a reply."""
-        return bool(self._reads) and not self._reads[-1].seen.query()
+        """Whether this rank's GPU still waits for, or reads, a reply. Any thread may ask."""
+        try:
+            return not self._reads[-1].seen.query()
+        except IndexError:
+            return False
 
 
 class _Exchange:

@@ -74,6 +74,11 @@ class Requests:
         self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
         self._trace = trace.Trace.of("trainer", session.lane.index)
 
+    @property
+    def gpu_waits(self) -> bool:
+        """See Bridge.gpu_waits."""
+        return self._plane.busy
+
     def close(self) -> None:
         """What is in flight is no longer read."""
         self._closed = True

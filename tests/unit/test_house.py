@@ -19,7 +19,7 @@ FLOORS = [
     {"slots", "reply", "shared_head", "encode", "token_ids"},
     {"host_plane", "cuda_plane"},
     {"combine", "parity", "planes", "cuda_probe"},
-    {"stopping"},
+    {"stopping", "stuck"},
     {"requests"},
     {"streams", "probing", "pending"},
     {"collect", "prefetch", "offering"},
