@@ -219,7 +219,7 @@ class _Trial:
         if process.messages:
             try:
                 return msgspec.json.decode(process.messages.popleft(), type=kind)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 raise _Failed(f"{process.who} sent a garbled message: {error}") from None
         ended = next(one for one in self._all if one.ended)
         about = who.removesuffix(process.who) if ended is process else ""

@@ -250,7 +250,7 @@ class Record:
             return None
         try:
             return msgspec.json.decode(text, type=Failure)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise AttachError(f"the failure record of {self.role} {self.rank} is garbled: {error}.") from None
 
     def _optional(self, word: int) -> int | None:

@@ -79,10 +79,11 @@ class Collector:
 
     def _take_or_end(self) -> list[Answer] | None:
         self._advance_streams()
+        ended = self._ended()  # before the requests: one that a rank made before it closed is seen
         answers = self._take()
         if answers:
             return answers
-        return [] if self._ended() and not self._streams else None
+        return [] if ended and not self._streams else None
 
     def _take(self) -> list[Answer]:
         if self._stopping and self._last is None:

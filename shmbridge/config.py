@@ -320,7 +320,7 @@ def to_json(config: Config) -> bytes:
 def from_json(text: bytes) -> Config:
     try:
         return msgspec.json.decode(text, type=Config)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {error}") from None
 
 

@@ -415,7 +415,7 @@ class _Exchange:
             raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")
         try:
             return msgspec.json.decode(bytes(self._segment.bytes[start : start + nbytes]), type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise AttachError(f"segment {self._segment.name} holds garbled CUDA handles: {error}.") from None
 
 

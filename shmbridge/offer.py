@@ -148,7 +148,7 @@ class Offer(msgspec.Struct, frozen=True):
         """Raises AttachError where the text is not an offer."""
         try:
             offer = msgspec.json.decode(text, type=cls)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise AttachError(f"the teacher's offer is garbled: {error}.") from None
         for spec in offer.outputs:
             rest = spec.shape[spec.per_token :]

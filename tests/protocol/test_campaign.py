@@ -1,0 +1,45 @@
+"""The fault campaign of campaign.py, in processes without torch, whose children are cheap to fork and to kill."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.protocol.running import module
+
+
+def campaign(*arguments: str) -> tuple[int, str]:
+    """Run it; its exit status and what it printed."""
+    return module("campaign", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["whole", "streamed"])
+@pytest.mark.parametrize("victim", ["teacher", "rank"])
+def test_a_kill_at_every_line_leaves_what_the_others_can_read(victim, scenario):
+    status, text = campaign("--victim", victim, "--scenario", scenario)
+    assert status == 0, text
+    assert int(text.split(": ")[1].split()[0]) > 300, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["whole", "streamed"])
+@pytest.mark.parametrize("paused", ["teacher", "rank"])
+def test_a_pause_at_any_line_changes_nothing(paused, scenario):
+    """The other side moves as far as it can while one stands still; every eleventh line, all of them from the command line."""
+    status, text = campaign("--victim", paused, "--scenario", scenario, "--pause", "--stride", "11")
+    assert status == 0, text
+
+
+@pytest.mark.parametrize(
+    ("mutant", "victim", "stride", "what"),
+    [
+        ("publish_before_write_request", "rank", 1, "the request slot"),
+        ("publish_before_write_reply", "teacher", 1, "the reply slot"),
+        ("publish_before_write_chunk", "teacher", 1, "chunk 0 of generation 1, sequence 0 holds generation 0"),
+        ("publish_without_a_ring", "teacher", 9, "a ring was lost"),
+    ],
+)
+def test_a_protocol_that_is_broken_on_purpose_is_found(mutant, victim, stride, what):
+    status, text = campaign("--victim", victim, "--scenario", "streamed", "--mutant", mutant, "--stride", str(stride))
+    assert status == 1, text
+    assert what in text, text

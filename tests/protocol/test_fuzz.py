@@ -1,0 +1,42 @@
+"""Garbled bytes, sizes, modes and owners, by the thousand: see fuzz.py. And what the fuzz has found."""
+
+from __future__ import annotations
+
+import pytest
+
+from shmbridge import config, layout
+from shmbridge.board import Record
+from shmbridge.errors import AttachError, ConfigError, ShmbridgeError
+from shmbridge.layout import RECORD_BYTES, RecordWord
+from shmbridge.offer import Offer
+from tests.protocol.running import module
+
+
+@pytest.mark.parametrize("chunks", ["0", "2"])
+def test_whatever_is_garbled_is_refused_or_does_no_harm(chunks):
+    status, text = module("fuzz", "--cases", "2000", "--chunks", chunks)
+    assert status == 0, text
+    refused = int(text.split("cases, ")[1].split()[0])
+    assert refused > 300, "hardly anything was garbled"
+
+
+# msgspec raises UnicodeDecodeError, which is no DecodeError, for a string that is no UTF-8.
+
+
+def test_settings_that_are_no_utf8_are_named():
+    with pytest.raises(ConfigError):
+        config.from_json(b'{"\xff": 1}')
+
+
+def test_an_offer_that_is_no_utf8_is_named():
+    with pytest.raises(AttachError):
+        Offer.decode(b'{"outputs": [], "model": "\xff"}')
+
+
+def test_a_failure_that_is_no_utf8_is_named():
+    memory = memoryview(bytearray(RECORD_BYTES))
+    text = b'{"role": "\xff"}'
+    memory[layout.FAILURE_OFFSET : layout.FAILURE_OFFSET + len(text)] = text
+    memory.cast("Q")[RecordWord.FAILURE_NBYTES] = len(text)
+    with pytest.raises(ShmbridgeError):
+        Record(memory, "teacher", 0).failure  # noqa: B018
