@@ -16,11 +16,18 @@ class Loan:
     __slots__ = ("_watched", "tensors")
 
     def __init__(self, lent: Mapping[str, torch.Tensor]) -> None:
-        with torch.inference_mode(False):
-            self.tensors = {name: from_dlpack(to_dlpack(tensor)) for name, tensor in lent.items()}
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self.tensors = _aliases(lent)
+        else:
+            self.tensors = _aliases(lent)
         self._watched = [(name, StorageWeakRef(tensor.untyped_storage())) for name, tensor in self.tensors.items()]
 
     def still_used(self) -> list[str]:
         """Names of tensors that the borrower still refers to. Our own reference goes."""
         self.tensors = {}
         return [name for name, storage in self._watched if not storage.expired()]
+
+
+def _aliases(lent: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: from_dlpack(to_dlpack(tensor)) for name, tensor in lent.items()}

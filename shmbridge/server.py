@@ -119,25 +119,35 @@ class Server:
 
         The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
         """
-        halves = batching.halve(pieces)
-        if len(halves) == 2 and batching.padded_tokens(pieces) > self._max_tokens:  # it fell since they were composed
-            for half in halves:
-                self._run(answers, half)
-            return
+        if batching.padded_tokens(pieces) > self._max_tokens:  # it fell since they were composed
+            halves = batching.halve(pieces)
+            if len(halves) == 2:
+                self._run_each(answers, halves)
+                return
         trouble = self._try(answers, pieces)
-        if trouble and trouble.out_of_memory and len(halves) == 2:
+        if trouble is None or not self._retry(answers, pieces, trouble):
+            self._finish(answers, pieces, trouble)
+
+    def _retry(self, answers: Sequence[Answer], pieces: list[Piece], trouble: _Trouble) -> bool:
+        """Halve a forward that ran out of memory; try any other request by request. False where there is nothing to divide."""
+        halves = batching.halve(pieces)
+        if trouble.out_of_memory and len(halves) == 2:
             self._max_tokens = min(self._max_tokens, max(1, batching.padded_tokens(pieces) // 2))
             logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            for half in halves:
-                self._run(answers, half)
-        elif trouble and len({piece.request for piece in pieces}) > 1:
+            self._run_each(answers, halves)
+            return True
+        alone = batching.by_request(pieces)
+        if len(alone) > 1:
             logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
-            for alone in batching.by_request(pieces):
-                self._run(answers, alone)
-        else:
-            self._finish(answers, pieces, trouble)
+            self._run_each(answers, alone)
+            return True
+        return False
+
+    def _run_each(self, answers: Sequence[Answer], forwards: Sequence[list[Piece]]) -> None:
+        for pieces in forwards:
+            self._run(answers, pieces)
 
     def _try(self, answers: Sequence[Answer], pieces: list[Piece]) -> _Trouble | None:
         """One forward; what it raised, or None. An error that ends the teacher is raised."""

@@ -67,9 +67,14 @@ class Extras(TypedDict, total=False):
     step: int | None
 
 
+_EXTRAS = frozenset(Extras.__annotations__)
+
+
 def check_names(extras: Extras) -> None:
     """Raise RequestRefused for an argument that submit does not have: misspelt, it would be left out without a word."""
-    for name in extras.keys() - Extras.__annotations__.keys():
+    if extras.keys() <= _EXTRAS:
+        return
+    for name in extras.keys() - _EXTRAS:
         near = difflib.get_close_matches(name, Extras.__annotations__, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(Extras.__annotations__)}."
         raise RequestRefused(f"submit has no argument {name!r}; {hint}")
