@@ -23,6 +23,7 @@ SHM, RAM = "/dev/shm", "RAM"
 _GPU = "GPU "
 CONTEXT_BYTES = 500 * 2**20  # of CUDA, for each process on each GPU that it touches; it depends on GPU and driver
 _STAMP_BYTES = 8
+_SAMPLE_BYTES = 4096
 _OWN_BLOCK, _GRAIN = 20 * 2**20, 2 * 2**20  # a slab has an allocation of its own
 
 
@@ -228,8 +229,8 @@ def _of_slots(what: str, slot: int | None) -> str:
 
 
 def slab_bytes(slots: int, stride: int) -> int:
-    """What a slab of the CUDA plane takes of its GPU: slots and stamps, in an allocation of its own."""
-    return max(_OWN_BLOCK, layout.align(slots * (stride + _STAMP_BYTES), _GRAIN))
+    """What a slab of the CUDA plane takes of its GPU: slots, stamps and the sample, in an allocation of its own."""
+    return max(_OWN_BLOCK, layout.align(slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES, _GRAIN))
 
 
 def _slots(shape: Shape) -> str:

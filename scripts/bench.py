@@ -7,6 +7,7 @@
     python scripts/bench.py overlap                         # training steps beside a teacher; some five minutes
     python scripts/bench.py replicas                        # one, two and four teachers; some four minutes
     python scripts/bench.py losses                          # memory and time of the losses
+    python scripts/bench.py cuda                            # the CUDA plane; needs a GPU
 
 All but `losses` know --quick and --json. `roundtrip` needs `pip install -e .[bench]` for the ZeroMQ peer; a peer that is not
 installed or does not run is reported as failed and the others go on.
@@ -25,7 +26,7 @@ from typing import Any
 # Before NumPy and torch load: every copy below is one thread's, and a process with threads must not fork.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from benchmarks import losses, overlap, replicas, roundtrip
+from benchmarks import cuda, losses, overlap, replicas, roundtrip
 from benchmarks.cell import PLACEMENTS
 
 
@@ -49,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_replicas(commands)
     command = _add(commands, "losses", "peak memory and time of the losses, beside the plain formulas", losses)
     losses.add_arguments(command)
+    command = _add(commands, "cuda", "the CUDA plane: copies, calls, steps; needs a GPU", cuda)
+    cuda.add_arguments(command)
+    _add_common(command, "small replies, few turns")
     return parser
 
 

@@ -68,9 +68,10 @@ def identify(device: torch.device) -> str:
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """uint8 memory of at least `nbytes` with a cudaMalloc of its own.
 
-    A handle opens the whole allocation that it lies in. Under 20 MiB that would be a block which torch shares out among other
-    tensors of the exporter. Never an inference tensor.
+    A handle opens the whole allocation that it lies in. Under 20 MiB, or cut from a free block of the cache, that would be one
+    which torch shares out among other tensors of the exporter. Never an inference tensor.
     """
+    torch.cuda.empty_cache()
     size = max(_OWN_BLOCK, -(-nbytes // _GRAIN) * _GRAIN)
     with torch.inference_mode(False):
         return torch.zeros(size, dtype=torch.uint8, device=device)
@@ -157,9 +158,10 @@ def keep_until(tensors: Iterable[torch.Tensor], stream: Stream) -> None:
         tensor.record_stream(stream)
 
 
-def pinned(count: int) -> torch.Tensor:
-    """(count,) int64 host memory that a GPU writes to without this process waiting."""
-    return torch.zeros(count, dtype=torch.int64, pin_memory=True)
+def pinned(count: int, device: torch.device) -> torch.Tensor:
+    """(count,) int64 host memory that `device` writes to without this process waiting."""
+    with torch.cuda.device(device):  # else CUDA would make a context on the current one
+        return torch.zeros(count, dtype=torch.int64, pin_memory=True)
 
 
 def pid_namespace() -> int:

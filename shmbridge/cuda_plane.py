@@ -40,6 +40,9 @@ _NUMBERS = 2**43
 _SAMPLE_BYTES = 4096
 _STAMPS_ON_THEIR_WAY = 256  # a rank's host that runs further ahead of its GPU waits for it
 
+# What torch raises for handles: CUDA's refusals, and its own of what is garbled.
+_UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -67,8 +70,9 @@ class Imported(msgspec.Struct, frozen=True):
 
 
 def slab_bytes(slots: int, stride: int) -> int:
-    """Bytes of `slots` reply slots of `stride` bytes and their stamps."""
-    return slots * (stride + _STAMP_BYTES)
+    """Bytes of `slots` reply slots of `stride` bytes, their stamps, and the sample, which no reply writes over: a rank opens
+    the slab of a later teacher when that has answered."""
+    return slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES
 
 
 class Slab:
@@ -87,7 +91,7 @@ class Slab:
             ) from None
         self.stamps = _stamps(self.memory, slots, stride)
         self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
-        sample = _sample(self.memory, slots * stride)
+        sample = _sample(self.memory, slots, stride)
         sample.copy_(torch.arange(len(sample), device=device) % 251)
         self._checksum = int(sample.sum())
         self.ready[0].record(cuda_ipc.current_stream(device))
@@ -126,8 +130,8 @@ class Opened:
             self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
             stream = cuda_ipc.current_stream(device)
             stream.wait_event(self.ready[0])
-            found = int(_sample(self.memory, self.slots * self.stride).sum())
-        except RuntimeError as error:
+            found = int(_sample(self.memory, self.slots, self.stride).sum())
+        except _UNOPENED as error:
             raise AttachError(
                 f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
             ) from None
@@ -188,10 +192,26 @@ class TeacherCudaPlane:
         known: the rank's request, or the room for a chunk, came after."""
         if number > self._begun and number >= self._first + self._slab.slots:
             if not self._free:
-                imported = self._exchange.read_imported(self._export)
-                self._free = [cuda_ipc.open_event(handle, self._slab.device) for handle in imported.free]
-            self._stream.wait_event(self._free[number % self._slab.slots])
+                self._free = self._open_free()
+            if self._free:
+                self._stream.wait_event(self._free[number % self._slab.slots])
         self._begun = max(number, self._begun)
+
+    def _open_free(self) -> list[Event]:
+        """The rank's events; none as long as it has read nothing of this slab. Raises AttachError."""
+        slab, imported = self._slab, self._exchange.read_imported()
+        if imported.of < self._export:
+            return []
+        if imported.of > self._export or len(imported.free) != slab.slots:
+            raise AttachError(
+                f"the rank's handles are {len(imported.free)} for export {imported.of}, expected {slab.slots} for {self._export}: garbled."
+            )
+        try:
+            return [cuda_ipc.open_event(handle, slab.device) for handle in imported.free]
+        except _UNOPENED as error:
+            raise AttachError(
+                f"the rank's events cannot be opened on {slab.device}: {error}. Set plane=host."
+            ) from None
 
     def seal(self, number: int) -> Callable[[], None] | None:
         """Stamp the reply and record its event: it may be published at once. Nothing of it is written any more."""
@@ -251,7 +271,7 @@ class RankCudaPlane:
         self._open()
         self._side = cuda_ipc.side_stream(device)
         self._copied = cuda_ipc.event()
-        self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY)
+        self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY, device)
         self._reads: deque[_Read] = deque()
         self._waits: deque[tuple[Event, Event]] = deque()
         self._count = 0
@@ -324,9 +344,11 @@ class RankCudaPlane:
         """
         stamp, expected = slab.stamp(number), _stamp(slab.slab.generation, number)
         torn = stamp.ne(expected)
-        for tensor in tensors.values():
+        for spec in self._agreed.outputs:
+            tensor = tensors[spec.name]
             if tensor.is_floating_point() and tensor.numel():
-                (tensor[..., 0] if tensor.ndim > 1 else tensor).masked_fill_(torn, torch.nan)
+                per_number = len(spec.shape) > spec.per_token  # an axis of numbers behind that of rows or positions
+                (tensor[..., 0] if per_number else tensor).masked_fill_(torn, torch.nan)
         if len(self._reads) == _STAMPS_ON_THEIR_WAY:
             self._reads[0].seen.synchronize()
             self.check()
@@ -394,12 +416,9 @@ class _Exchange:
         """The newest, and its count. Raises AttachError."""
         return self.exports, self._read(layout.ExchangeWord.EXPORT_NBYTES, 0, Export)
 
-    def read_imported(self, count: int) -> Imported:
-        """The answer to export `count`, without which nothing of it can have been read. Raises AttachError."""
-        imported = self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
-        if imported.of != count:
-            raise AttachError(f"the rank's handles answer export {imported.of}, expected {count}: garbled.")
-        return imported
+    def read_imported(self) -> Imported:
+        """The newest answer. Raises AttachError."""
+        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
 
     def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
         text = msgspec.json.encode(what)
@@ -435,8 +454,9 @@ def _stamps(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
         return memory[start : start + slots * _STAMP_BYTES].view(torch.int64)
 
 
-def _sample(memory: torch.Tensor, room: int) -> torch.Tensor:
-    return memory[: min(room, _SAMPLE_BYTES)]
+def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
+    end = slab_bytes(slots, stride)
+    return memory[end - _SAMPLE_BYTES : end]
 
 
 def _stamp(generation: int, number: int) -> int:

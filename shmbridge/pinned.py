@@ -16,7 +16,8 @@ def register(memory: memoryview, keeper: object, device: torch.device) -> bool:
     memory): copies then go through CUDA's own buffers, slower, and the host waits for them."""
     runtime = torch.cuda.cudart()
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    with torch.cuda.device(device):  # else CUDA would make a context on the current one
+        error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if error:
         _forget_error(device)
         logger.warning("CUDA did not pin %d bytes of shared memory (error %d); copies are slower", memory.nbytes, error)

@@ -66,6 +66,7 @@ class FakeCuda:
         self.exports = 0
         self._fds: dict[int, int] = {}  # by the address of the memory; also keeps the files open
         self._events = 0
+        self._shared = 0
         self._current = FakeStream(self, "compute")
         self._sides = 0
 
@@ -81,6 +82,11 @@ class FakeCuda:
         tensor = _tensor(mmap.mmap(fd, nbytes))
         self._fds[tensor.data_ptr()] = fd
         return tensor
+
+    @property
+    def made(self) -> int:
+        """Events that other processes wait for, made or opened here, and side streams."""
+        return self._shared + self._sides
 
     def export_memory(self, memory: torch.Tensor) -> MemoryHandle:
         self.exports += 1
@@ -109,6 +115,7 @@ class FakeCuda:
 
     def _event(self, memory: mmap.mmap, handle: bytes) -> FakeEvent:
         self._events += 1
+        self._shared += bool(handle)
         return FakeEvent(self, self._events, memory, handle)
 
     def current_stream(self, device: torch.device) -> FakeStream:
@@ -129,7 +136,7 @@ class FakeCuda:
     def keep_until(self, tensors: Iterable[torch.Tensor], stream: FakeStream) -> None:
         self.calls.append(("keep", stream.name))
 
-    def pinned(self, count: int) -> torch.Tensor:
+    def pinned(self, count: int, device: torch.device) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64)
 
     def pid_namespace(self) -> int:

@@ -1,0 +1,108 @@
+"""The real launcher on GPUs: which card each process takes, what is equal, which plane was chosen."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+
+
+def launch(directory: Path, model: Path, *arguments: str, **variables: str) -> tuple[str, list[dict[str, object]]]:
+    """What a run of tests/gpu/train.py printed, and what each rank told."""
+    script = ["--", str(ROOT / "tests" / "gpu" / "train.py"), str(model), str(directory)]
+    settings = ["payload.logits.dtype=float32", "ring.max_tokens=1024", f"run_dir={directory}/runs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", "--teacher", str(model), *arguments, *settings, *script],
+        cwd=ROOT,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout, [json.loads(file.read_text()) for file in sorted(directory.glob("rank-*.json"))]
+
+
+def right(told: list[dict[str, object]], ranks: int, plane: str) -> None:
+    assert len(told) == ranks
+    assert [(rank["equal"], rank["plane"], rank["world"]) for rank in told] == [(20, plane, ranks)] * ranks
+
+
+ONE_CARD = ("--teacher-gpu", "0", "--train-gpus", "0,0")
+READS = pytest.mark.parametrize("read", ["copy", "in_place"])
+
+
+@READS
+def test_teacher_and_ranks_on_one_card(tmp_path, model, read):
+    _, told = launch(tmp_path, model, *ONE_CARD, "--plane", "cuda_ipc", f"cuda.read={read}")
+    right(told, 2, "cuda_ipc")
+
+
+def test_auto_takes_cuda_ipc_where_its_trial_passes(tmp_path, model):
+    printed, told = launch(tmp_path, model, *ONE_CARD)
+    right(told, 2, "cuda_ipc")
+    assert "opened, read and checked" in printed
+
+
+def test_the_host_plane(tmp_path, model):
+    _, told = launch(tmp_path, model, *ONE_CARD, "--plane", "host")
+    right(told, 2, "host")
+
+
+def test_expandable_segments_are_taken_from_the_teacher_alone(tmp_path, model):
+    printed, told = launch(tmp_path, model, *ONE_CARD, **{ALLOCATOR: "expandable_segments:True"})
+    right(told, 2, "cuda_ipc")
+    assert "the teacher runs without expandable_segments:True" in printed
+
+
+def test_a_teacher_on_the_gpu_and_training_on_the_cpu_and_the_other_way_round(tmp_path, model):
+    settings = ["run_dir=" + str(tmp_path / "runs"), "teacher.collect=lockstep", "ring.max_tokens=1024"]
+    script = ["--", str(ROOT / "tests" / "gpu" / "ask.py")]
+    for devices in (["--teacher-gpu", "0", "--cpu", "1"], ["--train-gpus", "0"]):
+        command = [sys.executable, "-m", "launcher", "--teacher", str(model), *devices, *settings, *script]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Two cards
+
+
+@pytest.mark.gpus(2)
+@READS
+def test_a_rank_reads_the_other_cards_memory(tmp_path, model, read):
+    _, told = launch(
+        tmp_path, model, "--teacher-gpu", "1", "--train-gpus", "0", "--plane", "cuda_ipc", f"cuda.read={read}"
+    )
+    right(told, 1, "cuda_ipc")
+
+
+@pytest.mark.gpus(2)
+def test_a_model_over_two_cards(tmp_path, model):
+    _, told = launch(tmp_path, model, "--teacher-gpu", "0,1", "--teacher-replicas", "1", "--train-gpus", "0,1")
+    right(told, 2, "cuda_ipc")
+
+
+@pytest.mark.gpus(2)
+def test_two_replicas(tmp_path, model):
+    _, told = launch(tmp_path, model, "--teacher-gpu", "0,1", "--teacher-replicas", "2", "--train-gpus", "0,1")
+    right(told, 2, "cuda_ipc")
+    assert [rank["card"] for rank in told] == [0, 1]
+
+
+@pytest.mark.gpus(2)
+def test_slots_are_used_again_across_cards(start):
+    """The lane's stream on one card, the rank's on the other; peer access without which nothing here works."""
+    for read in ("copy", "in_place"):
+        session = start(2, "plane=cuda_ipc", f"cuda.read={read}", "ring.depth=2")
+        session.teacher("teach_table", device="cuda:0")
+        ranks = [session.rank(lane, "compare_table", device=f"cuda:{lane}", steps=300, ahead=2) for lane in range(2)]
+        assert [rank.result()["wrong"] for rank in ranks] == [0, 0]

@@ -1,0 +1,124 @@
+"""What can be had of `bench.py cuda` and gpu_check.sh without a GPU: refusals, tables and verdicts from made-up results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from benchmarks import cuda_results, gpu_check  # noqa: E402
+from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step  # noqa: E402
+from benchmarks.tables import Facts, Target  # noqa: E402
+
+MIB = 2**20
+WITHOUT_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def results(**changed: object) -> Results:
+    made = Results(
+        facts=Facts.now(),
+        gpus={"teacher on": "H100 (0)", "rank on": "H100 (1)", "driver": "999.1", "CUDA": "13.0"},
+        copies=[Copy(MIB, 4e-5, 2e-5), Copy(256 * MIB, 1.02e-3, 1e-3)],
+        calls=Calls(cpu_us=33.3, bridge_us=90.0, call_us=40.0),
+        readings=[Reading(MIB, 1, 3e-5, 2e-5), Reading(MIB, 3, 4e-5, 6e-5)],
+        step=Step(0.1, 0.11, 0.15),
+    )
+    made.facts.load_at_end = [0.0] * 3
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_the_largest_copy_and_the_cpu_time_are_judged():
+    copy, cpu = results().targets()
+    assert (copy.found, copy.reached) == ("0.980 (256 MB)", True)
+    assert (cpu.found, cpu.reached) == ("33.3 us", True)
+    slow = results(copies=[Copy(256 * MIB, 1.1e-3, 1e-3)], calls=Calls(51.0, 1.0, 1.0)).targets()
+    assert [target.reached for target in slow] == [False, False]
+    none = results(copies=[], calls=None).targets()
+    assert [target.reached for target in none] == [None, None]
+    assert [cuda_results.missed(found) for found in ([copy, cpu], slow, none)] == [False, True, True]
+
+
+def test_every_figure_is_in_the_tables(capsys):
+    cuda_results.show(results(), "About.\n\nMore of it.")
+    printed = capsys.readouterr().out
+    for text in (
+        *("H100 (1)", "driver 999.1", "268 GB/s", "0.980", "50.0 us", "33.3 us"),
+        *("in_place", "copy", "110.00 ms", "1.10", "1.50", "reached"),
+    ):
+        assert text in printed, text
+
+
+def test_what_was_not_measured_has_no_table():
+    assert cuda_results.shown_tables(results(copies=[], calls=None, readings=[], step=None)) == []
+
+
+def test_json_has_every_figure(tmp_path):
+    cuda_results.write_json(results(), tmp_path / "cuda.json")
+    tree = json.loads((tmp_path / "cuda.json").read_text())
+    assert tree["benchmark"] == "cuda"
+    assert tree["calls"]["cpu_us"] == 33.3
+    assert [target["reached"] for target in tree["targets"]] == [True, True]
+
+
+# gpu_check
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.gpu.test_one_gpu" name="test_a[copy]"/>
+<testcase classname="tests.gpu.test_one_gpu" name="test_a[host]">{first}</testcase>
+<testcase classname="tests.gpu.test_launched" name="test_b">{second}</testcase>
+</testsuite></testsuites>"""
+SECOND_CARD = '<skipped message="needs 2 GPUs, there is 1"/>'
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        ("", "", 0),
+        ("", SECOND_CARD, 0),
+        ("", '<skipped message="something else"/>', 1),
+        ('<failure message="wrong"/>', "", 1),
+        ("", '<error message="setup"/>', 1),
+    ],
+)
+def test_all_must_hold_but_what_needs_a_second_card(first, second, code, tmp_path, capsys):
+    report, bench = tmp_path / "tests.xml", tmp_path / "bench.json"
+    report.write_text(REPORT.format(first=first, second=second))
+    cuda_results.write_json(results(), bench)
+    assert gpu_check.main(report, bench) == code
+    printed = capsys.readouterr().out
+    assert "test_one_gpu: test_a" in printed
+    assert ("not all of it holds" in printed) == bool(code)
+
+
+def test_a_missed_target_or_a_missing_report_does_not_hold(tmp_path):
+    report, bench = tmp_path / "tests.xml", tmp_path / "bench.json"
+    report.write_text(REPORT.format(first="", second=""))
+    assert gpu_check.main(report, bench) == 1
+    cuda_results.write_json(results(calls=Calls(51.0, 1.0, 1.0)), bench)
+    assert gpu_check.main(report, bench) == 1
+    cuda_results.write_json(results(), bench)
+    assert gpu_check.main(report, bench) == 0
+    report.unlink()
+    assert gpu_check.main(report, bench) == 1
+    assert not gpu_check.holds([], [Target("t", "1", "1", True)])
+
+
+@WITHOUT_CUDA
+@pytest.mark.parametrize("command", [["scripts/gpu_check.sh"], [sys.executable, "scripts/bench.py", "cuda"]])
+def test_without_cuda_they_say_so_and_exit_2(command):
+    variables = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2
+    assert len((done.stdout + done.stderr).strip().splitlines()) == 1
+    assert "torch.cuda.is_available() is False" in done.stdout + done.stderr

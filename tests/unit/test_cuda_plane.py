@@ -1,0 +1,704 @@
+"""The CUDA plane's protocol over a simulated GPU that lags behind its hosts: order, slots, stamps, exchange of handles.
+
+Teacher and rank are both in this process and take turns; what the GPU does in between is the simulation's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from shmbridge import config, cuda_ipc, cuda_plane, layout, offering
+from shmbridge.bridge import Bridge, Pending
+from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
+from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
+from shmbridge.owner import Owner
+from shmbridge.payload import Batch
+from shmbridge.ring import Ring
+from shmbridge.segment import Segment
+from shmbridge.server import Server
+from shmbridge.session import Names, TeacherSession, TrainerSession
+from tests.fake_cuda import FakeCuda
+from tests.sim_cuda import SimEvent, SimGpu, SimStream
+
+CPU = torch.device("cpu")
+RAISES = 66
+TABLE = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
+STREAM = "payload.stream={chunk_positions: 3, chunks: 2}"
+COPY, IN_PLACE = "cuda.read=copy", "cuda.read=in_place"
+WAYS = pytest.mark.parametrize(
+    "overrides", [(COPY,), (IN_PLACE,), (COPY, STREAM), (IN_PLACE, STREAM)], ids=lambda way: "-".join(way)[10:40]
+)
+READS = pytest.mark.parametrize("read", [COPY, IN_PLACE])
+
+
+class Pair:
+    """A teacher with one lane and its rank."""
+
+    def __init__(self, gpu: SimGpu, *overrides: str) -> None:
+        fixed = ["teacher.model=tests:teacher", "plane=cuda_ipc", "parity=false", "ring.max_tokens=64"]
+        self.gpu = gpu
+        self.settings = config.load(overrides=[*fixed, *overrides])
+        self.owner = Owner(self.settings, 1)
+        self.token = self.owner.start_generation()
+        self.bridge: Bridge | None = None
+
+    def meet(self) -> Pair:
+        """Up to and past the barrier."""
+        self.open_teacher()
+        self.open_rank()
+        self.gpu.calls.clear()
+        self.gpu.syncs = 0
+        return self
+
+    def open_teacher(self) -> None:
+        with self.gpu.process("teacher"):
+            session = TeacherSession(self.token)
+            agreed, encoder = offering.make(self.forward, self.settings, CPU)
+            self.owner.create_replies(agreed)
+            session.offer(agreed)
+            self.server = Server(session, self.forward, encoder, agreed, CPU)
+            session.open_barrier()
+
+    def open_rank(self) -> None:
+        with self.gpu.process("rank"):
+            self.bridge = Bridge(TrainerSession(self.token, 0))
+            self.bridge.wait_ready()
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if (batch.input_ids == RAISES).any():
+            raise ArithmeticError("sixty-six")
+        return {"rows": self.gpu.put(TABLE[batch.input_ids])}
+
+    def teach(self) -> None:
+        """Answer what is there, as far as there is room."""
+        with self.gpu.process("teacher"), torch.inference_mode():
+            while answers := self.server._collector._take_or_end():
+                self.server._answer(answers)
+            while self.server._streams.advance():
+                pass
+
+    def submit(self, ids: torch.Tensor) -> Pending:
+        with self.gpu.process("rank"):
+            return self.bridge.submit(ids)
+
+    def read(self, pending: Pending) -> torch.Tensor:
+        """The reply as a kernel of the rank's sees it, once the GPU has come so far. The teacher has a turn after each chunk."""
+        with self.gpu.process("rank"):
+            if not self.settings.payload.stream:
+                with pending.wait() as reply:
+                    return reply["rows"].clone().flatten(0, 1)
+            parts = []
+            for _, chunk in pending.chunks():
+                parts.append(chunk["rows"].clone())
+                chunk = None
+                self.teach()
+            return torch.cat(parts)
+
+    def plane(self, who: str) -> TeacherCudaPlane | RankCudaPlane:
+        return self.server._planes[0] if who == "teacher" else self.bridge._requests._plane
+
+    def close(self) -> None:
+        if self.bridge is not None:
+            self.bridge.close()
+        self.owner.close()
+
+
+@contextmanager
+def opened(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[Pair]:
+    monkeypatch.setattr(cuda_plane, "cuda_ipc", gpu)
+    pair = Pair(gpu, *overrides)
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+@contextmanager
+def met(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[Pair]:
+    with opened(gpu, monkeypatch, *overrides) as pair:
+        yield pair.meet()
+
+
+def ids(seed: int, batch: int = 2, seq: int = 4) -> torch.Tensor:
+    return torch.randint(0, 60, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def right(found: torch.Tensor, sent: torch.Tensor) -> bool:
+    return torch.equal(found, TABLE[sent].flatten(0, 1))
+
+
+@pytest.fixture
+def cursors(monkeypatch):
+    """Of a SimGpu given to it: what is published goes into its calls."""
+
+    def listen(gpu: SimGpu) -> None:
+        for name in ("publish_reply", "publish_chunk", "release", "consume"):
+            real = getattr(Ring, name)
+
+            def told(self, *args, name=name, real=real):
+                gpu.calls.append(name)
+                return real(self, *args)
+
+            monkeypatch.setattr(Ring, name, told)
+
+    return listen
+
+
+# Order
+
+
+TEACHER_WRITES = ("lane copy_", "lane fill_", "lane records ready{slot}", "{published}")
+RANK_COPIES = (
+    *("side waits ready{slot}", "side copy_", "side masked_fill_", "side copy_", "side records free{slot}"),
+    *("rank's compute waits own", "{given_back}", "rank's compute clone"),
+)
+RANK_READS = (
+    *("rank's compute waits ready{slot}", "rank's compute masked_fill_", "rank's compute copy_"),
+    *("rank's compute clone", "rank's compute records free{slot}", "{given_back}"),
+)
+CLOCKS = ("follows", "records own", " ne", "teacher's compute", " empty")
+
+
+def of_protocol(calls: list[str], streams: bool) -> list[str]:
+    """Without clocks and preparations; of streamed replies the chunks."""
+    around = ("publish_reply", "release") if streams else ()
+    return [call for call in calls if not any(part in call for part in CLOCKS) and call not in around]
+
+
+@WAYS
+def test_events_are_recorded_before_a_cursor_says_so_and_waited_for_after(overrides, monkeypatch, cursors):
+    gpu = SimGpu()
+    cursors(gpu)
+    streams = STREAM in overrides
+    published, given_back = ("publish_chunk", "consume") if streams else ("publish_reply", "release")
+    reads = RANK_READS if IN_PLACE in overrides else RANK_COPIES
+    with met(gpu, monkeypatch, *overrides, "ring.depth=2") as pair:
+        for turn in range(4):
+            gpu.calls.clear()
+            pending = pair.submit(ids(turn, 1, 3))
+            pair.teach()
+            pair.read(pending)
+            slot = turn % 2
+            again = (f"lane waits free{slot}",) if turn >= 2 else ()
+            expected = [
+                line.format(slot=slot, published=published, given_back=given_back)
+                for line in (*again, *TEACHER_WRITES, *reads)
+            ]
+            assert [call for call in of_protocol(gpu.calls, streams) if "cat" not in call] == expected
+            assert gpu.syncs == 0
+
+
+@WAYS
+@pytest.mark.parametrize("seed", range(6))
+def test_every_interleaving_of_two_gpus_reads_what_was_written(overrides, seed, monkeypatch):
+    gpu, choose = SimGpu(seed), random.Random(seed)
+    with met(gpu, monkeypatch, *overrides, "ring.depth=3") as pair:
+        waiting, found = [], []
+        for turn in range(20):
+            sent = ids(turn, 1 + turn % 3, 2 + turn % 5)
+            waiting.append((sent, pair.submit(sent)))
+            pair.teach()
+            gpu.run(choose.randrange(30))
+            while waiting and (len(waiting) == 3 or choose.random() < 0.5):
+                asked, pending = waiting.pop(0)
+                found.append((asked, pair.read(pending)))
+                gpu.run(choose.randrange(10))
+        assert gpu.syncs == 0, "nobody's host waits for a GPU"
+        gpu.run()
+        assert len(found) > 10
+        assert all(right(rows, asked) for asked, rows in found)
+        pair.plane("rank").check()
+
+
+MUTANTS = {
+    "the rank does not wait for ready": lambda monkeypatch: _skip_waits(monkeypatch, "ready"),
+    "the teacher does not wait for free": lambda monkeypatch: _skip_waits(monkeypatch, "free"),
+    "the compute stream does not wait for the copy": lambda monkeypatch: _skip_waits(monkeypatch, "own"),
+    "the lane's stream does not follow the forward": lambda monkeypatch: monkeypatch.setattr(
+        SimStream, "wait_stream", lambda self, other: None
+    ),
+    "ready is not recorded": lambda monkeypatch: _skip_records(monkeypatch, "ready"),
+    "free is not recorded": lambda monkeypatch: _skip_records(monkeypatch, "free"),
+}
+
+
+def _skip_waits(monkeypatch, name: str) -> None:
+    real = SimStream.wait_event
+    skips = lambda self, event: None if event.name.startswith(name) else real(self, event)  # noqa: E731
+    monkeypatch.setattr(SimStream, "wait_event", skips)
+
+
+def _skip_records(monkeypatch, name: str) -> None:
+    real = SimEvent.record
+    skips = lambda self, stream: None if self.name.startswith(name) else real(self, stream)  # noqa: E731
+    monkeypatch.setattr(SimEvent, "record", skips)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_simulation_sees_a_protocol_that_is_broken(mutant, monkeypatch):
+    """What makes the test above one that can fail."""
+    MUTANTS[mutant](monkeypatch)
+    assert any(_goes_wrong(SimGpu(seed), random.Random(seed), monkeypatch) for seed in range(6))
+
+
+def _goes_wrong(gpu: SimGpu, choose: random.Random, monkeypatch: pytest.MonkeyPatch) -> bool:
+    with met(gpu, monkeypatch, COPY, "ring.depth=1") as pair:
+        found = []
+        for turn in range(10):
+            pending = pair.submit(ids(turn))
+            pair.teach()
+            gpu.run(choose.randrange(5))
+            try:
+                found.append(pair.read(pending))
+            except TornReply:
+                return True
+            gpu.run(choose.randrange(5))
+        gpu.run()
+        return not all(right(rows, ids(turn)) for turn, rows in enumerate(found))
+
+
+# Slots
+
+
+@READS
+def test_no_use_of_a_slot_waits_for_an_event_of_another(read, monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read, "ring.depth=3") as pair:
+        for turn in range(9):
+            pending = pair.submit(ids(turn))
+            pair.teach()
+            pair.read(pending)
+        waited = [call for call in gpu.calls if call.startswith("lane waits")]
+        assert waited == [f"lane waits free{turn % 3}" for turn in range(3, 9)]
+
+
+@READS
+@pytest.mark.parametrize("what", ["an error", "a skip", "a reply that nobody read"])
+def test_what_is_not_read_does_not_break_what_comes_next_in_its_slot(read, what, monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read, "ring.depth=1") as pair:
+        for turn in range(4):
+            gpu.calls.clear()
+            odd = pair.submit(torch.full((1, 3), RAISES if what == "an error" else 5))
+            if what == "a skip":
+                with gpu.process("rank"):
+                    odd.cancel()
+            pair.teach()
+            recorded = gpu.calls.count("lane records ready0")
+            assert recorded == (what == "a reply that nobody read"), "an error and a skip seal nothing"
+            if what == "an error":
+                with pytest.raises(TeacherError):
+                    pair.read(odd)
+            with gpu.process("rank"):
+                odd.cancel()
+            sent = ids(turn)
+            pending = pair.submit(sent)
+            pair.teach()
+            rows = pair.read(pending)
+            gpu.run()
+            assert right(rows, sent)
+            assert gpu.syncs == 0
+
+
+@READS
+def test_leaving_a_stream_early_leaves_its_chunks_to_the_next_reply(read, monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read, STREAM) as pair:
+        for turn in range(5):
+            pending = pair.submit(ids(turn, 2, 6))
+            pair.teach()
+            with gpu.process("rank"):
+                for _ in pending.chunks():
+                    break
+                pending.cancel()
+            pair.teach()
+            sent = ids(50 + turn, 2, 6)
+            pending = pair.submit(sent)
+            pair.teach()
+            rows = pair.read(pending)
+            gpu.run(turn)
+            assert gpu.syncs == 0
+            gpu.run()
+            assert right(rows, sent)
+
+
+# Exports
+
+
+def test_everything_is_exported_once(monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, COPY) as pair:
+        before = gpu.exports, len(gpu._events), len(gpu._memories)
+        assert before[0] == 1
+        for turn in range(300):
+            pending = pair.submit(ids(turn))
+            pair.teach()
+            pair.read(pending)
+            gpu.run()
+        assert (gpu.exports, len(gpu._events), len(gpu._memories)) == before
+        assert not pair.plane("rank")._waits or len(pair.plane("rank")._waits) < 3
+        assert len(pair.plane("rank")._reads) < 3
+
+
+@pytest.mark.parametrize("stand_in", [SimGpu, FakeCuda])
+def test_stand_ins_have_all_that_the_module_has(stand_in):
+    names = {name for name, what in vars(cuda_ipc).items() if getattr(what, "__module__", "") == cuda_ipc.__name__}
+    used = {name for name in names if not name.startswith("_")} - {"MemoryHandle"}
+    assert used <= set(dir(stand_in))
+
+
+def test_each_lane_has_an_export_of_its_own(monkeypatch):
+    gpu = SimGpu()
+    monkeypatch.setattr(cuda_plane, "cuda_ipc", gpu)
+    overrides = ["teacher.model=tests:teacher", "plane=cuda_ipc", "ring.max_tokens=64"]
+    with Owner(config.load(overrides=overrides), 3) as owner, gpu.process("teacher"):
+        token = owner.start_generation()
+        session = TeacherSession(token)
+        forward = lambda batch: {"rows": gpu.put(TABLE[batch.input_ids])}  # noqa: E731
+        agreed, encoder = offering.make(forward, config.load(overrides=[*overrides, "parity=false"]), CPU)
+        owner.create_replies(agreed)
+        session.offer(agreed)
+        Server(session, forward, encoder, agreed, CPU)
+        assert gpu.exports == 3
+        exports = [cuda_plane._Exchange(token, session.control.shape, lane).read_export()[1] for lane in range(3)]
+        assert len({export.memory.handle for export in exports}) == 3
+        assert len({handle for export in exports for handle in export.ready}) == 3 * exports[0].slots
+
+
+# A teacher that takes a lane over
+
+
+def take_over(pair: Pair) -> None:
+    """Another teacher's slab for the lane, as it is adopted; what is published before lies in the last one's."""
+    with pair.gpu.process("teacher"):
+        session = pair.server._session
+        lane = session.lanes[0]
+        plane = TeacherCudaPlane(pair.token, session.control.shape, lane, pair.server._agreed, CPU)
+        pair.server._planes[0] = plane
+
+
+@WAYS
+@pytest.mark.parametrize("seed", range(3))
+def test_replies_of_two_teachers_in_turn_are_right(overrides, seed, monkeypatch):
+    gpu, choose = SimGpu(seed), random.Random(seed)
+    with met(gpu, monkeypatch, *overrides, "ring.depth=3") as pair:
+        found = []
+        for turn in range(24):
+            sent = ids(turn, 1, 2)
+            pending = pair.submit(sent)
+            pair.teach()
+            gpu.run(choose.randrange(20))
+            if turn % 8 == 5:
+                take_over(pair)
+            found.append((sent, pair.read(pending)))
+            gpu.run(choose.randrange(20))
+        gpu.run()
+        assert all(right(rows, sent) for sent, rows in found)
+        assert gpu.exports == 4
+
+
+@pytest.mark.parametrize("before", [2, 1])
+def test_a_new_teachers_slab_is_opened_after_it_has_answered(before, monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
+        for turn in range(before + 2):
+            if turn == before:
+                take_over(pair)
+            pending = pair.submit(ids(turn))
+            pair.teach()
+            rows = pair.read(pending)
+            gpu.run()
+            assert right(rows, ids(turn))
+
+
+@pytest.mark.parametrize("what", ["errors", "skips"])
+def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypatch):
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
+        take_over(pair)
+        for _ in range(2):
+            odd = pair.submit(torch.full((1, 3), RAISES if what == "errors" else 5))
+            with gpu.process("rank"):
+                if what == "skips":
+                    odd.cancel()
+                pair.teach()
+                odd.cancel()
+        sent = ids(7)
+        pending = pair.submit(sent)
+        pair.teach()
+        rows = pair.read(pending)
+        gpu.run()
+        assert right(rows, sent)
+
+
+# Stamps
+
+
+def no_stamp(self, number):
+    self._begin(number)
+    self._slab.ready[number % self._slab.slots].record(self._stream)
+
+
+def wrong_stamp(self, number):
+    with cuda_plane.cuda_ipc.on(self._stream):
+        self._slab.stamps[number % self._slab.slots].fill_(12345)
+    no_stamp(self, number)
+
+
+def stamp_of_an_earlier_generation(self, number):
+    with cuda_plane.cuda_ipc.on(self._stream):
+        self._slab.stamps[number % self._slab.slots].fill_(cuda_plane._stamp(self._slab.generation - 1, number))
+    no_stamp(self, number)
+
+
+TORN = pytest.mark.parametrize("seal", [no_stamp, wrong_stamp, stamp_of_an_earlier_generation])
+
+
+@TORN
+@WAYS
+def test_a_torn_reply_is_nan_in_every_position_and_raises_later(overrides, seal, monkeypatch):
+    gpu = SimGpu()
+    real = TeacherCudaPlane.seal
+    torn = {4, 5}  # the second use of some slots, which hold the stamp of the first
+    monkeypatch.setattr(TeacherCudaPlane, "seal", lambda self, n: seal(self, n) if n in torn else real(self, n))
+    with met(gpu, monkeypatch, *overrides, "ring.depth=2") as pair:
+        found = []
+        for turn in range(6):
+            pending = pair.submit(ids(turn, 1, 3))
+            pair.teach()
+            found.append(pair.read(pending))
+        gpu.run()
+        assert all(right(rows, ids(turn, 1, 3)) for turn, rows in enumerate(found[:4]))
+        assert all(rows.isnan().any(-1).all() for rows in found[4:])
+        with pytest.raises(TornReply, match=r"reply 4 carries the stamp .* last checkpoint"):
+            pair.plane("rank").check()
+
+
+@TORN
+@READS
+def test_a_later_call_of_the_rank_raises_it(read, seal, monkeypatch):
+    gpu = SimGpu()
+    real = TeacherCudaPlane.seal
+    monkeypatch.setattr(TeacherCudaPlane, "seal", lambda self, n: seal(self, n) if n == 0 else real(self, n))
+    with met(gpu, monkeypatch, read) as pair:
+        first = pair.submit(ids(0))
+        pair.teach()
+        pair.read(first)
+        gpu.run()
+        second = pair.submit(ids(1))
+        pair.teach()
+        with pytest.raises(TornReply):
+            pair.read(second)
+
+
+def test_only_float_outputs_can_hold_a_nan_and_each_of_them_does(monkeypatch):
+    gpu = SimGpu()
+    monkeypatch.setattr(TeacherCudaPlane, "seal", no_stamp)
+    forward = Pair.forward
+
+    def many(self, batch):
+        rows = forward(self, batch)["rows"]
+        return {"rows": rows, "half": self.gpu.put(TABLE[batch.input_ids].half()), "ids": self.gpu.put(batch.input_ids)}
+
+    monkeypatch.setattr(Pair, "forward", many)
+    with met(gpu, monkeypatch, COPY) as pair:
+        pending = pair.submit(ids(0))
+        pair.teach()
+        with gpu.process("rank"):
+            reply = pending.copy()
+        gpu.run()
+        assert reply["rows"].isnan().any(-1).all()
+        assert reply["half"].isnan().any(-1).all()
+        assert torch.equal(reply["ids"], ids(0))
+
+
+@READS
+def test_outputs_of_one_number_for_each_position_are_nan_in_each(read, monkeypatch):
+    monkeypatch.setattr(TeacherCudaPlane, "seal", no_stamp)
+    monkeypatch.setattr(Pair, "forward", lambda self, batch: {"each": self.gpu.put(batch.input_ids.float())})
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read) as pair:
+        pending = pair.submit(ids(0))
+        pair.teach()
+        with gpu.process("rank"), pending.wait() as reply:
+            found = reply["each"].clone()
+        gpu.run()
+        assert found.isnan().all()
+
+
+@READS
+def test_looking_at_stamps_does_not_wait_for_the_gpu(read, monkeypatch):
+    """A rank's host may run ahead by 256 replies; only then it waits."""
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read, "ring.depth=4") as pair:
+        for turn in range(256):
+            pending = pair.submit(ids(turn, 1, 2))
+            pair.teach()
+            pair.read(pending)
+        assert gpu.syncs == 0
+        assert len(pair.plane("rank")._reads) == 256
+        assert pair.plane("rank").busy
+        pending = pair.submit(ids(256, 1, 2))
+        pair.teach()
+        rows = pair.read(pending)
+        assert gpu.syncs == 1
+        gpu.run()
+        assert right(rows, ids(256, 1, 2))
+        assert not pair.plane("rank").busy
+        for turn in range(300):  # places on the host are used again
+            pending = pair.submit(ids(turn, 1, 2))
+            pair.teach()
+            pair.read(pending)
+            gpu.run(3)
+        gpu.run()
+        pair.plane("rank").check()
+
+
+def test_a_stream_that_stands_still_holds_up_nobodys_host(monkeypatch):
+    """The rank died with its stream in the middle: the teacher's host writes on, into a stream that waits."""
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
+        side = next(stream for stream in gpu.streams if stream.name == "side")
+        side.held = True
+        for turn in range(10):
+            pending = pair.submit(ids(turn))
+            pair.teach()
+            pair.read(pending)
+            gpu.run()
+        lane = next(stream for stream in gpu.streams if stream.name == "lane")
+        assert gpu.syncs == 0
+        assert lane.tasks, "it waits for the slot's last read"
+
+
+# Opening
+
+
+def test_another_torch_is_named_with_the_remedy(monkeypatch):
+    with opened(SimGpu(), monkeypatch) as pair:
+        monkeypatch.setattr(torch, "__version__", "2.1.0")
+        pair.open_teacher()
+        monkeypatch.undo()
+        monkeypatch.setattr(cuda_plane, "cuda_ipc", pair.gpu)
+        with pytest.raises(AttachError, match=r"torch 2\.1\.0, this process .*plane=host"):
+            pair.open_rank()
+
+
+def test_another_pid_namespace_is_named_with_the_remedy(monkeypatch):
+    gpu = SimGpu()
+    with opened(gpu, monkeypatch) as pair:
+        pair.open_teacher()
+        gpu.namespace = 2
+        with pytest.raises(AttachError, match=r"another PID namespace.*--pid=host.*plane=host"):
+            pair.open_rank()
+
+
+def test_what_cuda_says_is_told_with_the_remedy(monkeypatch):
+    gpu = SimGpu()
+    with opened(gpu, monkeypatch) as pair:
+        pair.open_teacher()
+        gpu.broken_open = RuntimeError("CUDA error: peer access is not supported between these two devices")
+        with pytest.raises(AttachError, match=r"peer access is not supported.*plane=host") as caught:
+            pair.open_rank()
+        assert caught.value.__cause__ is None
+
+
+def test_memory_that_reads_otherwise_than_it_was_written_is_refused(monkeypatch):
+    gpu = SimGpu()
+    with opened(gpu, monkeypatch) as pair:
+        pair.open_teacher()
+        gpu.run()
+        pair.plane("teacher")._slab.memory.add_(1)
+        with pytest.raises(AttachError, match=r"access between the two is broken.*plane=host"):
+            pair.open_rank()
+
+
+def test_no_room_for_the_slab_is_told_with_the_ways_out(monkeypatch):
+    gpu = SimGpu()
+    gpu.full = True
+    with (
+        opened(gpu, monkeypatch) as pair,
+        pytest.raises(PlanError, match=r"MiB, which .* does not have\. .*ring\.depth.*payload\.topk.*plane=host"),
+    ):
+        pair.open_teacher()
+
+
+def exchange(pair: Pair) -> Segment:
+    token = pair.token
+    name = Names(token.session_id).reply(token.generation, 0)
+    return Segment.attach(name, layout.REPLY, token.session_id, token.generation, 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_garbled_handles_are_an_attach_error_whatever_they_say(seed, monkeypatch):
+    """Random bytes, cut, or words of the JSON exchanged for others."""
+    choose = random.Random(seed)
+    with opened(SimGpu(), monkeypatch) as pair:
+        pair.open_teacher()
+        segment = exchange(pair)
+        nbytes = segment.words[layout.ExchangeWord.EXPORT_NBYTES]
+        text = bytes(segment.bytes[layout.PAGE : layout.PAGE + nbytes])
+        text = (
+            choose.randbytes(nbytes),
+            text[: choose.randrange(nbytes)],
+            text.replace(b'"slots":2', b'"slots":%d' % choose.choice((0, 3, -1, 2**63, 10**30))),
+            text.replace(b'"stride":', b'"stride":%d' % choose.randrange(1, 10)),
+            text.replace(b'"generation":1', b'"generation":%d' % choose.choice((-1, 2, 2**21, 2**70))),
+            text.replace(b'"checksum":', b'"checksum":1'),
+            text.replace(b'"nbytes":', b'"nbytes":-'),
+            choose.randbytes(3).join((text[: nbytes // 2], text[nbytes // 2 + 3 :])),
+        )[seed % 8]
+        segment.bytes[layout.PAGE : layout.PAGE + nbytes] = bytes(nbytes)
+        segment.bytes[layout.PAGE : layout.PAGE + len(text)] = text
+        segment.words[layout.ExchangeWord.EXPORT_NBYTES] = len(text)
+        with pytest.raises(AttachError):
+            pair.open_rank()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 10**6, 2**64 - 1])
+def test_a_garbled_length_is_an_attach_error(nbytes, monkeypatch):
+    with opened(SimGpu(), monkeypatch) as pair:
+        pair.open_teacher()
+        exchange(pair).words[layout.ExchangeWord.EXPORT_NBYTES] = nbytes
+        with pytest.raises(AttachError):
+            pair.open_rank()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *(b"{}", b"[]", b"\0" * 50, b'{"of":2,"free":["AAAA"]}'),
+        b'{"of":1,"free":[]}',
+        b'{"of":1,"free":["AAAA"]}',
+    ],
+)
+def test_garbled_handles_of_a_rank_are_an_attach_error_in_the_teacher(garbage, monkeypatch):
+    with met(SimGpu(), monkeypatch, COPY, "ring.depth=1") as pair:
+        segment = exchange(pair)
+        at = layout.PAGE + layout.exchange_capacity(1)
+        segment.bytes[at : at + len(garbage)] = garbage
+        segment.words[layout.ExchangeWord.IMPORTED_NBYTES] = len(garbage)
+        first = pair.submit(ids(0))
+        pair.teach()
+        pair.read(first)
+        pair.submit(ids(1))
+        with pytest.raises(AttachError):
+            pair.teach()
+
+
+def test_handles_of_many_chunks_fit_into_the_exchange(monkeypatch):
+    """CUDA's event handles have 64 bytes; those of one lane's slots must fit whatever their number."""
+    gpu = SimGpu()
+    monkeypatch.setattr(gpu, "export_event", lambda event: event.name.encode().ljust(64, b"."))
+    monkeypatch.setattr(gpu, "open_event", lambda handle, device: gpu._events[handle.rstrip(b".")])
+    with met(gpu, monkeypatch, COPY, "payload.stream={chunk_positions: 1, chunks: 500}") as pair:
+        sent = ids(0, 8, 8)
+        pending = pair.submit(sent)
+        pair.teach()
+        rows = pair.read(pending)
+        gpu.run()
+        assert right(rows, sent)
