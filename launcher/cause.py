@@ -18,10 +18,12 @@ from typing import Any
 
 import msgspec
 
+from launcher import replicas
+from launcher.console import LAUNCHER
 from launcher.job import Exit, Job
 from launcher.plan import TEACHER, TORCHRUN
+from launcher.steering import Board
 from shmbridge.board import Failure
-from shmbridge.owner import Owner
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _ECHO_NS = 1_000_000_000
@@ -66,12 +68,13 @@ class Cause(msgspec.Struct, frozen=True):
             reason=self.reason,
             traceback=self.traceback,
             at_ns=self.at_ns,
+            status=self.status,
         )
 
 
 def find(
     jobs: Sequence[Job],
-    owner: Owner | None,
+    owner: Board | None,
     record: Path,
     ended_ns: dict[int, int],
     oom_kills: int | None = None,
@@ -92,7 +95,8 @@ def find(
     board = [failure for failure in board if failure.role != TEACHER or failure.rank not in served]
     first = _read_record(record)
     spoke = {(failure.role, failure.rank) for failure in board}
-    causes = [_raised(failure, jobs, first) for failure in board if not failure.consequence]
+    count = len(owner.control.teachers) if owner else 0
+    causes = [_raised(failure, jobs, first, count) for failure in board if not failure.consequence]
     if first and (TRAINER, first["local_rank"]) not in spoke:
         causes.append(_of_rank(first, ended_ns, oom_kills))
     spoken: set[int | None] = {rank if role == TEACHER else None for role, rank in spoke}  # None: training
@@ -100,7 +104,7 @@ def find(
     causes += [of_exit(job, job.exit, oom_kills) for job in silent if job.exit and job.died]
     if not causes:
         settled_ns = time.monotonic_ns() - (_PATIENCE_NS if any(job.alive for job in jobs) else 0)
-        causes = [_raised(failure, jobs, first) for failure in board if failure.at_ns <= settled_ns]
+        causes = [_raised(failure, jobs, first, count) for failure in board if failure.at_ns <= settled_ns]
     found = min(causes, key=_order, default=None)
     return found and _located(found, owner)
 
@@ -116,12 +120,15 @@ def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -
     return f"killed by {name}" + (", likely out of memory" if number == signal.SIGKILL and oom_kills != 0 else "")
 
 
-def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None) -> Cause:
-    """A failure that its own process wrote on the board."""
-    status, who = 1, f"rank {failure.rank}"
-    if failure.role == TEACHER:
-        job = next(job for job in jobs if job.spec.replica == failure.rank)
-        status, who = job.exit.status if job.exit and not job.asked else 1, job.spec.who
+def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None, teachers: int) -> Cause:
+    """A failure that its own process wrote on the board; one of `teachers` may be a keeper's, whose word it is then."""
+    status, who = failure.status, f"rank {failure.rank}"
+    if failure.role == LAUNCHER:
+        who = LAUNCHER
+    elif failure.role == TEACHER:
+        job = next((job for job in jobs if job.spec.replica == failure.rank), None)
+        who = replicas.called(failure.rank, teachers)
+        status = job.exit.status if job and job.exit and not job.asked else failure.status
     elif first and first["local_rank"] == failure.rank:
         status = first["exitcode"]
     return Cause(
@@ -159,7 +166,7 @@ def of_exit(job: Job, ended: Exit, oom_kills: int | None) -> Cause:
     return Cause(role, rank, who, job.first_pid, reason, ended.status, ended.at_ns, ended.signal)
 
 
-def _located(cause: Cause, owner: Owner | None) -> Cause:
+def _located(cause: Cause, owner: Board | None) -> Cause:
     """Add from the board where the participant was; one that was killed could not write it into its failure."""
     if owner is None or cause.role not in (TEACHER, TRAINER):
         return cause

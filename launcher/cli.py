@@ -43,7 +43,16 @@ _FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: the failed child's own, 128 + signal, or 2 where nothing was started."""
-    arguments, script = _split(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("report", "status", "ls", "clean"):
+        from launcher import commands
+
+        return commands.main(argv)
+    if argv and argv[0] == "teacher":
+        from launcher import teacher_commands
+
+        return teacher_commands.main(argv[1:])
+    arguments, script = _split(argv)
     args = _parser().parse_intermixed_args(arguments)
     from shmbridge.errors import ShmbridgeError
 
@@ -68,52 +77,72 @@ def _parser() -> argparse.ArgumentParser:
         prog="shmbridge-launch",
         usage="%(prog)s [flags] [a.b=c ...] -- train.py ...   (or -- -m package.module ...)",
         description="Start a teacher, or several, and a torchrun training group as jobs of their own with a bridge between them.",
-        epilog="Every flag is a setting of the config file too, and a.b=c overrides any of them.",
+        epilog="Every flag is a setting of the config file too, and a.b=c overrides any of them. Of sessions that run already: "
+        "shmbridge-launch report, status, ls and clean; a teacher kept across runs: shmbridge-launch teacher (each with --help).",
         allow_abbrev=False,
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4 (read as YAML)")
-    parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
-    parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
-    parser.add_argument("--teacher-replicas", metavar="N", type=int, help="teachers; by itself one on each of its GPUs")
+    add_teacher_flags(parser)
     parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5, one rank each; 0,0: two on one GPU")
     parser.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
     parser.add_argument(
-        "--teacher-restarts", metavar="N", type=int, help="start a teacher that died again; training waits"
-    )
-    parser.add_argument(
         "--train-restarts", metavar="N", type=int, help="start crashed training again; the teacher stays"
     )
-    parser.add_argument("--plane", metavar="PLANE", help="where replies lie: auto, cuda_ipc or host")
-    parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
     parser.add_argument("--torchrun", metavar="ARGS", help='further flags of torchrun, in one string: "--tee 3"')
     parser.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
-    parser.add_argument("--run-dir", metavar="DIR", help="each run gets a directory of its own below it (runs)")
+    parser.add_argument(
+        "--attach", metavar="NAME", help="train beside the teacher that `teacher start NAME` keeps loaded"
+    )
     parser.add_argument("--no-teacher", action="store_true", help="run the same training script with the bridge off")
     parser.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
     return parser
 
 
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    """What `teacher start` takes too."""
+    parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
+    parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
+    parser.add_argument("--teacher-replicas", metavar="N", type=int, help="teachers; by itself one on each of its GPUs")
+    parser.add_argument(
+        "--teacher-restarts", metavar="N", type=int, help="start a teacher that died again; training waits"
+    )
+    parser.add_argument("--plane", metavar="PLANE", help="where replies lie: auto, cuda_ipc or host")
+    parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
+    parser.add_argument("--run-dir", metavar="DIR", help="each run gets a directory of its own below it (runs)")
+
+
 def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
-    from launcher import machine, plan, stale
+    from launcher import machine, plan
     from launcher.console import Console
     from shmbridge import config
 
-    settings = config.load(args.config, args.overrides, _values(args))
     console = Console()
+    if args.attach is not None:
+        from launcher import attaching
+
+        return attaching.run(args, script, console)
+    settings = config.load(args.config, args.overrides, values(args))
     if not args.dry_run:
-        for session_id, count in stale.reclaim():
-            console.say(f"removed {count} objects that the dead session {session_id[:8]} left in /dev/shm")
+        reclaim(console)
     found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
     planned = plan.make(settings, script, found)
     if args.dry_run:
-        _check_memory(planned)
-        jobs = planned.jobs(_run_path(settings, "SESSION"), "SESSION@1")
+        check_memory(planned)
+        jobs = planned.jobs(run_path(settings, "SESSION"), "SESSION@1")
         print(plan.describe(planned, jobs, os.environ), end="")
         return 0
     return _run(settings, planned, found, console)
 
 
-def _values(args: argparse.Namespace) -> dict[str, Any]:
+def reclaim(console: Console) -> None:
+    """Remove what dead sessions left."""
+    from launcher import stale
+
+    for session_id, count in stale.reclaim():
+        console.say(f"removed {count} objects that the dead session {session_id[:8]} left in /dev/shm")
+
+
+def values(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that were given, as dotted settings. Raises ConfigError for a GPU list that is there but blank."""
     from shmbridge.errors import ConfigError
 
@@ -121,8 +150,8 @@ def _values(args: argparse.Namespace) -> dict[str, Any]:
         text = getattr(args, flag)
         if text is not None and not text.strip():
             raise ConfigError(f"--{flag.replace('_', '-')} is empty; name GPUs such as 0-6, or leave the flag out.")
-    values = {key: getattr(args, flag) for flag, key in _FLAGS.items() if getattr(args, flag) is not None}
-    return values | ({"enabled": False} if args.no_teacher else {})
+    values = {key: value for flag, key in _FLAGS.items() if (value := getattr(args, flag, None)) is not None}
+    return values | ({"enabled": False} if getattr(args, "no_teacher", False) else {})
 
 
 def _run(settings: Config, planned: Plan, found: Machine, console: Console) -> int:
@@ -135,15 +164,15 @@ def _run(settings: Config, planned: Plan, found: Machine, console: Console) -> i
         signals = stack.enter_context(Signals())  # outermost: a signal at any moment still has the session removed
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
         try:
-            planned = _settle(settings, planned, found, console, signals)
+            planned = settle(settings, planned, found, console, signals)
         except Stopped as stopped:
             console.say(str(stopped))
             return 128 + stopped.number
-        _check_memory(planned)
+        check_memory(planned)
         return _supervise(planned, registration, console, signals, stack)
 
 
-def _settle(settings: Config, planned: Plan, found: Machine, console: Console, signals: Signals) -> Plan:
+def settle(settings: Config, planned: Plan, found: Machine, console: Console, signals: Signals) -> Plan:
     """The plan for the plane that a trial has shown to work, where the settings alone do not tell.
 
     Raises:
@@ -161,7 +190,7 @@ def _settle(settings: Config, planned: Plan, found: Machine, console: Console, s
     return plan.make(settings, planned.script, found, chosen)
 
 
-def _check_memory(planned: Plan) -> None:
+def check_memory(planned: Plan) -> None:
     if planned.memory:
         planned.memory.check()
 
@@ -177,7 +206,7 @@ def _supervise(
 
     settings = planned.config
     owner = stack.enter_context(Owner(settings, planned.ranks, len(planned.teachers))) if settings.enabled else None
-    run = _make_directory(_run_path(settings, owner.session_id[:8] if owner else "no-teacher"))
+    run = make_directory(run_path(settings, owner.session_id[:8] if owner else "no-teacher"))
     session = _begin(owner, settings, run) if owner else ""
     if registration:
         registration.describe(session, str(run.resolve()))
@@ -198,11 +227,11 @@ def _begin(owner: Owner, settings: Config, run: Path) -> str:
     return str(owner.start_generation())
 
 
-def _run_path(settings: Config, label: str) -> Path:
+def run_path(settings: Config, label: str) -> Path:
     return Path(settings.run_dir) / f"{time.strftime('%Y%m%d-%H%M%S')}-{settings.name or label}"
 
 
-def _make_directory(path: Path) -> Path:
+def make_directory(path: Path) -> Path:
     """`path`, or path-2, path-3, ... where it exists. Raises ConfigError where it cannot be made."""
     from shmbridge.errors import ConfigError
 

@@ -3,7 +3,7 @@
 torchrun itself always exits with 1, and its error file is empty for a rank that was killed or that called sys.exit(7).
 Here the failures are written down as JSON, and the exit code is the first failing rank's (128 + number for a signal).
 
-Run by path in a child of the launcher: `python -P elastic.py --record FILE -- TORCHRUN_ARGS...`. torchrun installs signal
+Run by path in a child of the launcher: `python -P elastic.py --record FILE --patience S -- TORCHRUN_ARGS...`. torchrun installs signal
 handlers that raise, so it never runs in the launcher's own process.
 """
 
@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from torch.distributed.elastic.multiprocessing.api import PContext
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 # As in cause.py, which this file cannot import: it is run by path, and must not see the launcher's directory.
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
-def main(record: Path, args: list[str]) -> int:
-    """Run the training group; its exit code."""
+def main(record: Path, patience_s: int, args: list[str]) -> int:
+    """Run the training group, whose ranks have `patience_s` to stop by themselves; its exit code."""
     _outlive_user_signals()
+    _let_ranks_save(patience_s)
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -48,6 +52,25 @@ def _outlive_user_signals() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: None)
         signal.siginterrupt(number, False)
+
+
+def _let_ranks_save(patience_s: int) -> None:
+    """torchrun gives ranks 30 s to stop, less where a second SIGTERM comes (its shim's, behind one that was sent to all); then
+    it ends, and they with it. Here the launcher decides when it is enough."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    handle, close = api._terminate_process_handler, api.PContext.close
+
+    def once(signum: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        handle(signum, frame)
+
+    def patient(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        close(self, death_sig, max(timeout, patience_s))
+
+    api._terminate_process_handler = once
+    setattr(api.PContext, "close", patient)  # noqa: B010
 
 
 def _describe(rank: int, failure: ProcessFailure) -> dict[str, Any]:
@@ -81,5 +104,5 @@ def _first(failures: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] == "--record" and sys.argv[3] == "--"
-    sys.exit(main(Path(sys.argv[2]), sys.argv[4:]))
+    assert sys.argv[1::2][:2] == ["--record", "--patience"] and sys.argv[5] == "--"
+    sys.exit(main(Path(sys.argv[2]), int(sys.argv[4]), sys.argv[6:]))

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from launcher.plan import JobSpec
 from shmbridge import peer
 
 _SHIM = Path(shim.__file__)
+_CLEAR_S = 5.0
 
 
 class Exit(NamedTuple):
@@ -125,6 +126,21 @@ def reap(jobs: Iterable[Job]) -> None:
         if ended is None or ended.si_pid in own:
             return
         os.waitpid(ended.si_pid, 0)
+
+
+def clear(jobs: Collection[Job]) -> str:
+    """Kill and collect all of the jobs, and what they left behind. The pids that even so are still there; empty where there
+    are none."""
+    for job in jobs:
+        job.kill()
+    deadline = time.monotonic() + _CLEAR_S
+    while time.monotonic() < deadline:
+        ended = [job.poll() for job in jobs]
+        if not sweep(jobs) and all(ended):
+            return ""
+        reap(jobs)
+        time.sleep(0.01)
+    return ", ".join(str(pid) for job in jobs for pid in job.children())
 
 
 def shimmed(argv: Sequence[str]) -> list[str]:

@@ -22,13 +22,15 @@ _PREFIX = re.compile(r"^(?:\[(?!rank\d)\w+\d\]:)?(?:\[rank\d+\]: ?)?")
 class Tail:
     """One growing file. Complete lines come out; of a line with carriage returns, only its last state."""
 
-    def __init__(self, source: str, path: Path) -> None:
+    def __init__(self, source: str, path: Path, *, from_end: bool = False) -> None:
+        """`from_end`: only what is written from now on."""
         self.source = source
         self.path = path
         self.traceback: list[str] = []  # the last one that went by
         self._file: int | None = None
         self._rest = b""
         self._in_traceback = False
+        self._begin = path.stat().st_size if from_end and path.exists() else 0
 
     def read(self) -> list[str]:
         """Lines that were completed since the last call, of at most 1 MiB."""
@@ -59,6 +61,7 @@ class Tail:
         if self._file is None:
             try:
                 self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                os.lseek(self._file, self._begin, os.SEEK_SET)
             except FileNotFoundError:
                 return b""
         return os.read(self._file, _CHUNK)
@@ -90,8 +93,9 @@ class Logs:
         self._tails: list[Tail] = []
         self._last: dict[str, deque[str]] = {}
 
-    def follow(self, source: str, path: Path) -> None:
-        self._tails.append(Tail(source, path))
+    def follow(self, source: str, path: Path, *, from_end: bool = False) -> None:
+        """`from_end`: only what is written from now on."""
+        self._tails.append(Tail(source, path, from_end=from_end))
         self._last.setdefault(source, deque(maxlen=KEPT_LINES))
 
     def expect(self, ranks: int) -> None:

@@ -6,7 +6,7 @@ import fnmatch
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from launcher.plane import Choice
 from launcher.text import table
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError
-from shmbridge.session import OFF, SESSION_VARIABLE
+from shmbridge.session import OFF, SESSION_VARIABLE, Token
 
 TEACHER, TRAIN, TORCHRUN = "teacher", "train", "torchrun"
 
@@ -46,6 +46,10 @@ class JobSpec:
     removed: tuple[str, ...]  # patterns of variable names
     log: Path  # stdout and stderr of the job's first process
     exports: bool = False  # CUDA memory, so that the allocator must be one whose memory others can open
+
+    def within(self, token: Token) -> JobSpec:
+        """The same job for another generation."""
+        return replace(self, set={**self.set, SESSION_VARIABLE: str(token)})
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The job's whole environment, made of the launcher's."""
@@ -87,6 +91,8 @@ class Plan:
         own = str(len(self.teachers[replica]))
         argv = (python, "-m", "shmbridge.teacher_job", "--teacher-index", str(replica), "--gpus", own)
         variables = _variables(session, self.visible[0][replica], self.threads[0])
+        if own != "0":  # a stream for each lane; streams that share one of CUDA's connections hold each other up
+            variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         who = replicas.called(replica, len(self.teachers))
         name = who.replace(" ", "")
         log = run / f"{name}.log"
@@ -94,7 +100,8 @@ class Plan:
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)
-        command = torchrun.command(args, self.ranks, self.script, run / "train", run / "train" / "failures.json")
+        record, patience_s = run / "train" / "failures.json", self.config.timeouts.save_s
+        command = torchrun.command(args, self.ranks, self.script, run / "train", record, patience_s)
         variables = _variables(session, self.visible[1], self.threads[1])
         argv = (sys.executable, *command)
         return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, run / "torchrun.log")

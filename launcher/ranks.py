@@ -9,14 +9,14 @@ from collections.abc import Iterable
 
 from launcher import signals
 from launcher.job import Job
-from shmbridge.owner import Owner
+from launcher.steering import Board
 from shmbridge.peer import Identity, identity
 
 
 class Ranks:
     """Who has signed in, and when which rank ended."""
 
-    def __init__(self, owner: Owner | None, count: int) -> None:
+    def __init__(self, owner: Board | None, count: int) -> None:
         self._owner = owner
         self.count = count
         self.ended_ns: dict[int, int] = {}  # by rank, CLOCK_MONOTONIC
@@ -39,7 +39,11 @@ class Ranks:
     def with_save_hook(self) -> list[int]:
         """Those that are to save before they stop, and have not ended."""
         lanes = self._owner.lanes if self._owner else []
-        return [lane.index for lane in lanes if lane.records[0].saves and lane.index not in self.ended_ns]
+        return [
+            lane.index
+            for lane in lanes
+            if lane.records[0].saves and not lane.ring.closed and lane.index not in self.ended_ns
+        ]
 
     def failed(self, ranks: Iterable[int]) -> bool:
         """One of `ranks` has written a failure, be it one that follows from another's."""

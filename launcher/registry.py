@@ -47,8 +47,8 @@ def _is_mine(runtime: str) -> bool:
 
 
 @contextmanager
-def claim(name: str) -> Iterator[Registration]:
-    """Hold `name` while the block runs.
+def claim(name: str, kept: bool = False) -> Iterator[Registration]:
+    """Hold `name` while the block runs; `kept`: for a teacher across runs.
 
     Raises:
         SessionInUse: a live launcher holds it; names its pid and run directory.
@@ -56,22 +56,46 @@ def claim(name: str) -> Iterator[Registration]:
     path = directory() / f"{name}.json"
     file = _lock(path, name)
     try:
-        yield Registration(file)
+        yield Registration(file, kept)
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
 
 
+@contextmanager
+def socket_path(name: str) -> Iterator[str]:
+    """Where the keeper of `name` listens, by a path that is short enough for a unix socket however deep the directory is."""
+    folder = os.open(directory(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{folder}/{name}.sock"
+    finally:
+        os.close(folder)
+
+
+def entries() -> dict[str, dict[str, object]]:
+    """What the files tell, by name; also those of launchers that were killed."""
+    found: dict[str, dict[str, object]] = {}
+    for path in sorted(directory().glob("*.json")):
+        try:
+            entry = json.loads(path.read_text())
+        except (OSError, ValueError):
+            entry = {}
+        found[path.stem] = entry if isinstance(entry, dict) else {}
+    return found
+
+
 class Registration:
     """A name that this process holds."""
 
-    def __init__(self, file: int) -> None:
+    def __init__(self, file: int, kept: bool = False) -> None:
         self._file = file
+        self._kept = kept
         self.describe(session="", run="")
 
     def describe(self, session: str, run: str) -> None:
         """Tell others which session and run directory the name stands for."""
-        text = json.dumps({"pid": os.getpid(), "session": session, "run": run}).encode()
+        entry = {"pid": os.getpid(), "session": session, "run": run} | ({"kept": True} if self._kept else {})
+        text = json.dumps(entry).encode()
         os.pwrite(self._file, text, 0)
         os.ftruncate(self._file, len(text))
 

@@ -46,6 +46,11 @@ def lanes(replica: int, replicas: int, ranks: int) -> range:
     return range(replica, ranks, replicas)
 
 
+def home(lane: int, replicas: int) -> int:
+    """The replica that a lane belongs to."""
+    return lane % replicas
+
+
 def called(replica: int, replicas: int) -> str:
     """How people are told of a replica: `teacher 1`; `teacher` where it is the only one."""
     return "teacher" if replicas == 1 else f"teacher {replica}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import msgspec
 
 from launcher.cause import TRAINER, Cause
-from launcher.console import LAUNCHER
+from launcher.console import LAUNCHER, Console
 from launcher.job import Exit
 from launcher.logs import Logs
 from launcher.plan import TEACHER, TORCHRUN, Plan
 from launcher.text import seconds, size, table
 from shmbridge.board import Phase
+
+_SHOW_S = 5.0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -87,6 +90,15 @@ def write(report: Report) -> None:
     path = Path(report.path)
     path.write_text(f"{report}\n")
     path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+
+
+def tell(report: Report, console: Console) -> None:
+    """Write it, and show it on stderr after what `console` still has to show."""
+    write(report)
+    console.flush(_SHOW_S)
+    errors = Console(sys.stderr)
+    errors.write(f"{report}\n")
+    errors.flush(_SHOW_S)
 
 
 def _for(elapsed_s: float | None) -> str:

@@ -28,7 +28,7 @@ class Reruns:
         lanes = list(lanes)
         steps = [step for lane in lanes for record in lane.records if (step := record.step) is not None]
         furthest = max(steps, default=-1)
-        if steps and furthest <= self._furthest:
+        if self._furthest >= 0 and furthest <= self._furthest:
             return f"it came no further than step {self._furthest} again"
         if not any(lane.ring.replied for lane in lanes):
             return "it got no reply before it crashed"

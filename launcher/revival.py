@@ -8,7 +8,7 @@ submitted and not answered is in the ring; whoever serves the lane next answers 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from typing import Protocol
 
 from launcher import replicas
@@ -17,6 +17,7 @@ from launcher.console import Console
 from launcher.job import Job
 from launcher.plan import JobSpec
 from launcher.text import seconds
+from shmbridge.board import Phase
 from shmbridge.config import Config
 from shmbridge.offer import Offer
 from shmbridge.owner import Owner
@@ -43,7 +44,6 @@ class Revival:
         self._started = 0
         self._died: dict[int, float] = {}  # replicas that are not ready again: since when, monotonic seconds
         self._due: dict[int, float] = {}  # those that are still to be started: when
-        self._unreaped: set[int] = set()  # those whose last process may still be there
 
     @property
     def excused(self) -> set[int]:
@@ -55,7 +55,7 @@ class Revival:
         self._agreed = self._agreed or offered
         generation = self._owner.generation
         for index, record in enumerate(self._owner.control.teachers):
-            if record.ready == generation and index not in self._due:
+            if record.ready == generation and index not in self.excused:
                 self._ready.add(index)
                 if index in self._died:
                     self._is_back(index)
@@ -70,7 +70,6 @@ class Revival:
             return False
         job.kill()
         self._died.setdefault(replica, now)
-        self._unreaped.add(replica)
         if pause_s is None:
             self.lost.add(replica)
             self._console.say(f"{found.sentence}; no new one follows, and training goes on (on_teacher_lost=continue)")
@@ -93,12 +92,7 @@ class Revival:
 
     def advance(self, jobs: MutableMapping[str, Job]) -> None:
         """Give the lanes of the dead to the living, and start the new ones that are due."""
-        for replica in [replica for replica in self._unreaped if _job_of(jobs, replica)[1].exit]:
-            self._unreaped.remove(replica)
-            self._give_lanes_away(replica)
-            if replica in self.lost and self._lanes_of(replica):
-                self._owner.control.teachers[replica].set_lost()
-                self._owner.ring_all()
+        self._give_lanes_away(jobs)
         for replica, at in list(self._due.items()):
             name, old = _job_of(jobs, replica)
             if old.exit and time.monotonic() >= at:
@@ -110,12 +104,11 @@ class Revival:
         """How the offer of a new teacher differs from the first one's; empty where none does."""
         for replica in self._died:
             text = self._owner.control.teachers[replica].offer
-            if text is not None and self._agreed and not Offer.decode(text).agrees(self._agreed):
-                who = replicas.called(replica, len(self._owner.control.teachers))
-                return (
-                    f"the new {who} offers {Offer.decode(text).outputs}, the first one offered {self._agreed.outputs}; did the "
-                    "model change on the disk?"
-                )
+            if text is not None and self._agreed:
+                found = Offer.decode(text).differs(self._agreed)
+                if found:
+                    who = replicas.called(replica, len(self._owner.control.teachers))
+                    return f"the new {who} offers something else than the first one: {found}. Did the model change on the disk?"
         return ""
 
     def _is_back(self, replica: int) -> None:
@@ -126,16 +119,34 @@ class Revival:
             if self._owner.lanes[lane].teacher != replica:
                 self._owner.ask_to_hand_over(lane, replica)
 
-    def _give_lanes_away(self, replica: int) -> None:
-        """To the living that are ready, in turn."""
-        generation, teachers = self._owner.generation, self._owner.control.teachers
-        living = [i for i, record in enumerate(teachers) if i not in self._died and record.ready == generation]
-        for turn, lane in enumerate(self._lanes_of(replica)):
-            if living:
-                self._owner.hand_over(lane, living[turn % len(living)])
+    def _give_lanes_away(self, jobs: Mapping[str, Job]) -> None:
+        """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""
+        ended = {job.spec.replica for job in jobs.values() if job.exit}
+        living = self._living(ended)
+        for lane in self._owner.lanes:
+            home = replicas.home(lane.index, len(self._owner.control.teachers))
+            if lane.teacher in ended and living and (lane.teacher in self.excused or lane.teacher != home):
+                heir = home if home in living else living[lane.index % len(living)]
+                self._owner.hand_over(lane.index, heir)
+            elif lane.wanted_teacher in ended & self.excused and lane.teacher not in ended:
+                self._owner.ask_to_hand_over(lane.index, lane.teacher)  # it stays where it is
+        for replica in self.lost & ended:
+            record = self._owner.control.teachers[replica]
+            if not record.lost:
+                record.set_lost()
+                self._owner.ring_all()
 
-    def _lanes_of(self, replica: int) -> list[int]:
-        return [lane.index for lane in self._owner.lanes if lane.teacher == replica]
+    def _living(self, ended: Collection[int | None]) -> list[int]:
+        """Replicas that serve."""
+        generation = self._owner.generation
+        return [
+            index
+            for index, record in enumerate(self._owner.control.teachers)
+            if index not in self._died
+            and index not in ended
+            and record.ready == generation
+            and record.phase is not Phase.CLOSED
+        ]
 
 
 def _job_of(jobs: Mapping[str, Job], replica: int) -> tuple[str, Job]:

@@ -16,10 +16,8 @@ import enum
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from launcher import cause, cgroup, job, report
@@ -28,20 +26,21 @@ from launcher.codes import REFUSED
 from launcher.console import LAUNCHER, Console
 from launcher.job import Job
 from launcher.logs import Logs
+from launcher.lookout import Lookout
 from launcher.plan import TEACHER, TRAIN, JobSpec, Plan
 from launcher.ranks import Ranks
 from launcher.rerun import Reruns
 from launcher.signals import USER, Signals
+from launcher.steering import Serving, Steering
 from launcher.teachers import Teachers
 from launcher.teardown import Teardown
 from launcher.text import listed, seconds
 from shmbridge.errors import ShmbridgeError
 from shmbridge.owner import Owner
-from shmbridge.session import SESSION_VARIABLE
+from shmbridge.session import Token
 
 # How long the loop sleeps: short while log lines come, twice as long each time that nothing did.
 _TICK_MS, _LONGEST_TICK_MS, _LONGEST_BUSY_TICK_MS = 50, 500, 100
-_CLEAR_S = 5.0
 _SHOW_S = 5.0
 
 
@@ -61,12 +60,14 @@ class Supervisor:
         plan: Plan,
         specs: tuple[JobSpec, ...],
         base: Mapping[str, str],
-        owner: Owner | None,
+        owner: Steering | None,
         run: Path,
         console: Console,
         signals: Signals,
+        kept: Serving | None = None,
     ) -> None:
-        """`signals` outlives the run, and `owner`: what it takes from before the start on is acted on here."""
+        """`signals` outlives the run, and `owner`: what it takes from before the start on is acted on here. `kept` are the
+        teachers of another launcher's; without them `owner` is an Owner, and the teachers are among the jobs."""
         self._plan = plan
         self._specs = specs
         self._base = base
@@ -85,7 +86,9 @@ class Supervisor:
         self._reruns = Reruns(plan.config.train.restarts)
         self._crashed = False  # training has, and is to start again
         self._saving = False  # ranks run their save hooks before they stop
-        self._teachers: Teachers | None = None  # where the bridge is off, and until the jobs start
+        self._lookout = Lookout(owner, plan.config, run, console) if owner else None
+        self._never_attached: Cause | None = None
+        self._teachers: Serving | None = kept  # None where the bridge is off, and until the jobs start
         self._ending: Ending | None = None
         self._cause: Cause | None = None
         self._stopped_by: signal.Signals | None = None
@@ -99,7 +102,7 @@ class Supervisor:
             self._take_signals()
             if self._ending is None:
                 self._start()
-            while any(running.alive for running in self._jobs.values()) and not self._teardown.stuck:
+            while self._goes_on and not self._teardown.stuck:
                 self._tick()
             self._logs.finish()
             return self._conclude()
@@ -108,17 +111,29 @@ class Supervisor:
             self._ranks.close()
             self._console.flush(_SHOW_S)
 
+    def follow(self, who: str, log: Path) -> None:
+        """Show what a process that is another launcher's writes from now on."""
+        self._logs.follow(who, log, from_end=True)
+
     def _start(self) -> None:
         for spec in self._specs:
             self._jobs[spec.name] = self._start_job(spec)
             self._logs.follow(spec.who, spec.log)
-        if self._owner:
+        if isinstance(self._owner, Owner):
             self._teachers = Teachers(
                 self._plan.config, self._owner, self._jobs, self._ranks, self._console, self._start_job
             )
 
     def _start_job(self, spec: JobSpec) -> Job:
+        """In the generation that the session is at by now."""
+        if self._owner:
+            spec = spec.within(Token(self._owner.session_id, self._owner.generation))
         return Job(spec, self._base)
+
+    @property
+    def _goes_on(self) -> bool:
+        starts_again = self._crashed and self._ending is None
+        return starts_again or any(running.alive for running in self._jobs.values())
 
     def _tick(self) -> None:
         self._sleep()
@@ -136,6 +151,7 @@ class Supervisor:
             self._tolerate_late_crash(self._teachers)
         if self._ending is None:
             self._look()
+            self._look_out()
         elif self._ending is Ending.STOPPED:
             self._end_savers()
             self._stop_waits()
@@ -152,11 +168,11 @@ class Supervisor:
         poll = select.poll()
         for fd in (self._signals.fd, *(running.pidfd for running in self._jobs.values() if running.alive)):
             poll.register(fd, select.POLLIN)
-        for fd in self._ranks.watch():
+        for fd in (*self._ranks.watch(), *(self._teachers.watch() if self._teachers else ())):
             poll.register(fd, select.POLLIN)
         self._ranks.note_ended({fd for fd, _ in poll.poll(self._tick_ms)})
 
-    def _agree(self, teachers: Teachers) -> None:
+    def _agree(self, teachers: Serving) -> None:
         """Create the reply memory once every teacher has said what it returns; start new ones in the place of the dead."""
         try:
             created = teachers.agree()
@@ -186,15 +202,22 @@ class Supervisor:
             name = f"the {early.spec.who}" if early.name == TEACHER else early.spec.who
             self._fail(self._of_launcher(f"{name} ended although ranks were still to be served", 1))
 
+    def _look_out(self) -> None:
+        """Print the hang report where it is due, and end the run of ranks that never attach."""
+        if self._lookout and self._ending is None and not self._crashed:
+            self._never_attached = self._lookout.look()
+            if self._never_attached:
+                self._fail(self._never_attached)
+
     def _survives(self, found: Cause) -> bool:
         """Whether the run goes on after a failure: with a new teacher, without one, or with new ranks."""
         if not self._teachers or not self._teachers.ready:
             return False
         if found.role == TEACHER:
-            return self._teachers.revival.survives(found, self._teachers.jobs[found.rank])
+            return self._teachers.survives(found)
         if found.role == LAUNCHER or not self._owner:
             return False
-        refused = self._reruns.grant(self._owner.lanes)
+        refused = "its teacher is lost" if self._teachers.lost else self._reruns.grant(self._owner.lanes)
         if refused:
             if self._reruns.allowed:
                 self._console.say(f"training is not started again: {refused}")
@@ -209,18 +232,23 @@ class Supervisor:
     def _start_training_again(self) -> None:
         """Once nothing of the crashed generation is left, start the next."""
         old = self._jobs[TRAIN]
-        if old.alive:
-            return
         assert self._owner and self._teachers
+        if old.alive or not self._teachers.drained:
+            return
         self._crashed = False
         if self._record.exists():
             self._record.rename(self._record.with_name(f"failures-{self._owner.generation}.json"))
-        token = self._owner.start_generation()
+        try:
+            self._owner.start_generation()
+        except ShmbridgeError as error:
+            self._fail(self._of_launcher(str(error), REFUSED))
+            return
         self._ranks.close()
         self._ranks = Ranks(self._owner, self._plan.ranks)
         self._teachers.serve(self._ranks)
         self._logs.expect(self._plan.ranks)
-        self._jobs[TRAIN] = self._start_job(replace(old.spec, set={**old.spec.set, SESSION_VARIABLE: str(token)}))
+        self._jobs[TRAIN] = self._start_job(old.spec)
+        self._agree(self._teachers)  # not a tick later: a stop in between would leave teachers without reply memory
 
     def _find(self) -> Cause | None:
         jobs = list(self._jobs.values())
@@ -231,7 +259,7 @@ class Supervisor:
     def _oom_kills(self) -> int | None:
         return cgroup.oom_kills_since(self._oom_kills_before)
 
-    def _tolerate_late_crash(self, teachers: Teachers) -> None:
+    def _tolerate_late_crash(self, teachers: Serving) -> None:
         """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training."""
         training = self._jobs[TRAIN].exit
         for teacher in teachers.crashed_late(training is not None and not training.failed):
@@ -267,6 +295,9 @@ class Supervisor:
     def _take_signals(self) -> None:
         for number in self._signals.take():
             self._on_signal(number)
+        if self._teachers and self._teachers.asks_to_stop and self._ending is None:
+            self._console.say(self._teachers.asks_to_stop)
+            self._on_signal(signal.SIGTERM)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if number in USER:
@@ -281,14 +312,15 @@ class Supervisor:
 
     def _stop(self) -> None:
         """Ranks with a save hook save first; the rest is ended now."""
-        saving = self._ranks.with_save_hook if self._owner else []
-        if not saving or not self._owner:
+        saving = self._ranks.with_save_hook
+        if self._owner:
+            self._owner.ask_to_save()  # before any teacher ends: its end is then known to be no death
+        if not saving:
             self._teardown.begin(after_s=0.0)
             return
         self._saving = True
         self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
         self._teardown.begin(after_s=self._plan.config.timeouts.save_s)
-        self._owner.ask_to_save()
 
     def _end_savers(self) -> None:
         """Once the ranks have saved, nothing is waited for."""
@@ -301,7 +333,11 @@ class Supervisor:
 
         Not before: they drain, so that a rank whose handler only took note can finish its step and save.
         """
-        if self._owner and self._teachers and self._teachers.ended and not self._told_stop:
+        if not self._owner or not self._teachers:
+            return
+        if self._jobs[TRAIN].asked:
+            self._teachers.drain()
+        if self._teachers.ended and not self._told_stop:
             self._told_stop = True
             assert self._stopped_by is not None
             self._owner.fail(
@@ -312,17 +348,9 @@ class Supervisor:
 
     def _clear(self) -> None:
         """Leave no process behind, however the loop ended."""
-        for running in self._jobs.values():
-            running.kill()
-        deadline = time.monotonic() + _CLEAR_S
-        while time.monotonic() < deadline:
-            ended = [running.poll() for running in self._jobs.values()]
-            if not job.sweep(self._jobs.values()) and all(ended):
-                return
-            job.reap(self._jobs.values())
-            time.sleep(0.01)
-        left = ", ".join(str(pid) for running in self._jobs.values() for pid in running.children())
-        self._console.say(f"killed, but still there: {left}; they sleep in the kernel, which alone can end them")
+        left = job.clear(self._jobs.values())
+        if left:
+            self._console.say(f"killed, but still there: {left}; they sleep in the kernel, which alone can end them")
 
     def _conclude(self) -> int:
         """Tell how it ended; the exit code."""
@@ -340,16 +368,12 @@ class Supervisor:
         replica = found.rank if found.role == TEACHER else None
         ended = next((running.exit for running in self._jobs.values() if running.spec.replica == replica), None)
         made = report.make(found, ended, self._plan, self._logs, elapsed_s, self._oom_kills, self._run)
-        report.write(made)
-        self._console.flush(_SHOW_S)
-        errors = Console(sys.stderr)
-        errors.write(f"{made}\n")
-        errors.flush(_SHOW_S)
+        report.tell(made, self._console)
         return made.exit_code
 
     def _root_cause(self) -> Cause | None:
         """With everything ended, torchrun's record and the exit codes are there; they may name an earlier failure."""
-        if self._cause and self._cause.role == LAUNCHER:
+        if self._cause and (self._cause.role == LAUNCHER or self._cause is self._never_attached):
             return self._cause
         return self._find() or self._cause
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from launcher import machine, memory
+from launcher import machine, memory, replicas
+from launcher.cause import Cause
 from launcher.console import Console
 from launcher.job import Job
 from launcher.progress import Progress
@@ -14,6 +15,7 @@ from shmbridge.config import Config
 from shmbridge.errors import PlanError
 from shmbridge.layout import ControlWord
 from shmbridge.owner import Owner
+from shmbridge.session import Lane
 
 
 class Teachers:
@@ -42,6 +44,25 @@ class Teachers:
         """Replicas whose end is no cause of the run's."""
         return self.served | self.revival.excused
 
+    @property
+    def drained(self) -> bool:
+        """The next generation may begin at any time: a teacher goes on to it once it has drained."""
+        return True
+
+    @property
+    def asks_to_stop(self) -> str:
+        return ""  # that is the launcher's own matter
+
+    def watch(self) -> list[int]:
+        return []  # their jobs are watched
+
+    def survives(self, found: Cause) -> bool:
+        """Whether the run goes on although the teacher that was `found` has died."""
+        return self.revival.survives(found, self.jobs[found.rank])
+
+    def drain(self) -> None:
+        """SIGTERM, which they get with training, has them do it."""
+
     def serve(self, ranks: Ranks) -> None:
         """Training starts again; these are its ranks."""
         self._ranks = ranks
@@ -49,16 +70,21 @@ class Teachers:
 
     def revive(self) -> None:
         """Start new teachers in the place of dead ones. Raises PlanError where one offers something else."""
-        self.revival.note_ready(self._owner.offered() if self.ready else None)
-        self.revival.advance(self._all_jobs)
         differing = self.revival.differing()
         if differing:
             raise PlanError(differing)
+        self.revival.note_ready(self._owner.offered() if self.ready else None)
+        self.revival.advance(self._all_jobs)
 
     @property
     def ready(self) -> bool:
         """Every one has opened the startup barrier."""
         return self._progress.ready
+
+    @property
+    def lost(self) -> bool:
+        """None is there any more, and none will come."""
+        return self.revival.lost.issuperset(map(_replica, self.jobs))
 
     @property
     def ended(self) -> bool:
@@ -85,7 +111,7 @@ class Teachers:
     def ended_early(self) -> Job | None:
         """One that has ended with ranks of its own still to be served."""
         ended = [job for job in self.jobs if job.exit and _replica(job) not in self.revival.excused]
-        return next((job for job in ended if not self._ranks.finished(self._lanes(job))), None)
+        return next((job for job in ended if not self._ranks.finished(self._left_with(job))), None)
 
     def crashed_late(self, trained: bool) -> list[Job]:
         """Those that crashed in their exit, with all of their ranks done (`trained`: training has ended well). Each is
@@ -99,7 +125,17 @@ class Teachers:
         return late
 
     def _lanes(self, job: Job) -> list[int]:
-        return [lane.index for lane in self._owner.lanes if lane.teacher == _replica(job)]
+        """Its own, wherever they are served now, and those that it serves for others."""
+        replica = _replica(job)
+        return [lane.index for lane in self._owner.lanes if replica in (lane.teacher, self._home(lane))]
+
+    def _left_with(self, job: Job) -> list[int]:
+        """Lanes that nobody takes from it: its own, and those of replicas that are lost."""
+        stay = {_replica(job)} | self.revival.lost
+        return [lane.index for lane in self._owner.lanes if lane.teacher == _replica(job) and self._home(lane) in stay]
+
+    def _home(self, lane: Lane) -> int:
+        return replicas.home(lane.index, self._owner.shape.teachers)
 
 
 def _replica(job: Job) -> int:

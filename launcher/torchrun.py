@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,11 +42,15 @@ def split(text: str) -> list[str]:
     return args
 
 
-def command(args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path) -> list[str]:
-    """What follows the interpreter: elastic.py, its record file, torchrun's flags, the training command."""
+def command(
+    args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path, patience_s: float = 30
+) -> list[str]:
+    """What follows the interpreter: elastic.py, its record file, the ranks' time to stop, torchrun's flags, the training
+    command."""
     own_logs = [] if _logs_itself(args) else ["--log-dir", str(logs), "--redirects", "3"]
     flags = ["--standalone", "--nproc-per-node", str(ranks), *own_logs, *args]
-    return ["-P", str(ELASTIC), "--record", str(record), "--", *flags, *script]
+    patience = str(math.ceil(patience_s))
+    return ["-P", str(ELASTIC), "--record", str(record), "--patience", patience, "--", *flags, *script]
 
 
 def check_script(script: Sequence[str], args: Sequence[str]) -> None:

@@ -10,6 +10,8 @@ import enum
 import os
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -62,6 +64,8 @@ class Failure(msgspec.Struct, frozen=True):
     traceback: str = ""
     consequence: bool = False  # a PeerLost: the cause lies elsewhere
     at_ns: int = 0  # CLOCK_MONOTONIC, the same clock in every process of the machine
+    status: int = 1  # for the exit code of a launcher that ends with it
+    generation: int = 0  # the one that it ends; 0: the session
 
     def __str__(self) -> str:
         at = "" if self.step is None else f", step {self.step}"
@@ -117,6 +121,18 @@ class Record:
         """What was declared is over."""
         self._words[RecordWord.DECLARED_NBYTES] = 0
 
+    @contextmanager
+    def declaring(self, name: str, timeout_s: float) -> Iterator[None]:
+        """`declare` for a block; what was declared around it holds again after it."""
+        outer, until_ns = self.declared, self._words[RecordWord.DECLARED_UNTIL_NS]
+        self.declare(name, time.monotonic_ns() + int(timeout_s * 1e9))
+        try:
+            yield
+        finally:
+            self.withdraw()
+            if outer:
+                self.declare(outer[0], until_ns)
+
     def has_save_hook(self) -> None:
         self._words[RecordWord.SAVES] = 1
 
@@ -162,6 +178,10 @@ class Record:
         text = _fitted(failure)
         self._memory[FAILURE_OFFSET : FAILURE_OFFSET + len(text)] = text
         self._words[RecordWord.FAILURE_NBYTES] = len(text)
+
+    def forget_failure(self) -> None:
+        """What ended one generation is over with it. (The owner's record alone.)"""
+        self._words[RecordWord.FAILURE_NBYTES] = 0
 
     # Written by the owner, about a teacher that is gone
 

@@ -16,7 +16,6 @@ What is in flight is in `requests`, what the caller holds of it in `pending`; he
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,10 +26,11 @@ import torch
 
 from shmbridge import parity, shared_head, trace
 from shmbridge.config import Config
-from shmbridge.errors import Closed, PeerLost, RequestRefused
+from shmbridge.errors import Closed, PeerLost, RequestRefused, TeacherDied
 from shmbridge.head import Head
 from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
+from shmbridge.peer import Identity
 from shmbridge.pending import Lease, MissingPending, Pending
 from shmbridge.prefetch import Prefetch, Tokens
 from shmbridge.reply import Reply
@@ -121,7 +121,11 @@ class Bridge:
         student = parity.Student(vocab_size, tokenizer, loss)
         if self._checked and all(part is None for part in student):
             return
-        passed = parity.check(agreed, student, self._ask_probe, lambda: self.head)
+        try:
+            passed = parity.check(agreed, student, self._ask_probe, lambda: self.head)
+        except TeacherDied as error:
+            self._sending.go_on_without(error)
+            passed = ""
         self._checked = True
         if passed and self.rank == 0:
             trace.logger.info("parity check passed: %s", passed)
@@ -173,10 +177,13 @@ class Bridge:
         if step is not None and not (isinstance(step, int) and 0 <= step < NO_STEP):
             raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
         sending = self._sending
-        if sending.teacher_lost:
-            self._missing += 1
-            return MissingPending(Sent(self._missing, step, extent, False))
-        return Pending(sending, sending.send(ids, extent, arrays, step))
+        if not sending.teacher_lost:
+            try:
+                return Pending(sending, sending.send(ids, extent, arrays, step))
+            except TeacherDied as error:  # while it waited for a cancelled request's slot
+                sending.go_on_without(error)
+        self._missing += 1
+        return MissingPending(Sent(self._missing, step, extent, False))
 
     def exchange(
         self,
@@ -232,11 +239,8 @@ class Bridge:
         """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
         fault that this rank's loop stands still; hang reports name the phase."""
         record = self._session.record
-        record.declare(name, time.monotonic_ns() + int(timeout * 1e9))
-        try:
+        with record.declaring(name, timeout):
             yield
-        finally:
-            record.withdraw()
 
     def stats(self) -> Stats:
         """What this rank's replies took so far, since `wait_ready`."""
@@ -249,20 +253,26 @@ class Bridge:
         self._ready()
         return self._sending.free_slots
 
-    @property
-    def gpu_waits(self) -> bool:
-        """Whether this rank's GPU still waits for a reply, or reads one. Never blocks; any thread may ask."""
-        return self._requests is not None and self._requests.gpu_waits
+    def gpu_waits_for(self) -> Identity | None:
+        """The teacher's process whose reply this rank's GPU still waits for, or reads. Never blocks; any thread may ask."""
+        return self._requests.plane.waits_for() if self._requests else None
 
     def close(self) -> None:
-        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing."""
+        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing.
+
+        Raises:
+            TornReply: the last reply, which this rank's GPU had still to read, was not whole.
+        """
         if self._closed:
             return
         self._closed = True
-        if self._requests:
-            self._requests.close()
-        if os.getpid() == self._process:  # a forked child, such as a DataLoader worker, is not the rank
-            self._open.close()
+        try:
+            if self._requests:
+                self._requests.close()
+        finally:
+            if os.getpid() == self._process:  # a forked child, such as a DataLoader worker, is not the rank
+                self._stopping.close()
+                self._open.close()
 
     def __enter__(self) -> Bridge:
         return self
@@ -288,6 +298,8 @@ class Bridge:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
         pending = Pending(self._sending, self._sending.send(ids, extent, arrays, None, probe=True))
         reply = pending.copy(self._open.settings.timeouts.startup_s)
+        if reply.missing:
+            raise TeacherDied("the teacher was lost during the parity check.")
         return reply, self._sending.last_head.echo
 
     @property

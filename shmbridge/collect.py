@@ -41,6 +41,7 @@ class Collector:
         self._lockstep = session.settings.teacher.collect == "lockstep"
         self._linger_s = session.settings.teacher.linger_ms / 1000
         self._lanes = list(session.lanes)
+        self._gone: set[int] = set()  # own lanes whose rank has ended
         self._last_round: set[int] = set()  # its lanes
         self._last_round_s = 0.0
         self._stopping = False
@@ -61,6 +62,7 @@ class Collector:
         Raises:
             PeerLost: the session has failed, or its launcher is gone.
         """
+        self._exchange_lanes()  # a teacher that always finds a request never comes to a slice's end
         while answers := self._session.wait(self._take_or_end, None, self._check):
             if len(answers) == len(self._lanes):
                 return answers
@@ -92,7 +94,7 @@ class Collector:
         answers = []
         for lane in self._lanes:
             sequence = None if lane.index in self._streams else self._next_wanted(lane)
-            if sequence is not None and (self._last is None or sequence < self._last[lane.index]):
+            if sequence is not None and (self._last is None or sequence < self._last.get(lane.index, 0)):
                 answers.append(Answer(lane, lane.ring.read_request(sequence)))
         return answers
 
@@ -139,7 +141,9 @@ class Collector:
                 self._session.yield_lane(lane)
 
     def _ended(self) -> bool:
-        return self._stopping or self._session.training_done or all(lane.ring.closed for lane in self._lanes)
+        if self._stopping or self._session.training_done:
+            return True
+        return all(lane.ring.closed or lane.index in self._gone for lane in (*self._session.own, *self._lanes))
 
     def _check(self) -> None:
         """Once a slice of each wait: who is gone will neither submit nor read."""
@@ -151,3 +155,4 @@ class Collector:
                 logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
             self._lanes.remove(lane)
             self._streams.drop(lane.index)
+        self._gone.update(lane.index for lane in self._session.own if self._session.gone(lane))

@@ -288,6 +288,13 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
     Raises:
         ConfigError: names the setting, what was found and what was expected.
     """
+    return from_tree(given(source, overrides, values))
+
+
+def given(
+    source: str | None = None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What `load` resolves: the settings that were given alone, as nested mappings. Raises ConfigError."""
     tree = _read(source) if source else {}
     for key, value in (values or {}).items():
         _assign(tree, key, value)
@@ -296,7 +303,7 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form a.b=c")
         _assign(tree, key, _parse_yaml(text, f"override {override!r}"))
-    return from_tree(tree)
+    return tree
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:

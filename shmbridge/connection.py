@@ -16,6 +16,7 @@ from shmbridge.bridge import Bridge
 from shmbridge.disabled import DisabledBridge
 from shmbridge.errors import NotLaunched
 from shmbridge.heartbeat import Heartbeat
+from shmbridge.peer import Identity
 from shmbridge.session import OFF, SESSION_VARIABLE, Token, TrainerSession
 from shmbridge.stuck import Stuck
 
@@ -60,11 +61,11 @@ def _show_life(bridge: Bridge, session: TrainerSession) -> None:
     """A heartbeat for as long as the bridge is there."""
     there = weakref.ref(bridge)
 
-    def gpu_waits() -> bool:
+    def gpu_waits_for() -> Identity | None:
         found = there()
-        return found is not None and found.gpu_waits
+        return found.gpu_waits_for() if found else None
 
-    Heartbeat(session.record, Stuck(session, gpu_waits).look)
+    Heartbeat(session.record, Stuck(session, gpu_waits_for).look)
 
 
 def _report_exit(bridge: Bridge) -> None:

@@ -17,6 +17,7 @@ MIB = 2**20
 _OWN_BLOCK = 20 * MIB  # torch's allocator gives smaller requests a part of a block that they share
 _GRAIN = 2 * MIB
 _EXPANDABLE = b"e"
+_HEADERLESS = 64  # bytes of an older torch's handle, which is CUDA's alone
 
 Event = torch.cuda.Event
 Stream = torch.cuda.Stream
@@ -57,7 +58,7 @@ def unusable(device: torch.device) -> str | None:
 
 def _is_expandable(handle: MemoryHandle) -> bool:
     """Since torch 2.5 a handle is a version byte, a letter for the kind of allocation, and what CUDA gave."""
-    return len(handle.handle) > 64 and handle.handle[1:2] == _EXPANDABLE
+    return len(handle.handle) != _HEADERLESS and handle.handle[1:2] == _EXPANDABLE
 
 
 def identify(device: torch.device) -> str:

@@ -7,8 +7,8 @@ Neither side's host ever waits for a GPU: what is published is that an event has
 event is recorded before its cursor is published, and waited for only after the cursor was read.
 
 The stamp. After a payload the teacher's stream writes the number of the reply behind it. Where a teacher is killed in the
-middle, its events may come all the same; so a rank's stream looks at the stamp first, and puts a NaN into every position of
-a reply that does not have it. Later, when the stamp has reached the host, the rank raises TornReply.
+middle, its events may come all the same; so a rank's stream takes the stamp before the payload, and puts a NaN into every
+position of a reply that did not have it. Later, when the stamp has reached the host, the rank raises TornReply.
 
 Each lane has a stream of its own in the teacher, so that the event of a rank that was killed, which may never come, holds up
 that lane and no other.
@@ -30,6 +30,7 @@ from shmbridge.cuda_ipc import Event, MemoryHandle, Stream
 from shmbridge.errors import AttachError, PlanError, TornReply
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
+from shmbridge.peer import Identity
 from shmbridge.segment import Segment
 from shmbridge.session import Lane, Names, Shape, Token
 from shmbridge.slots import Slots
@@ -51,6 +52,7 @@ class Export(msgspec.Struct, frozen=True):
 
     torch: str
     pid: int
+    start: int  # of the process: see peer.Identity
     pid_namespace: int
     gpu: str  # UUID
     slots: int
@@ -65,7 +67,6 @@ class Export(msgspec.Struct, frozen=True):
 class Imported(msgspec.Struct, frozen=True):
     """The rank's answer."""
 
-    of: int  # which export of the lane it answers
     free: tuple[bytes, ...]  # event handles, one for each slot
 
 
@@ -79,7 +80,7 @@ class Slab:
     """Teacher: the reply slots of one lane in this GPU's memory, held for the life of the process."""
 
     def __init__(self, device: torch.device, slots: int, stride: int, generation: int) -> None:
-        """Allocate, and leave a sample in the first slot for the rank to check. Raises PlanError."""
+        """Allocate, and leave a sample behind the slots for the rank to check. Raises PlanError."""
         self.device = device
         self.slots, self.stride, self.generation = slots, stride, generation
         try:
@@ -89,6 +90,7 @@ class Slab:
                 f"the reply slots of one rank take {slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
                 "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
             ) from None
+        self.stream = cuda_ipc.side_stream(device)
         self.stamps = _stamps(self.memory, slots, stride)
         self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
         sample = _sample(self.memory, slots, stride)
@@ -98,9 +100,11 @@ class Slab:
 
     def export(self, first: int = 0) -> Export:
         """For one importer, which finds replies from number `first` on in it."""
+        pid, start = peer.myself()
         return Export(
             torch=str(torch.__version__),
-            pid=peer.myself().pid,
+            pid=pid,
+            start=start,
             pid_namespace=cuda_ipc.pid_namespace(),
             gpu=cuda_ipc.identify(self.device),
             slots=self.slots,
@@ -128,9 +132,10 @@ class Opened:
         try:
             self.memory = cuda_ipc.open_memory(export.memory, device)
             self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
-            stream = cuda_ipc.current_stream(device)
+            stream = cuda_ipc.side_stream(device)  # the current one may wait for a teacher that is gone
             stream.wait_event(self.ready[0])
-            found = int(_sample(self.memory, self.slots, self.stride).sum())
+            with cuda_ipc.on(stream):
+                found = int(_sample(self.memory, self.slots, self.stride).sum())
         except _UNOPENED as error:
             raise AttachError(
                 f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
@@ -164,14 +169,19 @@ def _check(export: Export) -> None:
 class TeacherCudaPlane:
     """Teacher: the replies of one lane."""
 
-    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
-        """Allocate the lane's slab on `device` and export it. Raises AttachError, PlanError."""
-        self._slab = slab = Slab(device, shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation)
+    def __init__(
+        self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device, slabs: dict[int, Slab]
+    ) -> None:
+        """Export the lane's slab on `device`. `slabs` are this process's, by lane: torch does not take memory back that was
+        exported to a process which was killed, so a lane that comes again (training that starts again, a replica that takes
+        over again) finds the slab that it had. Raises AttachError, PlanError."""
+        self._slab = slab = _slab_of(slabs, lane.index, device, shape, agreed, token.generation)
+        self._ring = lane.ring
         self._first = lane.ring.filled if shape.chunks else lane.ring.replied
         self._exchange = _Exchange(token, shape, lane.index)
         self._export = self._exchange.write_export(slab.export(self._first))
         self._slots = _slots(slab, agreed)
-        self._stream = cuda_ipc.side_stream(device)
+        self._stream = slab.stream
         self._free: list[Event] = []
         self._begun = -1  # the newest number that the stream may write
 
@@ -190,22 +200,22 @@ class TeacherCudaPlane:
     def _begin(self, number: int) -> None:
         """Once for each number: wait, on the stream, for the rank's last read of the slot. That its release was published is
         known: the rank's request, or the room for a chunk, came after."""
-        if number > self._begun and number >= self._first + self._slab.slots:
-            if not self._free:
-                self._free = self._open_free()
-            if self._free:
-                self._stream.wait_event(self._free[number % self._slab.slots])
-        self._begun = max(number, self._begun)
+        if number <= self._begun:
+            return
+        self._begun = number
+        if not self._free:  # with the first reply, so that what does not open is seen before training
+            self._free = self._open_free()
+        if self._free and number >= self._first + self._slab.slots:
+            self._stream.wait_event(self._free[number % self._slab.slots])
 
     def _open_free(self) -> list[Event]:
-        """The rank's events; none as long as it has read nothing of this slab. Raises AttachError."""
-        slab, imported = self._slab, self._exchange.read_imported()
-        if imported.of < self._export:
+        """The rank's events; none as long as it has opened nothing of this slab. Raises AttachError."""
+        slab = self._slab
+        if self._exchange.imported < self._export:
             return []
-        if imported.of > self._export or len(imported.free) != slab.slots:
-            raise AttachError(
-                f"the rank's handles are {len(imported.free)} for export {imported.of}, expected {slab.slots} for {self._export}: garbled."
-            )
+        imported = self._exchange.read_imported()
+        if len(imported.free) != slab.slots:
+            raise AttachError(f"the rank tells {len(imported.free)} events for {slab.slots} slots: garbled.")
         try:
             return [cuda_ipc.open_event(handle, slab.device) for handle in imported.free]
         except _UNOPENED as error:
@@ -222,6 +232,23 @@ class TeacherCudaPlane:
         slab.ready[slot].record(self._stream)
         return None
 
+    def settled(self) -> bool:
+        """The rank has what was published, and neither side's GPU is at it any more. Never blocks."""
+        read = self._ring.released >= self._ring.replied
+        return read and self._stream.query() and all(event.query() for event in self._free)
+
+
+def _slab_of(
+    slabs: dict[int, Slab], lane: int, device: torch.device, shape: Shape, agreed: Offer, generation: int
+) -> Slab:
+    """The slab that the lane had, unless an earlier stream may still write to it; else a new one. Raises PlanError."""
+    slots, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
+    slab = slabs.get(lane)
+    if slab is None or (slab.slots, slab.stride) != (slots, stride) or not slab.stream.query():
+        slab = slabs[lane] = Slab(device, slots, stride, generation)
+    slab.generation = generation
+    return slab
+
 
 class _Read(NamedTuple):
     """A reply that this rank's stream reads, until its stamp is known to the host."""
@@ -230,6 +257,7 @@ class _Read(NamedTuple):
     stamp: int  # expected
     seen: Event
     place: int  # of the stamp on the host
+    teacher: Identity
 
 
 class _Import(NamedTuple):
@@ -237,6 +265,7 @@ class _Import(NamedTuple):
 
     nth: int  # of the lane's exports
     first: int
+    teacher: Identity
     slab: Opened
     slots: Slots
     events: list[Event]  # this rank's own, exported: a slot's last read
@@ -248,7 +277,8 @@ class _Import(NamedTuple):
         return self.events[number % self.slab.slots]
 
     def stamp(self, number: int) -> torch.Tensor:
-        return self.slab.stamps[number % self.slab.slots]
+        """A copy, taken on the current stream."""
+        return self.slab.stamps[number % self.slab.slots].clone()
 
 
 class RankCudaPlane:
@@ -268,7 +298,7 @@ class RankCudaPlane:
         self._agreed = agreed
         self._exchange = _Exchange(token, shape, lane.index)
         self._opened: list[_Import] = []
-        self._open()
+        self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
         self._side = cuda_ipc.side_stream(device)
         self._copied = cuda_ipc.event()
         self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY, device)
@@ -288,14 +318,15 @@ class RankCudaPlane:
         compute = cuda_ipc.current_stream(self._device)
         if self.keeps:
             self._wait(compute, slab.ready(number))
-            self._guard(slab, number, views)
-            return views
+            self._guard(slab, number, slab.stamp(number), views)
+            return dict(views)
         with cuda_ipc.on(self._side):
             self._side.wait_event(slab.ready(number))
+            stamp = slab.stamp(number)
             copies = {name: torch.empty_like(view) for name, view in views.items()}
             for name, copy in copies.items():
                 copy.copy_(views[name], non_blocking=True)
-            self._guard(slab, number, copies)
+            self._guard(slab, number, stamp, copies)
             slab.free(number).record(self._side)
             self._copied.record(self._side)
         self._wait(compute, self._copied)
@@ -318,9 +349,8 @@ class RankCudaPlane:
             stalled += began.elapsed_time(ended) / 1000
         return stalled
 
-    def _open(self) -> None:
-        """Open the newest export. Where a teacher follows another, replies of the last lie in its slab still."""
-        count, export = self._exchange.read_export()
+    def _open(self, nth: int, export: Export) -> None:
+        """Open the lane's `nth` export; where a teacher follows another, replies of the last lie in its slab still."""
         slab = Opened(export, self._device)
         found = slab.slots, slab.stride, slab.generation
         if found != self._expected:
@@ -328,21 +358,24 @@ class RankCudaPlane:
                 f"the teacher's slab has slots, stride, generation {found}, expected {self._expected}: garbled."
             )
         events = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
-        self._opened.append(_Import(count, export.first, slab, _slots(slab, self._agreed), events))
-        self._exchange.write_imported(Imported(count, tuple(map(cuda_ipc.export_event, events))))
+        teacher = Identity(export.pid, export.start)
+        self._opened.append(_Import(nth, export.first, teacher, slab, _slots(slab, self._agreed), events))
+        self._exchange.write_imported(nth, Imported(tuple(map(cuda_ipc.export_event, events))))
+        del self._opened[:-2]
 
     def _of(self, number: int) -> _Import:
         """Where a published reply lies. Raises AttachError."""
-        if self._exchange.exports != self._opened[-1].nth:
-            self._open()
+        while (nth := self._opened[-1].nth + 1) <= self._exchange.exports:
+            export = self._exchange.read_export(nth)
+            if export.first > number:
+                break
+            self._open(nth, export)
         return next((opened for opened in reversed(self._opened) if number >= opened.first), self._opened[0])
 
-    def _guard(self, slab: _Import, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """On the current stream: a NaN in every position unless the stamp is there; the stamp on its way to the host.
-
-        That it is looked at after the copy makes no difference: nobody writes to the slot before it is released.
-        """
-        stamp, expected = slab.stamp(number), _stamp(slab.slab.generation, number)
+    def _guard(self, slab: _Import, number: int, stamp: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+        """On the current stream: a NaN in every position unless `stamp`, taken before the payload, is the reply's; the stamp on
+        its way to the host."""
+        expected = _stamp(slab.slab.generation, number)
         torn = stamp.ne(expected)
         for spec in self._agreed.outputs:
             tensor = tensors[spec.name]
@@ -356,7 +389,7 @@ class RankCudaPlane:
         self._seen[place].copy_(stamp, non_blocking=True)
         seen = cuda_ipc.event()
         seen.record(cuda_ipc.current_stream(self._device))
-        self._reads.append(_Read(number, expected, seen, place))
+        self._reads.append(_Read(number, expected, seen, place, slab.teacher))
 
     def release(self, number: int) -> None:
         """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
@@ -376,13 +409,9 @@ class RankCudaPlane:
                     "checkpoint."
                 )
 
-    @property
-    def busy(self) -> bool:
-        """Whether this rank's GPU still waits for, or reads, a reply. Any thread may ask."""
-        try:
-            return not self._reads[-1].seen.query()
-        except IndexError:
-            return False
+    def waits_for(self) -> Identity | None:
+        """The teacher whose reply this rank's GPU still waits for, or reads: of the oldest such. Any thread may ask."""
+        return next((read.teacher for read in list(self._reads) if not read.seen.query()), None)
 
 
 class _Exchange:
@@ -403,22 +432,36 @@ class _Exchange:
         """How many exports there were."""
         return self._segment.words[layout.ExchangeWord.EXPORTS]
 
+    @property
+    def imported(self) -> int:
+        """The export that the rank has answered last."""
+        return self._segment.words[layout.ExchangeWord.IMPORTED]
+
     def write_export(self, export: Export) -> int:
-        """The count of it."""
-        self._write(layout.ExchangeWord.EXPORT_NBYTES, 0, export)
-        self._segment.words[layout.ExchangeWord.EXPORTS] += 1
-        return self.exports
+        """Which of the lane's exports it is, from 1 on."""
+        nth = self.exports + 1
+        self._write(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, export)
+        self._segment.words[layout.ExchangeWord.EXPORTS] = nth
+        return nth
 
-    def write_imported(self, imported: Imported) -> None:
-        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 1, imported)
+    def read_export(self, nth: int) -> Export:
+        """Raises AttachError; also where two more exports have taken its place."""
+        export = self._read(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, Export)
+        if self.exports > nth + 1:
+            raise AttachError(
+                f"the lane went through {self.exports - nth} teachers since this rank last read a reply, so the memory of the "
+                f"first of them is no longer known: start again from the last checkpoint."
+            )
+        return export
 
-    def read_export(self) -> tuple[int, Export]:
-        """The newest, and its count. Raises AttachError."""
-        return self.exports, self._read(layout.ExchangeWord.EXPORT_NBYTES, 0, Export)
+    def write_imported(self, nth: int, imported: Imported) -> None:
+        """The answer to export `nth`."""
+        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 2, imported)
+        self._segment.words[layout.ExchangeWord.IMPORTED] = nth
 
     def read_imported(self) -> Imported:
         """The newest answer. Raises AttachError."""
-        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 1, Imported)
+        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 2, Imported)
 
     def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
         text = msgspec.json.encode(what)

@@ -15,6 +15,7 @@ from shmbridge import layout, payload, pinned
 from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError
 from shmbridge.offer import Extent, Offer
+from shmbridge.peer import Identity
 from shmbridge.segment import Segment
 from shmbridge.session import Lane, Names, Shape, Token
 from shmbridge.slots import Slots
@@ -49,10 +50,11 @@ class TeacherHostPlane:
         if self._copies is None:
             self._slots.write(number, extent, outputs, position, row)
             return
+        here = {name: tensor.to(self._copies.device, non_blocking=True) for name, tensor in outputs.items()}
         self._copies.follow()
         with torch.cuda.stream(self._copies.stream):
-            self._slots.write(number, extent, outputs, position, row)
-        for tensor in outputs.values():
+            self._slots.write(number, extent, here, position, row)
+        for tensor in here.values():
             tensor.record_stream(self._copies.stream)
 
     def seal(self, number: int) -> Callable[[], None] | None:
@@ -63,12 +65,15 @@ class TeacherHostPlane:
         done.record(self._copies.stream)
         return done.synchronize
 
+    def settled(self) -> bool:
+        """What is published lies in host memory, which outlives this process."""
+        return True
+
 
 class RankHostPlane:
     """Rank: the replies of its lane, in place on the CPU, copied to a GPU. See planes.RankPlane."""
 
     keeps = True
-    busy = False
 
     def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
@@ -100,6 +105,10 @@ class RankHostPlane:
     def stalled_s(self) -> float:
         """What a GPU stands still for here is its own copy."""
         return 0.0
+
+    def waits_for(self) -> Identity | None:
+        """Nobody's GPU: a reply is published once it is there."""
+        return None
 
     def check(self) -> None:
         """Host memory cannot be torn: a reply is published after its bytes."""

@@ -173,9 +173,10 @@ ANSWERED, RAISED, SKIPPED = 1, 2, 3  # SKIPPED: nobody wanted it, and nothing wa
 class ExchangeWord:
     """Word indices in a reply segment that carries CUDA handles in place of replies."""
 
-    EXPORT_NBYTES = 8
-    IMPORTED_NBYTES = 9
-    EXPORTS = 10  # so many teachers have exported, one after the other
+    EXPORTS = 8  # so many teachers have exported, one after the other; the last two exports are kept
+    EXPORT_NBYTES = 9  # of every other export, from the second on; the next word is of the others
+    IMPORTED = 11  # the export that the rank has answered last, written after the answer
+    IMPORTED_NBYTES = 12
 
 
 def exchange_capacity(slots: int) -> int:

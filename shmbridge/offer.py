@@ -143,6 +143,12 @@ class Offer(msgspec.Struct, frozen=True):
         """Whether two replicas offer the same; their probes may differ in the last bits."""
         return msgspec.structs.replace(self, probe=None) == msgspec.structs.replace(other, probe=None)
 
+    def differs(self, other: Offer) -> str:
+        """What is not as in `other`, by name; empty where they agree."""
+        names = [name for name in self.__struct_fields__ if name != "probe"]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return "; ".join(f"{name} {here}, not {there}" for name, here, there in pairs if here != there)
+
     @classmethod
     def decode(cls, text: bytes) -> Offer:
         """Raises AttachError where the text is not an offer."""

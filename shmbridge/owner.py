@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgspec
 import posix_ipc
 
 from shmbridge import config, layout
@@ -153,6 +154,8 @@ class Owner:
         """Create the lanes and doorbells of the next generation, and remove those of the last; `lanes` where their number is
         another now. Raises PlanError."""
         self._remove_generation()
+        self._forget_failure_of_generation()
+        self.control.words[ControlWord.STOPPING] = 0
         self.generation += 1
         if lanes is not None:
             self.shape = self.shape._replace(lanes=lanes)
@@ -172,11 +175,17 @@ class Owner:
         name = self.names.lane(self.generation, index)
         segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, self.generation, index)
         words = segment.words
-        words[LaneWord.TEACHER] = words[LaneWord.WANTED] = index % self.shape.teachers
+        words[LaneWord.TEACHER] = words[LaneWord.WANTED] = self._server(index)
         for word, value in zip(layout.LANE_CONSTANTS, shape.constants, strict=True):
             words[word] = value
         segment.publish()
         return Lane(segment, shape, index, self.generation)
+
+    def _server(self, lane: int) -> int:
+        """The teacher that serves a new lane: its own, or in place of a lost one another."""
+        own, teachers = lane % self.shape.teachers, self.control.teachers
+        left = [index for index, record in enumerate(teachers) if not record.lost]
+        return left[lane % len(left)] if teachers[own].lost and left else own
 
     def offered(self) -> Offer | None:
         """What all teachers offer, once each has.
@@ -212,6 +221,7 @@ class Owner:
             name = self.names.reply(self.generation, lane)
             segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
             segment.publish()
+        self.control.owner.write_offer(agreed.encode())
         self.control.words[ControlWord.REPLIES_READY] = self.generation
         self.ring_all()
         return nbytes * self.shape.lanes + head
@@ -233,7 +243,8 @@ class Owner:
         self.end_training()
 
     def ask_to_save(self) -> None:
-        """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge."""
+        """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge, and a teacher that ends
+        has not died."""
         self.control.words[ControlWord.STOPPING] = 1
         self.ring_all()
 
@@ -251,8 +262,24 @@ class Owner:
 
     def fail(self, failure: Failure) -> None:
         """Announce the failure that ends the run; every wait stops with it."""
+        self._forget_failure_of_generation()
         self.control.owner.relay(failure)
         self.ring_all()
+
+    def fail_generation(self, failure: Failure) -> None:
+        """Announce the failure that ends this generation; its ranks' waits stop with it, and the teacher's do not."""
+        self.control.owner.relay(msgspec.structs.replace(failure, generation=self.generation))
+        self.ring_all()
+
+    def _forget_failure_of_generation(self) -> None:
+        failure = self.control.owner.failure
+        if failure and failure.generation:
+            self.control.owner.forget_failure()
+
+    def free_replies(self) -> None:
+        """Give back the reply memory of a generation that has ended, once no teacher has it open."""
+        left = objects(self.session_id).get(self.session_id, [])
+        _unlink(name for name in left if f"-g{self.generation}-reply" in name)
 
     def ring_all(self) -> None:
         for bell in self._teacher_bells + self._rank_bells:

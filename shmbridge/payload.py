@@ -47,6 +47,7 @@ class Batch(NamedTuple):
 
 
 Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
+"""What it returns is not written again by a later call: on a GPU it may still be on its way to the ranks then."""
 
 
 def view(memory: memoryview, offset: int, spec: OutputSpec, extent: Extent) -> torch.Tensor:

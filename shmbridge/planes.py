@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 
 from shmbridge.config import Config
-from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
+from shmbridge.cuda_plane import RankCudaPlane, Slab, TeacherCudaPlane
 from shmbridge.host_plane import RankHostPlane, TeacherHostPlane
 from shmbridge.offer import Extent, Offer
+from shmbridge.peer import Identity
 from shmbridge.session import Lane, TeacherSession, TrainerSession
 
 
@@ -27,6 +28,8 @@ class TeacherPlane(Protocol):
 
     def seal(self, number: int) -> Callable[[], None] | None: ...
 
+    def settled(self) -> bool: ...
+
 
 class RankPlane(Protocol):
     """The reply slots of one lane as its rank reads them."""
@@ -39,23 +42,25 @@ class RankPlane(Protocol):
     def lends(self) -> bool:
         """The tensors of a reply lie in its slot; else they are the rank's own."""
 
-    @property
-    def busy(self) -> bool:
-        """This rank's GPU still waits for a reply, or reads one."""
-
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]: ...
 
     def release(self, number: int) -> None: ...
 
     def stalled_s(self) -> float: ...
 
+    def waits_for(self) -> Identity | None: ...
+
     def check(self) -> None: ...
 
 
-def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device) -> TeacherPlane:
+Slabs = dict[int, Slab]
+"""GPU memory that a teacher's process has exported, by lane; it outlives generations."""
+
+
+def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device, slabs: Slabs) -> TeacherPlane:
     """Of a lane that the teacher serves. Raises AttachError; PlanError where its GPU is too small."""
-    kind = TeacherCudaPlane if _on_gpu(session.settings) else TeacherHostPlane
-    return kind(session.token, session.control.shape, lane, agreed, device)
+    place = session.token, session.control.shape, lane, agreed, device
+    return TeacherCudaPlane(*place, slabs) if _on_gpu(session.settings) else TeacherHostPlane(*place)
 
 
 def of_rank(session: TrainerSession, agreed: Offer, device: torch.device) -> RankPlane:

@@ -35,6 +35,8 @@ from shmbridge.token_ids import IntArray
 
 T = TypeVar("T")
 
+_GPU_LOOK_S = 0.001
+
 _STILL_USED = (
     "the lease on sequence %d, or a chunk of it, ended while somebody refers to its %s: a variable, or a graph whose backward is "
     "still to come. The memory is written again: finish the backward before, or use pending.copy(). (Told once.)"
@@ -66,22 +68,26 @@ class Requests:
         self._closed = False
         self._process = os.getpid()
         self._outputs = agreed.outputs
-        self.device = device or _default_device(session)
-        self._plane = planes.of_rank(session, agreed, self.device)
+        self.device = _with_index(device or _default_device(session))
+        self.plane = planes.of_rank(session, agreed, self.device)
         self._warned = False
         self._released = 0  # sequences below it are given back
         self._released_early: set[int] = set()
         self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
         self._trace = trace.Trace.of("trainer", session.lane.index)
 
-    @property
-    def gpu_waits(self) -> bool:
-        """See Bridge.gpu_waits."""
-        return self._plane.busy
-
     def close(self) -> None:
-        """What is in flight is no longer read."""
+        """What is in flight is no longer read. A GPU that still reads a reply gets timeouts.shutdown_s for it, because the
+        teacher's memory may go once all ranks have closed. Raises TornReply."""
+        if self._closed:
+            return
         self._closed = True
+        if os.getpid() != self._process:
+            return
+        deadline = time.monotonic() + self._open.settings.timeouts.shutdown_s
+        while self.plane.waits_for() and time.monotonic() < deadline:
+            time.sleep(_GPU_LOOK_S)
+        self.plane.check()
 
     # Sending
 
@@ -109,6 +115,8 @@ class Requests:
     def free_slots(self) -> int:
         """Requests that could be sent now."""
         ring = self._session.ring
+        if self.teacher_lost:
+            return ring.depth
         self._free_cancelled(wait=False)
         return ring.depth - (ring.requested - ring.released)
 
@@ -125,35 +133,37 @@ class Requests:
         if session.ring.answered(sent.sequence):
             session.bell.drain()
             return True
+        if self.teacher_lost:
+            return False
         try:
             self._sleep(lambda: session.ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
         except TeacherDied as error:
-            return self._without_teacher(error)
+            self.go_on_without(error)
+            return False
         return True
 
-    def _without_teacher(self, error: TeacherDied) -> bool:
-        """False, so that a wait can be `return self._without_teacher(...)`; raises `error` unless the loop is to go on."""
+    def go_on_without(self, error: TeacherDied) -> None:
+        """The teacher is lost: replies are missing from now on. Raises `error` unless the loop is to go on."""
         if not self._goes_on:
             raise error
         if not self.teacher_lost:
             trace.logger.warning("%s Replies are missing from now on (on_teacher_lost=continue).", error)
         self.teacher_lost = True
-        return False
 
     def read(self, sent: Sent) -> Reply:
         """A published reply; the slot is given back where there is none to be had."""
         started = time.monotonic_ns()
         try:
             head = self.head(sent)
-            tensors = self._wanted(self._plane.read(sent.sequence, sent.extent), sent)
+            tensors = self._wanted(self.plane.read(sent.sequence, sent.extent), sent)
         except BaseException:
             self._release_slot(sent.sequence)
             raise
-        if not self._plane.keeps:
+        if not self.plane.keeps:
             self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("lease", sent, sum(tensor.nbytes for tensor in tensors.values()), started)
-        return Reply(tensors, sent.sequence, sent.step, head.composition, lent=self._plane.lends)
+        return Reply(tensors, sent.sequence, sent.step, head.composition, lent=self.plane.lends)
 
     def head(self, sent: Sent) -> ReplyHead:
         """The head of a published reply. Raises TeacherError."""
@@ -161,7 +171,7 @@ class Requests:
         if head.error is not None:
             at = f"rank {self._open.lane.index}, step {sent.step}, sequence {sent.sequence}"
             raise TeacherError(f"the teacher could not answer {at}.", head.error)
-        self.meter.waited(self._plane.stalled_s())
+        self.meter.waited(self.plane.stalled_s())
         self.meter.replied(sent.step, head.composition)
         self.last_head = head
         return head
@@ -176,9 +186,9 @@ class Requests:
         """Give a reply's slot back; `still_used` names tensors in it that somebody refers to. Raises TornReply."""
         self._warn_of(still_used, sent)
         try:
-            self._plane.release(sent.sequence)
+            self.plane.release(sent.sequence)
         finally:
-            if self._plane.keeps:
+            if self.plane.keeps:
                 self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("release", sent, 0, since_ns)
@@ -203,7 +213,8 @@ class Requests:
         try:
             self._await_chunk(sent, timeout)
         except TeacherDied as error:
-            return self._without_teacher(error)
+            self.go_on_without(error)
+            return False
         return True
 
     def chunks(self, sent: Sent, timeout: float | None) -> Iterator[tuple[slice, Reply]]:
@@ -212,22 +223,30 @@ class Requests:
         ring = self._session.ring
         try:
             while taken < sent.extent.positions:
-                chunk = self._next_chunk(sent, taken, timeout)
+                try:
+                    chunk = self._next_chunk(sent, taken, timeout)
+                except TeacherDied as error:
+                    self.go_on_without(error)
+                    yield slice(taken, sent.extent.positions), Reply({}, sent.sequence, sent.step, None)
+                    return
                 extent = Extent(0, 0, chunk.positions)
-                tensors = self._wanted(self._plane.read(chunk.number, extent), sent)
-                reply = Reply(tensors, sent.sequence, sent.step, None, lent=self._plane.lends)
-                if not self._plane.keeps:
+                tensors = self._wanted(self.plane.read(chunk.number, extent), sent)
+                reply = Reply(tensors, sent.sequence, sent.step, None, lent=self.plane.lends)
+                if not self.plane.keeps:
                     self._consume(chunk)
                 try:
                     yield slice(chunk.start, chunk.start + chunk.positions), reply
                 finally:
                     self._warn_of(reply.forget(), sent)
-                    self._plane.release(chunk.number)
-                    if self._plane.keeps:
+                    self.plane.release(chunk.number)
+                    if self.plane.keeps:
                         self._consume(chunk)
                 taken += chunk.positions
-            self._sleep(lambda: ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
-            self.head(sent)
+            try:
+                self._sleep(lambda: ring.answered(sent.sequence), sent.sequence, sent.step, timeout)
+                self.head(sent)
+            except TeacherDied as error:  # with every chunk read
+                self.go_on_without(error)
         finally:
             self.cancel(sent.sequence)
 
@@ -276,7 +295,7 @@ class Requests:
                 return chunk
             for name, tensor in tensors.items():
                 _flat(tensor, sent.extent)[rows] = chunk[name]
-        return Reply(tensors, sent.sequence, sent.step, self.last_head.composition)
+        return Reply(tensors, sent.sequence, sent.step, None if self.teacher_lost else self.last_head.composition)
 
     @staticmethod
     def _wanted(tensors: dict[str, torch.Tensor], sent: Sent) -> dict[str, torch.Tensor]:
@@ -352,9 +371,9 @@ class Requests:
             raise type(error)(f"{at}: {error}") from None
         finally:
             self.meter.waited(time.monotonic() - started)
-        session.record.enter(Phase.TRAINING)
         if found is None:
             raise DeadlineExceeded(self._late(sequence, step, limit))
+        session.record.enter(Phase.TRAINING)
         return found
 
     def _late(self, sequence: int, step: int | None, limit: float) -> str:
@@ -392,6 +411,13 @@ class Requests:
 def _default_device(session: TrainerSession) -> torch.device:
     on_gpu = bool(session.settings.train.gpus) and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` means the current CUDA device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _flat(tensor: torch.Tensor, extent: Extent) -> torch.Tensor:

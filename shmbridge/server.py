@@ -25,6 +25,7 @@ from shmbridge.encode import Encoder, Rows
 from shmbridge.errors import AttachError
 from shmbridge.offer import Extent, Offer, reply_bytes
 from shmbridge.payload import Batch, Forward
+from shmbridge.planes import Slabs, TeacherPlane
 from shmbridge.publish import Publisher
 from shmbridge.ring import Composition
 from shmbridge.session import Lane, TeacherSession
@@ -46,9 +47,16 @@ class Server:
     """Serves the lanes of one teacher until every rank has closed."""
 
     def __init__(
-        self, session: TeacherSession, forward: Forward, encoder: Encoder, agreed: Offer, device: torch.device
+        self,
+        session: TeacherSession,
+        forward: Forward,
+        encoder: Encoder,
+        agreed: Offer,
+        device: torch.device,
+        slabs: Slabs | None = None,
     ) -> None:
-        """Map the reply memory, which the owner has created for `agreed`. Raises AttachError."""
+        """Map the reply memory, which the owner has created for `agreed`; `slabs` are those of this process's earlier
+        generations. Raises AttachError."""
         self._session = session
         self._forward = forward
         self._encoder = encoder
@@ -63,7 +71,8 @@ class Server:
         shape = session.control.shape
         self._chunks = shape.chunks
         self._agreed = agreed
-        self._planes = {lane.index: planes.of_teacher(session, lane, agreed, device) for lane in session.lanes}
+        self._slabs = {} if slabs is None else slabs
+        self._planes = {lane.index: self._plane(lane) for lane in session.lanes}
         self._publisher = Publisher()
         self._streams = Streams(
             encoder,
@@ -97,8 +106,17 @@ class Server:
                 self._collector.answered(answers)
                 record.enter(Phase.COLLECTING)
         self._publisher.close()
+        self._settle()
         record.enter(Phase.CLOSED)
         logger.info(self._summary())
+
+    def _settle(self) -> None:
+        """Before this process goes, and its GPU memory with it: the ranks have what was published, within timeouts.shutdown_s."""
+        self._session.wait(self._settled, time.monotonic() + self._session.settings.timeouts.shutdown_s)
+
+    def _settled(self) -> bool | None:
+        lanes = [lane for lane in self._session.lanes if not lane.ring.closed and not self._session.gone(lane)]
+        return True if all(self._planes[lane.index].settled() for lane in lanes) else None
 
     # Answering
 
@@ -216,7 +234,10 @@ class Server:
                     self._publish(answer)
 
     def _adopt(self, lane: Lane) -> None:
-        self._planes[lane.index] = planes.of_teacher(self._session, lane, self._agreed, self._device)
+        self._planes[lane.index] = self._plane(lane)
+
+    def _plane(self, lane: Lane) -> TeacherPlane:
+        return planes.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
 
     def _fail(self, answer: Answer, trouble: _Trouble) -> None:
         answer.error = trouble.traceback

@@ -38,6 +38,7 @@ from shmbridge.ring import Ring
 from shmbridge.segment import Segment
 
 _SPIN_US = 50
+_OWNER_SPEAKS_S = 2.0
 SESSION_VARIABLE = "SHMBRIDGE_SESSION"
 OFF = "off"
 
@@ -139,7 +140,7 @@ class Shape(NamedTuple):
     @property
     def exchange_bytes(self) -> int:
         """Bytes of one lane's reply segment where the replies lie in GPU memory: the handles of both sides."""
-        return layout.PAGE + 2 * layout.exchange_capacity(self.reply_slots)
+        return layout.PAGE + 3 * layout.exchange_capacity(self.reply_slots)
 
 
 class Control:
@@ -248,12 +249,16 @@ class _Attached:
     def check(self) -> None:
         """Raise a PeerLost if the session has failed or its owner is gone."""
         failure = self.control.owner.failure
-        if failure:
+        if failure and self._ended_by(failure):
             raise lost(failure)
         if not self._owner.alive():
             raise LauncherDied(
                 f"the launcher (pid {self._owner.identity.pid}) is gone without a word: killed? Everything of this session ends."
             )
+
+    def _ended_by(self, failure: Failure) -> bool:
+        """Whether what the owner has announced ends this participant too."""
+        return failure.generation == 0
 
     def teacher_name(self, teacher: int) -> str:
         return f"teacher {teacher} ({self.settings.teacher.model})"
@@ -285,6 +290,7 @@ class TrainerSession(_Attached):
         self._teacher_peer: Peer | None = None
         self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
         self._missed: Identity | None = None  # the teacher whose end was told
+        self._stopped_since: float | None = None  # the teacher has ended in a run that stops
         self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
 
     def _sign_in(self) -> None:
@@ -329,7 +335,7 @@ class TrainerSession(_Attached):
             raise lost(failure)
         super().check()
         who = teacher.identity
-        if teacher.lost:
+        if teacher.lost and teacher is self.teacher:  # the lane may have gone to another before
             raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
         if who is None:
             return
@@ -338,11 +344,22 @@ class TrainerSession(_Attached):
         if self._teacher_peer.alive():
             return
         gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
+        if self.asked_to_save and self._owner_is_to_speak():
+            return
         if not self._outlives_teacher:
             raise TeacherDied(gone)
         if self._missed != who:
             self._missed = who
             trace.logger.warning("rank %d: %s Waiting for a new one.", self.lane.index, gone)
+
+    def _ended_by(self, failure: Failure) -> bool:
+        return failure.generation in (0, self.token.generation)
+
+    def _owner_is_to_speak(self) -> bool:
+        """In a run that stops, teachers end; for a moment the owner's word on it is waited for."""
+        now = time.monotonic()
+        self._stopped_since = self._stopped_since or now
+        return now - self._stopped_since < _OWNER_SPEAKS_S
 
     def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
         """The project's one wait, on this rank's doorbell."""
@@ -359,7 +376,7 @@ class TrainerSession(_Attached):
         self.record.enter(Phase.BARRIER)
         teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
         ready = self.wait(
-            lambda: True if all(teacher.ready == generation for teacher in teachers) else None,
+            lambda: True if all(teacher.ready == generation or teacher.lost for teacher in teachers) else None,
             time.monotonic() + timeout_s,
         )
         if not ready:
@@ -405,14 +422,30 @@ class TeacherSession(_Attached):
         shape = self.control.shape
         self._every = [Lane.attach(token, shape, i) for i in range(shape.lanes)]
         self.lanes = [lane for lane in self._every if lane.teacher == index]
+        self.own = [lane for lane in self._every if lane.index % shape.teachers == index]  # whoever serves them now
         self.reader_bells = [
             [Doorbell(self.names.reader_bell(token.generation, lane.index, r)) for r in range(shape.readers)]
             for lane in self._every
         ]
         self._ranks: dict[int, Peer] = {}
 
+    @classmethod
+    def newest(cls, token: Token, index: int = 0) -> TeacherSession:
+        """Of the generation that is current, whichever `token` names: training may have started again before this process
+        had. Raises AttachError."""
+        name = Names(token.session_id).control
+        words = Control(Segment.attach(name, layout.CONTROL, token.session_id)).words
+        while True:
+            generation = words[ControlWord.CURRENT_GENERATION]
+            try:
+                return cls(token._replace(generation=generation), index)
+            except AttachError:
+                if words[ControlWord.CURRENT_GENERATION] == generation:
+                    raise
+
     def offer(self, made: Offer) -> None:
-        """Publish what the model returns, and wait for the owner to create memory for it.
+        """Publish what the model returns, and wait for the owner to create memory for it, or to end the generation: there are
+        no ranks then.
 
         Raises:
             DeadlineExceeded, PlanError, LauncherDied
@@ -421,8 +454,16 @@ class TeacherSession(_Attached):
         self.record.enter(Phase.OFFERED)
         timeout_s = self.settings.timeouts.startup_s
         words, generation = self.control.words, self.token.generation
+
+        def agrees() -> bool:  # what differs from the run's first offer waits for the owner to refuse it
+            agreed = self.control.owner.offer
+            return agreed is None or made.agrees(Offer.decode(agreed))
+
         created = self.wait(
-            lambda: True if words[ControlWord.REPLIES_READY] == generation else None, time.monotonic() + timeout_s
+            lambda: (
+                True if self.training_done or (words[ControlWord.REPLIES_READY] == generation and agrees()) else None
+            ),
+            time.monotonic() + timeout_s,
         )
         if not created:
             raise DeadlineExceeded(
@@ -482,7 +523,7 @@ class TeacherSession(_Attached):
 
         if not self.wait(follows, None):
             return None
-        return TeacherSession(Token(self.token.session_id, words[ControlWord.CURRENT_GENERATION]), self.index)
+        return TeacherSession.newest(self.token, self.index)
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 
 from shmbridge import trace
@@ -21,6 +21,8 @@ class Stopping:
         self._session = session
         self._hook: Hook | None = None
         self._signalled = False
+        self._takes_sigterm = False
+        self._process = os.getpid()
 
     def set(self, hook: Hook) -> None:
         """Call `hook` before this rank stops. SIGTERM then only takes note, unless the script has a handler of its own."""
@@ -30,6 +32,7 @@ class Stopping:
             in_main = threading.current_thread() is threading.main_thread()
             if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
                 signal.signal(signal.SIGTERM, lambda *_: self._take_note())
+                self._takes_sigterm = True
         self._hook = hook
 
     def heed(self) -> None:
@@ -43,16 +46,28 @@ class Stopping:
         hook, self._hook = self._hook, None
         if hook is None:
             return
-        seconds = self._session.settings.timeouts.save_s
-        self._session.record.declare("save hook", time.monotonic_ns() + int(seconds * 1e9))
         trace.logger.info("rank %d saves before it stops", self._session.lane.index)
-        try:
+        with self._session.record.declaring("save hook", self._session.settings.timeouts.save_s):
             hook()
-        finally:
-            self._session.record.withdraw()
+        self._session.stop = self._told
+
+    def close(self) -> None:
+        """The bridge is closed: there is nothing left to save from it, and SIGTERM ends the process again."""
+        self._hook = None
+        if self._takes_sigterm and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._takes_sigterm = False
 
     def _asked(self) -> bool:
+        """Not within the hook: what it asks of a teacher that lives is still answered."""
+        return self._hook is not None and self._told()
+
+    def _told(self) -> bool:
         return self._signalled or self._session.asked_to_save
 
     def _take_note(self) -> None:
-        self._signalled = True
+        if os.getpid() == self._process:
+            self._signalled = True
+        else:  # a forked child, such as a DataLoader worker, saves nothing
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from shmbridge import trace
-from shmbridge.peer import Peer
+from shmbridge.peer import Identity, Peer
 from shmbridge.session import TrainerSession
 
 PATIENCE_S = 5.0
@@ -16,30 +16,28 @@ EXIT_CODE = 75
 
 
 class Stuck:
-    """Of one rank. `busy` tells whether its GPU still waits for a reply, or reads one."""
+    """Of one rank. `waits_for` tells whose reply its GPU still waits for, or reads."""
 
-    def __init__(self, session: TrainerSession, busy: Callable[[], bool]) -> None:
+    def __init__(self, session: TrainerSession, waits_for: Callable[[], Identity | None]) -> None:
         self._session = session
-        self._busy = busy
+        self._waits_for = waits_for
         self._teacher: Peer | None = None
         self._since: float | None = None
 
     def look(self) -> None:
         """Called once a second. Does not return where the GPU has waited PATIENCE_S for a teacher that is gone."""
-        if not (self._busy() and self._teacher_gone()):
+        who, now = self._waits_for(), time.monotonic()
+        if who is None:
             self._since = None
             return
-        now = time.monotonic()
+        if self._teacher is None or self._teacher.identity != who:
+            self._teacher, self._since = Peer(who), None  # not the session's: that one belongs to the main thread
+        if self._teacher.alive():
+            self._since = None
+            return
         self._since = self._since or now
         if now - self._since >= PATIENCE_S:
             self._leave()
-
-    def _teacher_gone(self) -> bool:
-        """A watch of its own: the other one belongs to the main thread."""
-        who = self._session.teacher.identity
-        if who is not None and (self._teacher is None or not self._since):
-            self._teacher = Peer(who)
-        return self._teacher is not None and not self._teacher.alive()
 
     def _leave(self) -> None:
         why = (

@@ -19,11 +19,12 @@ from shmbridge import offering, shared_head, stacks, trace
 from shmbridge.board import Phase
 from shmbridge.config import Config, is_builder
 from shmbridge.encode import Encoder
-from shmbridge.errors import ConfigError, PeerLost
+from shmbridge.errors import AttachError, ConfigError, PeerLost
 from shmbridge.head import Head
 from shmbridge.heartbeat import Heartbeat
 from shmbridge.offer import Offer
 from shmbridge.payload import Forward
+from shmbridge.planes import Slabs
 from shmbridge.server import Server
 from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
 
@@ -34,7 +35,7 @@ def main() -> int:
     parser.add_argument("--teacher-index", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this process's own, cuda:0 and on; 0: the CPU")
     args = parser.parse_args()
-    session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
+    session = TeacherSession.newest(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     trace.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
     Heartbeat(session.record)
@@ -69,22 +70,38 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     agreed, encoder = offering.make(forward, session.settings, device)
     stays = session.settings.teacher.keep or session.settings.train.restarts > 0
     stop = _Stop()
+    slabs: Slabs = {}
     following: TeacherSession | None = session
     while following and not stop.asked:
-        _serve_generation(following, forward, encoder, agreed, device, stop)
+        _serve_generation(following, forward, encoder, agreed, device, slabs, stop)
         following = following.next_generation(stop.now) if stays else None
 
 
 def _serve_generation(
-    session: TeacherSession, forward: Forward, encoder: Encoder, agreed: Offer, device: torch.device, stop: _Stop
+    session: TeacherSession,
+    forward: Forward,
+    encoder: Encoder,
+    agreed: Offer,
+    device: torch.device,
+    slabs: Slabs,
+    stop: _Stop,
 ) -> None:
     session.offer(agreed)
+    if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
+        session.open_barrier()
+        return
     head: Head | None = getattr(forward, "head", None)
     if agreed.head and head and session.index == 0:
         shared_head.write(session.token, agreed.head, head)
-    server = Server(session, forward, encoder, agreed, device)
+    try:
+        server = Server(session, forward, encoder, agreed, device, slabs)
+    except AttachError:
+        if session.training_done:  # meanwhile, and its memory is gone
+            return
+        raise
     stop.reaches(server)
     server.serve()
+    stop.reaches(None)
 
 
 class _Stop:
@@ -92,16 +109,19 @@ class _Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self._handled = False
         self._server: Server | None = None
 
     def now(self) -> bool:
         return self.asked
 
-    def reaches(self, server: Server) -> None:
-        if self._server is None:  # until now there was nothing to answer, and SIGTERM ended the process
+    def reaches(self, server: Server | None) -> None:
+        """`server` is what answers from now on; None: nothing does, until the next generation."""
+        if not self._handled:  # until now there was nothing to answer, and SIGTERM ended the process
+            self._handled = True
             signal.signal(signal.SIGTERM, lambda *_: self._ask())
         self._server = server
-        if self.asked:
+        if self.asked and server:
             server.stop()
 
     def _ask(self) -> None:

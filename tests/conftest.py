@@ -21,9 +21,9 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     owned: list[str] = []
     start = owner.Owner.start_generation
 
-    def remember(self: owner.Owner) -> owner.Token:
+    def remember(self: owner.Owner, *lanes: int | None) -> owner.Token:
         owned.append(self.session_id)
-        return start(self)
+        return start(self, *lanes)
 
     monkeypatch.setattr(owner.Owner, "start_generation", remember)
     yield

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 from shmbridge.errors import PeerLost
+from shmbridge.offer import Extent
 from shmbridge.session import SESSION_VARIABLE, Token, TrainerSession
 
-RANKS = 2
+RANKS = int(os.environ.get("FAKE_RANKS", "2"))
 
 
 def torchrun(mode: str, record: Path) -> int:
@@ -76,6 +77,10 @@ def train(mode: str, rank: int) -> None:
 
 
 def end(mode: str, rank: int, session: TrainerSession) -> None:
+    if mode in ("asks", "crashes once"):
+        ask(session)
+    if mode == "crashes once" and rank == 1 and session.token.generation == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
     if mode == "raise" and rank == 1:
         raise RuntimeError("boom")
     if mode == "exit7" and rank == 1:
@@ -84,7 +89,7 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "leaves" and rank == 1:
         Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
-    if mode not in ("ok", "late", "leaves"):
+    if mode not in ("ok", "late", "leaves", "asks", "crashes once"):
         try:
             session.wait(lambda: None, time.monotonic() + 120)
         except PeerLost as error:
@@ -97,6 +102,16 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
     session.close()
     if mode == "late" and rank == 1:
         Path(os.environ["FAKE_GATE"]).read_bytes()
+
+
+def ask(session: TrainerSession) -> None:
+    """One request, and its reply."""
+    sequence = session.ring.claim()
+    session.ring.write_request(sequence, 0, Extent(1, 1), memoryview(bytes(8)))
+    session.ring.publish_request(sequence)
+    session.ring_teacher()
+    assert session.wait(lambda: session.ring.answered(sequence), time.monotonic() + 60)
+    session.ring.release(sequence)
 
 
 if __name__ == "__main__":

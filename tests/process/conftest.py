@@ -13,7 +13,7 @@ PLANES = {
     "cuda": ["plane=cuda_ipc"],
     "cuda-in-place": ["plane=cuda_ipc", "cuda.read=in_place"],
 }
-OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge")
+OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge", "test_restarts")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

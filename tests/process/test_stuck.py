@@ -8,6 +8,7 @@ import signal
 import torch
 
 from shmbridge import cuda_plane, stuck
+from shmbridge.peer import Identity
 from shmbridge.session import TrainerSession
 from shmbridge.stuck import Stuck
 from tests.fake_cuda import FakeCuda
@@ -24,7 +25,7 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
         teacher = it.teacher(Echo())
 
         def train(bridge):
-            look = Stuck(bridge._open, lambda: bridge.gpu_waits).look
+            look = Stuck(bridge._open, bridge.gpu_waits_for).look
             bridge.exchange(IDS)
             look()  # the reply has been read
             fake.hold_queries = True
@@ -39,11 +40,33 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
         assert failure.consequence and "has waited" in failure.reason
 
 
-def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone():
+def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone(monkeypatch):
+    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
     with bench() as it:
         it.teacher(Echo())
         with it.bridge() as bridge:
             bridge.wait_ready()
             session: TrainerSession = bridge._open
-            for busy in (True, False):
-                Stuck(session, lambda busy=busy: busy).look()
+            for teacher in (session.teacher.identity, None):
+                Stuck(session, lambda teacher=teacher: teacher).look()
+
+
+def test_who_is_watched_is_the_teacher_that_the_gpu_waits_for(monkeypatch):
+    """Another one may serve the lane by now."""
+    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+    left: list[int] = []
+    monkeypatch.setattr(stuck.os, "_exit", left.append)
+    with bench() as it:
+        it.teacher(Echo())
+        with it.bridge() as bridge:
+            bridge.wait_ready()
+            session: TrainerSession = bridge._open
+            living, dead = session.teacher.identity, Identity(2**22 + 1, 1)
+            waits_for = [dead, living, None, dead]
+            watch = Stuck(session, lambda: waits_for[0])
+            watch.look()
+            assert left == [stuck.EXIT_CODE]
+            for _ in range(2):
+                waits_for.pop(0)
+                watch.look()
+            assert left == [stuck.EXIT_CODE]

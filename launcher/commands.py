@@ -1,0 +1,210 @@
+"""`shmbridge-launch report|status|ls|clean`: what is said of sessions from outside."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from launcher import facts, hang, registry, sessions, stale, status
+from launcher.codes import INTERRUPTED, REFUSED
+from launcher.sessions import LIVE, STALE, Attached, Session
+from launcher.text import size, table
+from shmbridge import owner, peer
+from shmbridge.errors import AttachError, ShmbridgeError
+
+_EVERY_S = 1.0
+_CLEAR = "\033[H\033[J"
+
+
+class _Command(NamedTuple):
+    run: Callable[[argparse.Namespace], int]
+    says: str
+    describe: Callable[[argparse.ArgumentParser], None]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `argv`, whose first word names the command; the exit code."""
+    name, *rest = argv
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"shmbridge-launch {name}", description=command.says, allow_abbrev=False)
+    command.describe(parser)
+    args = parser.parse_args(rest)
+    try:
+        return command.run(args)
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch {name}: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    session = sessions.find(args.session)
+    view = sessions.attach(session.session_id)
+    run = Path(view.settings.run_dir)
+    made = hang.make(view, run if run.is_dir() else None, "asked for by shmbridge-launch report", session.name)
+    try:
+        made = hang.write(made, run)
+    except OSError as error:
+        print(f"shmbridge-launch report: not written to {run}: {error.strerror}", file=sys.stderr)
+    if args.json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+    else:
+        print(made)
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    session = sessions.find(args.session)
+    view = sessions.attach(session.session_id)
+    if args.watch:
+        return _keep_showing(session, view)
+    print(_page(session, view))
+    return 0
+
+
+def _page(session: Session, view: Attached) -> str:
+    return status.page(facts.look(view), session.name, view.settings.run_dir)
+
+
+def _keep_showing(session: Session, view: Attached) -> int:
+    """Once a second, until Ctrl-C or the session's end."""
+    clear = _CLEAR if sys.stdout.isatty() else ""
+    try:
+        while sessions.live(session.session_id):
+            if view.current != view.generation:
+                view = sessions.attach(session.session_id)
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {_page(session, view)}\n", flush=True)
+            time.sleep(_EVERY_S)
+    except AttachError:
+        pass  # it ended between two looks
+    except KeyboardInterrupt:
+        return 0
+    print(f"session {session.short} has ended")
+    return 0
+
+
+def _list(_: argparse.Namespace) -> int:
+    found = sessions.every()
+    if not found:
+        print("no sessions")
+        return 0
+    rows = [("SESSION", "NAME", "STATE", "LAUNCHER", "RANKS", "TEACHER", "RUN")]
+    print(table([*rows, *map(_line, found)], indent=""))
+    for one in found:
+        if one.problem:
+            print(f"{one.short}: {one.problem}")
+    if any(one.state == STALE for one in found):
+        print("\nstale: the launcher was killed; `shmbridge-launch clean` removes what it left")
+    return 0
+
+
+def _line(one: Session) -> tuple[str, ...]:
+    if one.facts is None:
+        objects = f"{one.objects} object{'s' if one.objects != 1 else ''} in /dev/shm"
+        return one.short, one.name, one.state, "", "", "", objects if one.state == STALE else ""
+    ranks, seen = one.facts.ranks, one.facts
+    attached = sum(rank.attached for rank in ranks)
+    share = str(len(ranks)) if attached == len(ranks) else f"{attached} of {len(ranks)}"
+    phases = dict.fromkeys(status.phase(rank) for rank in ranks if rank.attached)
+    states = f": {', '.join(phases)}" if phases else ""
+    teachers = ", ".join(dict.fromkeys(status.phase(teacher) for teacher in seen.teachers))
+    again = f" (generation {seen.generation})" if seen.generation > 1 else ""
+    return one.short, one.name, one.state + again, str(seen.launcher_pid), share + states, teachers, one.run
+
+
+def _clean(args: argparse.Namespace) -> int:
+    """Whoever is live holds a kernel lock, and is not touched."""
+    would = "would remove" if args.dry_run else "removed"
+    dead = {one.session_id: _bytes(one.session_id) for one in sessions.every() if one.state == STALE}
+    removed = [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(stale.reclaim())
+    for session_id, count in removed:
+        print(
+            f"{would} {count} objects{_freed(dead.get(session_id, 0))} of the dead session {session_id[: sessions.SHORT]}"
+        )
+    names = [name for name in sessions.registered() if _is_free(name, remove=not args.dry_run)]
+    for name in names:
+        print(f"{would} the name {name!r}, which no live launcher holds")
+    if not removed and not names:
+        print("nothing to remove")
+    live = sum(one.state == LIVE for one in sessions.every())
+    if live:
+        print(f"{live} live session{'s' if live > 1 else ''} untouched")
+    return 0
+
+
+def _freed(nbytes: int) -> str:
+    return f" ({size(nbytes)})" if nbytes else ""
+
+
+def _bytes(session_id: str) -> int:
+    total = 0
+    for name in owner.objects(session_id).get(session_id, []):
+        try:
+            total += (owner.SHM_DIRECTORY / name).stat().st_blocks * 512
+        except OSError:
+            pass
+    return total
+
+
+def _is_free(name: str, remove: bool) -> bool:
+    """Whether no process holds the lock of a registry file; it is removed under the lock."""
+    path = registry.directory() / f"{name}.json"
+    entry = sessions.registered().get(name, {})
+    pid = entry.get("pid")
+    if not remove and isinstance(pid, int) and peer.identity(pid) is None:
+        return True
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    else:
+        if remove:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".sock").unlink(missing_ok=True)  # of a keeper
+        return True
+    finally:
+        os.close(file)
+
+
+def _takes_session(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("session", nargs="?", default="", metavar="SESSION", help="name, id, or the beginning of an id")
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    _takes_session(parser)
+    parser.add_argument("--json", action="store_true", help="every fact as JSON")
+
+
+def _status_flags(parser: argparse.ArgumentParser) -> None:
+    _takes_session(parser)
+    parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C or the session's end")
+
+
+def _clean_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
+
+
+COMMANDS = {
+    "report": _Command(
+        _report, "Who waits for whom in a live session, with every process's Python stacks.", _report_flags
+    ),
+    "status": _Command(_status, "Where every participant of a live session is.", _status_flags),
+    "ls": _Command(_list, "The sessions of this user on this machine.", lambda _: None),
+    "clean": _Command(_clean, "Remove what dead sessions left; live ones are never touched.", _clean_flags),
+}

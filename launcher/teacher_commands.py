@@ -1,0 +1,123 @@
+"""`shmbridge-launch teacher start|status|stop`: a teacher that stays loaded while training scripts come and go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+import time
+from collections.abc import Sequence
+
+from launcher import attached, cli, keeping, lease
+from launcher.codes import INTERRUPTED, REFUSED
+from launcher.lease import Standing
+from launcher.text import listed, seconds, table
+from shmbridge import config
+from shmbridge.errors import ConfigError, ShmbridgeError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what follows `teacher` on the command line; the exit code."""
+    args = _parser().parse_intermixed_args(argv[1:]) if argv[:1] == ["start"] else None
+    try:
+        if args:
+            return _start(args)
+        return _of_running(argv)
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch teacher: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shmbridge-launch teacher start",
+        usage="%(prog)s NAME [flags] [a.b=c ...]",
+        description="Load a teacher and keep it, in the background, for training groups that come with --attach NAME.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="NAME [a.b=c ...]", help="its name, then settings such as ring.depth=4"
+    )
+    cli.add_teacher_flags(parser)
+    parser.add_argument("--train-gpus", metavar="GPUS", help="which GPUs will train; by itself all others")
+    parser.add_argument("--cpu", metavar="N", type=int, help="how many ranks on the CPU are planned for")
+    parser.add_argument("--foreground", action="store_true", help="stay in this terminal; Ctrl-C ends the teacher")
+    return parser
+
+
+def _start(args: argparse.Namespace) -> int:
+    name, *overrides = args.words
+    settings = keeping.settings_of(config.given(args.config, overrides, cli.values(args)), name)
+    if not name or "=" in name:
+        raise ConfigError(f"the first word after `teacher start` is {name!r}; expected the teacher's name.")
+    if not settings.enabled:
+        raise ConfigError("enabled is false, and a kept teacher is nothing else than enabled: leave it out.")
+    if args.foreground:
+        return keeping.keep(settings, lambda run: None, lambda: None)
+    return keeping.in_background(settings)
+
+
+def _of_running(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="shmbridge-launch teacher", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("start", help="load a teacher and keep it (teacher start --help)")
+    for command, says in (("status", "what it is, who holds it"), ("stop", "end it")):
+        sub = commands.add_parser(command, help=says, allow_abbrev=False)
+        sub.add_argument("name", metavar="NAME")
+        if command == "stop":
+            sub.add_argument("--force", action="store_true", help="end the training group that holds it first")
+    args = parser.parse_args(argv)
+    line = attached.Line(args.name)
+    try:
+        return _status(line) if args.command == "status" else _stop(line, args.force)
+    finally:
+        line.close()
+
+
+def _status(line: attached.Line) -> int:
+    print(_page(line.ask(lease.Look(), Standing), time.time()))
+    return 0
+
+
+def _page(standing: Standing, now: float) -> str:
+    where = f"GPU {standing.gpus}" if standing.gpus else "the CPU"
+    pids = listed([str(pid) if pid else "none" for pid in standing.teachers])
+    rows = [
+        ("state", standing.state),
+        ("teacher", f"{standing.model} on {where}, pid {pids}"),
+        ("plane", standing.plane),
+        ("keeper", f"pid {standing.pid}, since {_since(standing.since, now)}"),
+        ("session", standing.session),
+        ("run", standing.run),
+        ("answered", f"{standing.answered} request{'s' if standing.answered != 1 else ''}"),
+        ("held by", "nobody"),
+    ]
+    holder = standing.holder
+    if holder:
+        ranks = (
+            f"generation {holder.generation}, {holder.ranks} rank{'s' if holder.ranks > 1 else ''}, run {holder.run}"
+        )
+        rows[-1] = ("held by", f"pid {holder.pid}, since {_since(holder.since, now)}")
+        rows.append(("", ranks if holder.generation else "no generation yet"))
+    return f"kept teacher {standing.name}\n{table(rows)}"
+
+
+def _since(at: float, now: float) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))} ({seconds(max(0.0, now - at))})"
+
+
+def _stop(line: attached.Line, force: bool) -> int:
+    """Return once the keeper has ended."""
+    keeper = os.pidfd_open(line.lines.pid)
+    try:
+        line.ask(lease.Stop(force), lease.Leaving)
+        poll = select.poll()
+        poll.register(keeper, select.POLLIN)
+        poll.poll()
+    finally:
+        os.close(keeper)
+    print(f"the kept teacher {line.name} has ended")
+    return 0

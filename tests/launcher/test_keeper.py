@@ -1,0 +1,505 @@
+"""A teacher kept across runs: real keepers and launchers as processes, over teachers and ranks without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from launcher import agreement, registry
+from launcher.lease import Fingerprint
+from shmbridge import config, owner
+from shmbridge.errors import ConfigError
+from tests.launcher.running import HERE, Launched, launch, launched, until
+
+SETTINGS = ("teacher.model=fake:build", "ring.max_tokens=64", "payload.topk.k=8", "timeouts.shutdown_s=5")
+
+
+class Kept:
+    """A keeper in the background, and the commands that speak to it."""
+
+    def __init__(self, directory: Path, name: str = "big") -> None:
+        self.directory = directory
+        self.name = name
+        python = directory / "python"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_kept.py"} "$@"\n')
+        python.chmod(0o755)
+        self.settings = (*SETTINGS, f"teacher.python={python}")
+        self.runs: list[Launched] = []
+
+    def begin(self, *more: str, **variables: str) -> Launched:
+        """`teacher start`, which may still be loading."""
+        command = [sys.executable, "-m", "launcher", "teacher", "start", self.name, *self.settings, *more]
+        self.runs.append(Launched(command, self.directory, variables))
+        return self.runs[-1]
+
+    def start(self, *more: str, **variables: str) -> Launched:
+        """`teacher start`, to its end."""
+        run = self.begin(*more, **variables)
+        assert run.process.wait(60) == 0, run.text
+        return run
+
+    def command(self, *words: str) -> tuple[int, str]:
+        """`teacher status` or `teacher stop`: the exit code and the output."""
+        with launch(self.directory, "teacher", words[0], self.name, *words[1:]) as run:
+            return run.process.wait(60), run.text
+
+    @property
+    def status(self) -> dict[str, str]:
+        code, text = self.command("status")
+        assert code == 0, text
+        return {key.strip(): value for key, value in re.findall(r"^  (.{8})  (.*)$", text, re.M)}
+
+    @property
+    def teacher(self) -> int:
+        return int(self.status["teacher"].rpartition("pid ")[2])
+
+    @property
+    def keeper(self) -> int:
+        pid = registry.entries()[self.name]["pid"]
+        assert isinstance(pid, int)
+        return pid
+
+    @property
+    def log(self) -> str:
+        return next(self.directory.glob("runs/*/keeper.log")).read_text()
+
+    @property
+    def loaded(self) -> int:
+        """How often the weights were."""
+        return sum(file.read_text().count("loaded the weights") for file in self.directory.glob("runs/*/teacher.log"))
+
+    def is_gone(self) -> None:
+        """Nothing is left of it: no process, no object, no name, no socket."""
+        until(lambda: not any(run.processes() for run in self.runs), "the end of every process")
+        assert not {run.session for run in self.runs} & set(owner.objects())
+        assert list(registry.directory().iterdir()) == []
+
+    def stop(self, *more: str) -> None:
+        code, text = self.command("stop", *more)
+        assert (code, text) == (0, f"the kept teacher {self.name} has ended\n")
+        self.is_gone()
+
+    def attach(self, training: str, *more: str, ranks: int = 2, **variables: str) -> object:
+        arguments = ["--attach", self.name, "--cpu", str(ranks), *more, "--", "-m", "anything"]
+        command = [sys.executable, str(HERE / "attaching.py"), training, *arguments]
+        return launched(command, self.directory, FAKE_RANKS=str(ranks), **variables)
+
+
+@contextmanager
+def keeping(directory: Path, name: str = "big") -> Iterator[Kept]:
+    kept = Kept(directory, name)
+    try:
+        yield kept
+    finally:
+        for run in kept.runs:
+            for pid in [*run.processes(), run.process.pid]:
+                if pid != run.process.pid or run.process.poll() is None:
+                    kill(pid)
+            run.process.wait(60)
+            if run.session:
+                owner.unlink_session(run.session)
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Iterator[Kept]:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    with keeping(tmp_path) as one:
+        yield one
+
+
+def ended(run: Launched) -> int:
+    """The exit code of a training group's launcher; nothing of the group is left."""
+    code = run.process.wait(60)
+    assert run.processes() == [], run.text
+    return code
+
+
+def test_start_status_stop(kept):
+    run = kept.start()
+    assert "teacher ready in" in run.text
+    assert "shmbridge-launch --attach big" in run.text
+    status = kept.status
+    assert status["state"] == "idle"
+    assert status["held by"] == "nobody"
+    assert status["answered"] == "0 requests"
+    assert f"pid {kept.keeper}" in status["keeper"]
+    assert registry.directory().joinpath("big.sock").stat().st_mode & 0o777 == 0o600
+    assert os.getsid(kept.keeper) == kept.keeper
+    kept.stop()
+
+
+def test_groups_follow_each_other_under_one_loaded_teacher(kept):
+    """Also with another number of ranks."""
+    kept.start()
+    teacher = kept.teacher
+    for ranks, answered in ((2, 2), (3, 5), (1, 6)):
+        with kept.attach("asks", ranks=ranks) as run:
+            assert ended(run) == 0, run.text
+            assert run.text.count("up\n") == ranks
+        assert kept.status["answered"] == f"{answered} request{'s' if answered > 1 else ''}"
+    assert (kept.teacher, kept.loaded) == (teacher, 1)
+    until(lambda: kept.status["state"] == "idle", "an idle teacher")
+    until(lambda: not any("-reply" in name for name in objects(kept)), "the reply memory's return")
+    kept.stop()
+
+
+def objects(kept: Kept) -> list[str]:
+    session = kept.status["session"]
+    return owner.objects(session).get(session, [])
+
+
+def test_the_second_group_is_told_who_holds_it(kept):
+    kept.start()
+    with kept.attach("wait") as first:
+        first.says("up", times=2)
+        with kept.attach("ok") as second:
+            assert second.process.wait(60) == 2
+            assert re.search(
+                rf"held by pid {first.process.pid} \(run directory {kept.directory}/runs/\S+\) since 20", second.text
+            )
+        status = kept.status
+        assert (status["state"], f"pid {first.process.pid}" in status["held by"]) == ("held", True)
+        code, text = kept.command("stop")
+        assert code == 2
+        assert f"held by pid {first.process.pid}" in text
+        assert "--force" in text
+        first.signal(signal.SIGINT)
+        assert ended(first) == 130
+        assert "SIGKILL" not in first.text
+    with kept.attach("ok") as third:
+        assert ended(third) == 0
+    kept.stop()
+
+
+def test_of_two_that_wait_for_the_loading_one_gets_it(kept):
+    gate = kept.directory / "gate"
+    os.mkfifo(gate)
+    start = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    start.says("loads the model")
+    with kept.attach("wait") as one, kept.attach("wait") as other:
+        for run in (one, other):
+            run.says("the kept teacher big is loading (loading, 3 of 14); waiting")
+        assert kept.status["state"] == "loading (loading, 3 of 14)"
+        gate.write_bytes(b"")
+        assert start.process.wait(60) == 0
+        loser = until(lambda: next((run for run in (one, other) if run.process.poll() is not None), None), "a refusal")
+        winner = other if loser is one else one
+        winner.says("up", times=2)
+        assert loser.process.returncode == 2
+        assert f"held by pid {winner.process.pid}" in loser.text
+        code, text = kept.command("stop", "--force")
+        assert code == 0, text
+        assert ended(winner) == 143
+        assert "the kept teacher big is stopped (by pid" in winner.text
+    kept.is_gone()
+
+
+def test_other_settings_are_refused_by_name_with_both_values(kept):
+    kept.start()
+    with kept.attach("ok", "payload.topk.k=16", "ring.depth=4", "--teacher", "other:build") as run:
+        assert run.process.wait(60) == 2
+        rows = [line.split() for line in run.text.splitlines()]
+        assert ["payload.topk.k", "8", "16"] in rows
+        assert ["ring.depth", "2", "4"] in rows
+        assert ["teacher.model", "fake:build", "other:build"] in rows
+        assert "Leave these out" in run.text
+        assert not list(kept.directory.glob("runs/*/torchrun.log"))
+    with kept.attach("ok", "payload.topk.k=8", "--teacher", "fake:build", "log.stats_every=7") as run:
+        assert ended(run) == 0, run.text
+    kept.stop()
+
+
+def test_an_installation_of_another_version_is_refused():
+    kept, here = Fingerprint("0.1.0", 3, ""), Fingerprint("0.2.0", 4, "")
+    with pytest.raises(ConfigError, match=r"shmbridge +0\.1\.0 +0\.2\.0\n +segment layout +3 +4"):
+        agreement.check("big", kept, here)
+
+
+def test_a_tokenizer_that_changed_on_the_disk_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    before = agreement.fingerprint(str(tmp_path)).tokenizer
+    (tmp_path / "tokenizer.json").write_text("{ }")
+    after = agreement.fingerprint(str(tmp_path)).tokenizer
+    settings = config.load(overrides=["teacher.model=x:y"])
+    with pytest.raises(ConfigError, match="tokenizer"):
+        agreement.check_settings("big", settings, settings, (before, after))
+
+
+def test_the_death_of_the_launcher_ends_its_group_and_not_the_teacher(kept):
+    """Row 13."""
+    kept.start()
+    teacher = kept.teacher
+    with kept.attach("wait") as run:
+        run.says("up", times=2)
+        run.signal(signal.SIGKILL)
+        run.process.wait(60)
+        until(lambda: not run.processes(), "the end of the ranks")
+    with kept.attach("asks") as run:
+        assert ended(run) == 0, run.text
+    assert (kept.teacher, kept.loaded) == (teacher, 1)
+    assert "is gone without a word; its generation is ended" in kept.log
+    kept.stop()
+
+
+@pytest.mark.parametrize(("training", "code"), [("killed", 137), ("exit7", 7), ("raise", 1)])
+def test_a_crash_of_training_leaves_the_teacher_loaded(kept, training, code):
+    """Row 15."""
+    kept.start()
+    teacher = kept.teacher
+    with kept.attach(training) as run:
+        assert ended(run) == code
+        assert "The run failed" in run.text
+        assert "rank 1" in run.text
+    with kept.attach("asks") as run:
+        assert ended(run) == 0, run.text
+    assert (kept.teacher, kept.loaded) == (teacher, 1)
+    kept.stop()
+
+
+def test_training_is_restarted_beside_a_kept_teacher(kept):
+    kept.start()
+    with kept.attach("crashes once", "--train-restarts", "1") as run:
+        assert ended(run) == 0, run.text
+        assert "training starts again (restart 1 of 1), the teacher stays loaded" in run.text
+    assert kept.loaded == 1
+    assert "generation 3" in kept.log
+    kept.stop()
+
+
+def test_a_teacher_that_died_for_good_is_the_cause_in_both_reports(kept):
+    """Row 7."""
+    start = kept.start()
+    with kept.attach("wait") as run:
+        run.says("up", times=2)
+        os.kill(kept.teacher, signal.SIGKILL)
+        assert ended(run) == 137
+        assert re.search(r"The run failed after [\d.]+ s: teacher was killed by SIGKILL", run.text)
+        assert "TeacherDied" in next(kept.directory.glob("runs/*/torchrun.log")).read_text()
+    until(lambda: not start.processes(), "the end of the keeper")
+    assert "teacher was killed by SIGKILL" in kept.log
+    kept.is_gone()
+
+
+def test_a_teacher_that_dies_between_groups_is_started_again(kept):
+    kept.start("--teacher-restarts", "1")
+    first = kept.teacher
+    os.kill(first, signal.SIGKILL)
+    with kept.attach("asks") as run:
+        assert ended(run) == 0, run.text
+    assert kept.teacher != first
+    assert kept.loaded == 2
+    kept.stop()
+
+
+def test_a_teacher_that_dies_under_a_group_is_started_again(kept):
+    kept.start("--teacher-restarts", "1")
+    first = kept.teacher
+    with kept.attach("wait") as run:
+        run.says("up", times=2)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: kept.loaded == 2, "a new teacher")
+        run.signal(signal.SIGTERM)
+        assert ended(run) == 143
+        assert "The run failed" not in run.text
+    with kept.attach("asks") as run:
+        assert ended(run) == 0, run.text
+    kept.stop()
+
+
+def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kept):
+    """Row 13."""
+    start = kept.start()
+    session = kept.status["session"]
+    with kept.attach("wait") as run:
+        run.says("up", times=2)
+        os.kill(kept.keeper, signal.SIGKILL)
+        assert ended(run) == 1
+        assert "the keeper of the teacher big (pid" in run.text
+        assert "is gone without a word: killed?" in run.text
+    until(lambda: not start.processes(), "the end of the teacher")
+    code, text = kept.command("status")
+    assert code == 2
+    assert "was killed. Start it with" in text
+    kept.start()
+    assert session not in owner.objects()  # whoever started first has reclaimed it
+    kept.stop()
+
+
+@pytest.mark.parametrize(("number", "held"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_a_signal_to_the_keeper_ends_everything(kept, number, held):
+    start = kept.start()
+    if held:
+        with kept.attach("wait") as run:
+            run.says("up", times=2)
+            os.kill(kept.keeper, number)
+            assert ended(run) == 143
+            assert f"is stopped by {number.name}" in run.text
+    else:
+        os.kill(kept.keeper, number)
+    until(lambda: not start.processes(), "the end of the keeper")
+    kept.is_gone()
+
+
+def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
+    """Row 1."""
+    run = kept.begin(FAKE_KEPT="raise")
+    assert run.process.wait(60) == 1
+    assert "teacher failed: ValueError: no such weights" in run.text
+    assert "fake_kept.py" in run.text
+    kept.is_gone()
+
+
+def test_ctrl_c_while_loading_ends_the_keeper(kept):
+    gate = kept.directory / "gate"
+    os.mkfifo(gate)
+    run = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    run.says("loads the model")
+    run.signal(signal.SIGINT)
+    assert run.process.wait(60) == 130
+    kept.is_gone()
+
+
+def test_in_the_foreground_ctrl_c_ends_it(kept):
+    run = kept.begin("--foreground")
+    run.says("ready; train with")
+    run.signal(signal.SIGINT)
+    assert run.process.wait(60) == 130
+    kept.is_gone()
+
+
+def test_a_name_is_taken_once(kept):
+    kept.start()
+    second = kept.begin()
+    assert second.process.wait(60) == 2
+    assert "the name 'big' is held by a live launcher" in second.text
+    kept.stop()
+
+
+def test_names_that_are_no_kept_teacher(kept):
+    with registry.claim("run") as run:
+        run.describe("ab" * 16, "/runs/run")
+        with keeping(kept.directory, "run") as other:
+            code, text = other.command("status")
+        assert code == 2
+        assert "'run' is a run (pid" in text
+        assert "not a kept teacher; there is none" in text
+    kept.start()
+    with keeping(kept.directory, "small") as other:
+        code, text = other.command("stop")
+        assert code == 2
+        assert "no teacher is kept under the name 'small'; there are: big" in text
+    registry.directory().joinpath("big.sock").unlink()
+    code, text = kept.command("status")
+    assert code == 2
+    assert f"End it with `kill {kept.keeper}`" in text
+    os.kill(kept.keeper, signal.SIGTERM)
+    until(lambda: not kept.runs[0].processes(), "the end of the keeper")
+    kept.is_gone()
+
+
+def test_garbage_and_silence_on_the_socket_do_nothing(kept):
+    kept.start()
+    with kept.attach("wait") as run:
+        run.says("up", times=2)
+        for said in (
+            b"\0\xff\n",
+            b"{}\n",
+            b'{"kind":"End"}\n',
+            b'{"kind":"Attach"}\n',
+            b"[" * 10**5 + b"\n",
+            b"x" * 10**6,
+        ):
+            with connected("big") as visitor:
+                send(visitor, said)
+                until(lambda visitor=visitor: closed(visitor), f"the end of the connection that said {said[:20]!r}")
+        silent = [connected("big") for _ in range(80)]
+        flood = connected("big")
+        send(flood, b'{"kind":"Look"}\n' * 20000)  # and never reads
+        assert kept.status["state"] == "held"
+        for visitor in (*silent, flood):
+            visitor.close()
+        run.signal(signal.SIGTERM)
+        assert ended(run) == 143
+    kept.stop()
+
+
+TRAIN = """
+import os, signal, sys, torch, shmbridge, teachers
+bridge = shmbridge.connect()
+bridge.wait_ready()
+ids = torch.arange(4).reshape(1, 4)
+reply = bridge.exchange(ids, step=0)
+assert torch.equal(reply.logits, teachers.Linear().table[ids])
+print("the right logits", flush=True)
+if sys.argv[1:] == ["crash"] and bridge.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+bridge.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept):
+    """With torchrun, torch and the teacher's own loop; the next group has another number of ranks."""
+    (kept.directory / "teachers.py").write_text((HERE.parent / "scripts" / "teachers.py").read_text())
+    (kept.directory / "train.py").write_text(TRAIN)
+    kept.settings = ("teacher.model=teachers:build", "ring.max_tokens=64")
+    kept.start()
+    teacher = kept.teacher
+    for ranks, words, code in ((2, ["crash"], 137), (1, [], 0)):
+        command = ["--attach", "big", "--cpu", str(ranks), "--", "train.py", *words]
+        with launch(kept.directory, *command) as run:
+            assert ended(run) == code, run.text
+            assert run.text.count("the right logits\n") >= ranks
+    assert kept.teacher == teacher
+    kept.stop()
+
+
+def connected(name: str) -> socket.socket:
+    visitor = socket.socket(socket.AF_UNIX)
+    with registry.socket_path(name) as path:
+        visitor.connect(path)
+    visitor.setblocking(False)
+    return visitor
+
+
+def send(visitor: socket.socket, said: bytes) -> None:
+    """As much as it takes, for as long as it takes."""
+    sent = 0
+
+    def taken() -> bool:
+        nonlocal sent
+        try:
+            sent += visitor.send(said[sent:])
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # it was put out
+        return sent == len(said)
+
+    until(taken, "the sending")
+
+
+def closed(visitor: socket.socket) -> bool:
+    try:
+        return visitor.recv(65536) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True

@@ -1,0 +1,297 @@
+"""Who owes something for how long, over a clock that the test turns."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from launcher import facts, stacks_of, verdict
+from launcher.watch import Debt, Watch, told
+from shmbridge import config, peer
+from shmbridge.board import Phase
+from shmbridge.layout import RecordWord
+from shmbridge.offer import Extent
+from shmbridge.owner import Owner
+from shmbridge.session import TeacherSession, TrainerSession
+from tests.harness import Child, until
+
+REPORT_S, STARTUP_S = 20.0, 60.0
+
+
+class Clocked:
+    """A session whose participants are all this process, and a watch on it with a tick each second of a made-up clock."""
+
+    def __init__(self, lanes: int, *overrides: str) -> None:
+        base = [
+            "teacher.model=a:b",
+            "ring.max_tokens=64",
+            f"timeouts.report_s={REPORT_S}",
+            f"timeouts.startup_s={STARTUP_S}",
+        ]
+        self.settings = config.load(overrides=[*base, *overrides])
+        self.owner = Owner(self.settings, lanes)
+        self.token = self.owner.start_generation()
+        self.watch = Watch(self.owner, self.settings)
+        self.now = 1000.0
+        self.watch.due(self.now)
+
+    def teacher(self) -> TeacherSession:
+        session = TeacherSession(self.token)
+        session.open_barrier()
+        session.record.enter(Phase.COLLECTING)
+        return session
+
+    def rank(self, lane: int) -> TrainerSession:
+        session = TrainerSession(self.token, lane)
+        session.record.enter(Phase.TRAINING)
+        return session
+
+    def ticks(self, seconds: int, every: float = 1.0) -> list[tuple[float, list[str]]]:
+        """(seconds from here, who is said to owe something) of each tick that reports."""
+        began, found = self.now, []
+        for _ in range(int(seconds / every)):
+            self.now += every
+            debts = self.watch.due(self.now)
+            if debts:
+                found.append((self.now - began, sorted({debt.who for debt in debts})))
+        return found
+
+
+def ask(rank: TrainerSession) -> int:
+    ring = rank.ring
+    sequence = ring.claim()
+    ring.write_request(sequence, 1, Extent(1, 1, None), memoryview(bytes(8)))
+    ring.publish_request(sequence)
+    rank.record.at(1, sequence)
+    return sequence
+
+
+def answer(rank: TrainerSession, sequence: int) -> None:
+    rank.ring.publish_reply(sequence)
+    rank.ring.release(sequence)
+
+
+@pytest.fixture
+def clocked():
+    made: list[Clocked] = []
+
+    def make(lanes: int = 2, *overrides: str) -> Clocked:
+        made.append(Clocked(lanes, *overrides))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.owner.close()
+
+
+def test_an_unanswered_request_is_due_then_again_at_doubling_times(clocked):
+    on = clocked(1)
+    on.teacher()
+    ask(on.rank(0))
+    assert on.ticks(200) == [(21.0, ["teacher"]), (41.0, ["teacher"]), (81.0, ["teacher"]), (161.0, ["teacher"])]
+
+
+def test_debts_of_one_standstill_are_one_report(clocked):
+    on = clocked(2)
+    on.teacher()
+    first, second = on.rank(0), on.rank(1)
+    ask(first)
+    on.ticks(3)
+    ask(second)
+    assert [when for when, _ in on.ticks(37)] == [18.0]
+
+
+def test_what_is_answered_is_no_longer_owed(clocked):
+    on = clocked(1)
+    on.teacher()
+    rank = on.rank(0)
+    for _ in range(5):
+        sequence = ask(rank)
+        assert on.ticks(15) == []
+        answer(rank, sequence)
+
+
+def test_only_time_in_which_the_launcher_ran_counts(clocked):
+    on = clocked(1)
+    on.teacher()
+    ask(on.rank(0))
+    on.ticks(1)
+    on.now += 3600  # a laptop that was closed
+    assert on.ticks(14) == []
+    assert len(on.ticks(2)) == 1
+
+
+def test_under_lockstep_the_rank_that_all_wait_for_owes(clocked):
+    on = clocked(2, "teacher.collect=lockstep")
+    on.teacher()
+    ask(on.rank(0))
+    on.rank(1)
+    assert on.ticks(21) == [(21.0, ["rank 1", "teacher"])]
+
+
+def test_a_declared_phase_counts_neither_for_the_rank_nor_for_those_that_wait_for_it(clocked):
+    on = clocked(2, "teacher.collect=lockstep")
+    on.teacher()
+    ask(on.rank(0))
+    late = on.rank(1)
+    late.record.declare("eval", time.monotonic_ns() + int(3600e9))
+    assert on.ticks(100) == []
+    late.record.withdraw()
+    assert len(on.ticks(21)) == 1
+
+
+def test_a_declared_phase_that_is_over_counts(clocked):
+    on = clocked(1)
+    on.teacher()
+    on.rank(0).record.declare("eval", time.monotonic_ns() - 1)
+    assert len(on.ticks(21)) == 1
+
+
+def test_a_declared_phase_does_not_excuse_the_teacher(clocked):
+    on = clocked(1)
+    on.teacher()
+    rank = on.rank(0)
+    rank.record.declare("eval", time.monotonic_ns() + int(3600e9))
+    ask(rank)
+    assert on.ticks(21) == [(21.0, ["teacher"])]
+
+
+def test_nobody_waits_and_nobody_moves(clocked):
+    """A deadlock in the training's own collectives."""
+    on = clocked(2)
+    on.teacher()
+    ranks = on.rank(0), on.rank(1)
+    on.ticks(15)
+    ranks[0].record.at(2, 0)  # a move
+    assert on.ticks(19) == []
+    assert on.ticks(2) == [(2.0, ["ranks 0 and 1"])]
+
+
+def test_ranks_that_have_closed_owe_nothing(clocked):
+    on = clocked(2)
+    on.teacher()
+    for rank in on.rank(0), on.rank(1):
+        rank.close()
+    assert on.ticks(200) == []
+
+
+def test_a_teacher_that_loads_owes_nothing_until_startup_s(clocked):
+    on = clocked(2)  # rank 1 has not attached, which can wait as well
+    teacher = TeacherSession(on.token)
+    teacher.record.enter(Phase.LOADING)
+    on.rank(0).record.enter(Phase.BARRIER)
+    assert on.ticks(200) == []
+
+
+def test_a_new_teacher_has_startup_s_for_a_request_that_is_there(clocked):
+    on = clocked(1)
+    teacher = on.teacher()
+    ask(on.rank(0))
+    teacher.record.clear()
+    assert [when for when, _ in on.ticks(100)] == [STARTUP_S + 1]
+
+
+def test_nothing_is_owed_by_a_teacher_that_is_lost(clocked):
+    """on_teacher_lost=continue: what was submitted to it stays unanswered."""
+    on = clocked(1)
+    teacher = on.teacher()
+    rank = on.rank(0)
+    ask(rank)
+    teacher.record.set_lost()
+    for step in range(40):
+        rank.record.at(step, 1)
+        assert on.ticks(1) == []
+
+
+def test_what_a_report_is_for_is_told_in_a_line():
+    debts = [Debt(f"rank {i}", f"rank {i} is stopped", 120.0) for i in range(5)]
+    assert told(debts[:1]) == "rank 0 is stopped for 2 min 00 s"
+    assert told(debts).endswith("rank 2 is stopped for 2 min 00 s; and 2 more")
+
+
+def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_path):
+    """Row 4."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
+    on = clocked(2)
+    on.teacher()
+    on.rank(0)
+    child = Child(lambda: time.sleep(600))
+    monkeypatch.setattr(facts, "processes_of", lambda view: {1: child.pid})
+    try:
+        assert on.ticks(21)[0] == (21.0, ["rank 0", "rank 1"])
+        on.ticks(39)
+        assert on.watch.hard(on.now) is None
+        on.ticks(1)
+        cause = on.watch.hard(on.now)
+        assert (cause.role, cause.rank, cause.pid, cause.status) == ("trainer", 1, child.pid, 1)
+        assert cause.sentence.startswith("rank 1 failed: did not attach within 1 min 00 s (timeouts.startup_s)")
+        assert "has not connected to the bridge" in cause.traceback
+    finally:
+        child.end()
+
+
+def test_a_missing_rank_does_not_fail_a_run_that_goes_on_without_it(clocked):
+    on = clocked(2)
+    on.teacher()
+    rank = on.rank(0)
+    for _ in range(30):
+        answer(rank, ask(rank))
+        assert on.ticks(5) == []
+    assert on.watch.hard(on.now) is None
+
+
+def test_no_rank_has_attached(clocked):
+    on = clocked(2)
+    on.teacher()
+    assert on.ticks(62) == [(61.0, ["ranks 0 and 1"])]
+    assert on.watch.hard(on.now) is None
+
+
+def test_a_stopped_process_is_due(clocked):
+    """Row 9, while the other rank gets on."""
+    on = clocked(2)
+    on.teacher()
+    other = on.rank(1)
+    child = Child(lambda: (on.rank(0), time.sleep(600)))
+    try:
+        until(lambda: on.owner.lanes[0].records[0].phase is Phase.TRAINING, "the rank")
+        child.kill(signal.SIGSTOP)
+        until(lambda: peer.state(child.pid) == "stopped", "the stop")
+        found = []
+        for _ in range(21):
+            answer(other, ask(other))
+            found += on.ticks(1)
+        assert [who for _, who in found] == [["rank 0"]]
+    finally:
+        child.end()
+
+
+def test_a_silent_process_is_due(clocked):
+    """Row 10."""
+    on = clocked(2)
+    teacher = on.teacher()
+    ranks = on.rank(0), on.rank(1)
+    old = time.monotonic_ns() - int((verdict.STALE_S + 1) * 1e9)
+    ranks[1].record._words[RecordWord.HEARTBEAT_NS] = old
+    teacher.record.beat()
+    found = []
+    for _ in range(21):
+        answer(ranks[0], ask(ranks[0]))  # the others move
+        found += on.ticks(1)
+    assert [who for _, who in found] == [["rank 1"]]
+
+
+def test_watching_asks_no_process_for_its_stacks(clocked, monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(stacks_of, "collect", fail)
+    monkeypatch.setattr(facts, "processes_of", fail)
+    on = clocked(2)
+    on.teacher()
+    on.rank(0)
+    assert on.ticks(30)
+    assert os.getpid()
