@@ -18,8 +18,9 @@ OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge", "test_restarts
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.module.__name__.rpartition(".")[2] in OVER_EVERY_PLANE:
+        alone = metafunc.definition.get_closest_marker("one_plane") is not None
         metafunc.fixturenames.append("plane")
-        metafunc.parametrize("plane", list(PLANES), indirect=True)
+        metafunc.parametrize("plane", ["host"] if alone else list(PLANES), indirect=True)
 
 
 @pytest.fixture

@@ -671,6 +671,7 @@ def test_memory_of_both_sides_does_not_grow_with_the_sequence():
         assert after - before < 24 << 10, f"the {side} took {before} kB, then {after} kB"
 
 
+@pytest.mark.one_plane
 @pytest.mark.slow
 def test_the_script_that_shows_it():
     script = [sys.executable, "scripts/stream_long.py", "--tokens", "256", "512", "--words", "1024", "--chunk", "32"]

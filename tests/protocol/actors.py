@@ -112,7 +112,8 @@ class TinyTeacher:
     def open(self) -> None:
         """Offer, map the reply memory, open the barrier."""
         self.session.offer(OFFER)
-        self.map()
+        if not self.session.training_done:  # before it began: there is no reply memory, and nobody to serve
+            self.map()
         self.session.open_barrier()
         self.session.record.enter(Phase.COLLECTING)
 

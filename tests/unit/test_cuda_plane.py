@@ -576,7 +576,7 @@ def test_looking_at_stamps_does_not_wait_for_the_gpu(read, monkeypatch):
 def test_a_stream_that_stands_still_holds_up_nobodys_host(monkeypatch):
     """The rank died with its stream in the middle: the teacher's host writes on, into a stream that waits."""
     gpu = SimGpu()
-    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
+    with met(gpu, monkeypatch, COPY, "ring.depth=2", "timeouts.shutdown_s=0.1") as pair:
         side = [stream for stream in gpu.streams if stream.name == "side"][-1]  # the first one opened the slab
         side.held = True
         for turn in range(10):
