@@ -253,7 +253,9 @@ class Supervisor:
     def _find(self) -> Cause | None:
         jobs = list(self._jobs.values())
         served = self._teachers.no_witnesses if self._teachers else ()
-        return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, self._oom_kills, served)
+        ended = any(running.exit for running in jobs) or self._record.exists()
+        oom_kills = self._oom_kills if ended else None  # the kernel's counter costs more than the rest of a quiet tick
+        return cause.find(jobs, self._owner, self._record, self._ranks.ended_ns, oom_kills, served)
 
     @property
     def _oom_kills(self) -> int | None:

@@ -183,7 +183,7 @@ class Watch:
             for lane in awaited:
                 rank = ranks[lane.rank]
                 if rank.attached:
-                    what = f"{rank.who} sends no request, which all others wait for"
+                    what = f"{rank.who} sends no request, which all others await"
                     request = ("request", lane.rank, seen.generation, lane.requested)
                     yield _Owed(request, rank.who, what, not rank.excused)
 

@@ -46,6 +46,8 @@ class Doorbell:
             self._semaphore = posix_ipc.Semaphore(name, flags, mode=0o600, initial_value=0)
         except posix_ipc.ExistentialError:
             raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.") from None
+        except (posix_ipc.PermissionsError, PermissionError):
+            raise AttachError(f"doorbell {name} belongs to another user; a session is private to its user.") from None
         self.ring = self._semaphore.release
         handle = _libc.sem_open(name.encode(), 0)
         if not handle:

@@ -110,6 +110,10 @@ class Server:
         record.enter(Phase.CLOSED)
         logger.info(self._summary())
 
+    def close(self) -> None:
+        """Nothing is served any more. Without what calls back into this, the generation's memory is unmapped with it."""
+        del self._streams, self._collector
+
     def _settle(self) -> None:
         """Before this process goes, and its GPU memory with it: the ranks have what was published, within timeouts.shutdown_s."""
         self._session.wait(self._settled, time.monotonic() + self._session.settings.timeouts.shutdown_s)

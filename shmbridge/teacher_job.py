@@ -102,6 +102,7 @@ def _serve_generation(
     stop.reaches(server)
     server.serve()
     stop.reaches(None)
+    server.close()
 
 
 class _Stop:

@@ -1,0 +1,1 @@
+"""The rows of the promise table, each as a real run that is broken on purpose: see faults.py."""

@@ -1,0 +1,358 @@
+#!/usr/bin/env python3
+"""Does anything grow? Many requests of ranks that come and go, under one teacher; then the CPU time of a session that is idle.
+
+    python scripts/soak.py                        # 100,000 requests, then 20 s of an idle run; about a minute
+    python scripts/soak.py --requests 1000000     # some six minutes
+    python scripts/soak.py --idle-s 0             # without the idle run
+
+The owner, the teacher and the ranks are real processes over tiny tensors. Ranks live for one generation: most close their
+bridge, some leave replies unread, drop requests, break out of a prefetch, or are killed -9. After each generation memory,
+files and threads of teacher and owner and the session's objects in /dev/shm are counted; the teacher runs without Python's
+garbage collector, so that reference cycles show. The idle run is shmbridge-launch with a teacher that has nothing to do, a
+rank that waits for its reply and one that sleeps.
+
+Exit code 0: nothing grew, every reply was right, and each process of the idle run stayed below its target. Needs
+`pip install -e .[bench]` for the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.tables import Facts, header, progress
+from benchmarks.tables import table as plain_table
+from faultlines import idling, table
+from faultlines.runs import until
+
+from shmbridge import config, layout, owner, teacher_job
+from shmbridge.bridge import Bridge
+from shmbridge.offer import Offer
+from shmbridge.owner import Owner
+from shmbridge.segment import Segment
+from shmbridge.session import Control, Lane, Names, TeacherSession, Token, TrainerSession
+
+RANKS = 2
+WORDS = 1000
+# What may differ from sample to sample without growing: a process's memory, and its files where a rank was killed.
+ROOM = dict.fromkeys(("teacher_bytes", "owner_bytes"), 2 << 20) | dict.fromkeys(("teacher_files", "owner_files"), 2)
+SETTINGS = [
+    "teacher.model=soak:teacher",
+    "ring.max_tokens=256",
+    "ring.depth=3",
+    "parity=false",
+    "train.restarts=1000000",
+]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """After a generation."""
+
+    requests: int
+    seconds: float
+    teacher_bytes: int  # anonymous memory, which no other process shares
+    teacher_files: int
+    teacher_threads: int
+    owner_bytes: int
+    owner_files: int
+    owner_threads: int
+    objects: int
+    shm_bytes: int
+
+
+class Forward:
+    """Twice the IDs."""
+
+    vocab_size = WORDS
+
+    def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
+        return {"answer": batch.input_ids * 2}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Soak, then idle; 0 where nothing grew and the idle session is below its target."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    facts = Facts.now()
+    torch.set_num_threads(1)
+    samples: list[Sample] = []
+    for sample in soak(options.requests, options.each):
+        samples.append(sample)
+        progress(f"{sample.requests:,} of {options.requests:,} requests")
+    progress("")
+    grown = verdict(samples)
+    idle = idling.measure(options.idle_s) if options.idle_s else []
+    facts.load_at_end = Facts.now().load_at_start
+    to = table.console()
+    to.print(header("soak", facts))
+    to.print(_table(samples))
+    to.print("\n".join(grown) or _praise(samples), highlight=False)
+    if idle:
+        to.print(idling.table(idle))
+        to.print(idling.told(idle), highlight=False)
+    if options.json:
+        tree = {**asdict(facts), "samples": [asdict(one) for one in samples], "grown": grown}
+        options.json.write_text(json.dumps({**tree, "idle": [asdict(one) for one in idle]}, indent=1) + "\n")
+    return 1 if grown or not idling.reached(idle) else 0
+
+
+def soak(requests: int, each: int) -> Iterator[Sample]:
+    """Generations of RANKS ranks with `each` requests a rank, until there were so many; a sample after each."""
+    settings = config.load(overrides=SETTINGS)
+    began, done = time.monotonic(), 0
+    with Owner(settings, RANKS) as session:
+        token = session.start_generation()
+        teacher = _fork(lambda: _teach(token))
+        try:
+            number = 0
+            while done < requests:
+                _agree(session, teacher)
+                done += _generation(token, number, each)
+                yield _sample(session, teacher, done, time.monotonic() - began)
+                number += 1
+                session.end_training()
+                record = session.control.teachers[0]
+                until(lambda record=record: str(record.phase) == "idle" or _ended(teacher), "the teacher's drain")
+                token = session.start_generation()
+            session.end_session()
+        finally:
+            os.kill(teacher, signal.SIGTERM)
+            _join(teacher)
+
+
+def _generation(token: Token, number: int, each: int) -> int:
+    """One life of all ranks; how many requests they made. Raises RuntimeError for a wrong reply."""
+    lethal = number % 4 == 3  # the last rank is killed in the middle of it
+    pids = [_fork(lambda lane=lane: _train(token, lane, number, each)) for lane in range(RANKS)]
+    if lethal:
+        ring = _ring_of(token, RANKS - 1)
+        until(lambda: ring.requested > each // 2 or _ended(pids[-1]), "half of the requests")
+        os.kill(pids[-1], signal.SIGKILL)
+    for lane, pid in enumerate(pids):
+        code = _join(pid)
+        if code and not (lethal and lane == RANKS - 1):
+            raise RuntimeError(f"rank {lane} of generation {number + 1} ended with {code}")
+    return sum(_ring_of(token, lane).requested for lane in range(RANKS))
+
+
+def _ring_of(token: Token, lane: int) -> Any:
+    control = Control(Segment.attach(Names(token.session_id).control, layout.CONTROL, token.session_id))
+    return Lane.attach(token, control.shape, lane).ring
+
+
+def _train(token: Token, lane: int, number: int, each: int) -> None:
+    """`each` requests of unlike shapes, in one of five ways of handling them at a time."""
+    with Bridge(TrainerSession(token, lane)) as bridge:
+        bridge.wait_ready()
+        made = 0
+        while made < each:
+            made += _WAYS[(made // 50 + number + lane) % len(_WAYS)](bridge, made, min(50, each - made))
+        if number % 3 == 1:
+            bridge.submit(_ids(made), step=made)  # nobody reads it
+
+
+def _in_place(bridge: Bridge, made: int, count: int) -> int:
+    for step in range(made, made + count):
+        with bridge.submit(_ids(step), step=step).wait() as reply:
+            _check(reply, step)
+    return count
+
+
+def _copied(bridge: Bridge, made: int, count: int) -> int:
+    for step in range(made, made + count):
+        _check(bridge.exchange(_ids(step), step=step), step)
+    return count
+
+
+def _several(bridge: Bridge, made: int, count: int) -> int:
+    for step in range(made, made + count, 2):
+        first, second = bridge.submit(_ids(step), step=step), bridge.submit(_ids(step + 1), step=step + 1)
+        _check(second.copy(), step + 1)
+        _check(first.copy(), step)
+    return 2 * ((count + 1) // 2)
+
+
+def _dropped(bridge: Bridge, made: int, count: int) -> int:
+    for step in range(made, made + count):
+        bridge.submit(_ids(step), step=step)
+    return count
+
+
+def _broken_off(bridge: Bridge, made: int, count: int) -> int:
+    ahead = bridge.prefetch(_ids(step) for step in range(made, made + 10**9))
+    for step, (_, pending) in enumerate(ahead, made):
+        _check(pending.copy(), step)
+        if step == made + count - 1:
+            break
+    ahead.close()
+    return count
+
+
+_WAYS: tuple[Callable[[Bridge, int, int], int], ...] = (_in_place, _copied, _several, _dropped, _broken_off)
+
+
+def _ids(step: int) -> torch.Tensor:
+    rows, seq = 1 + step % 3, 4 + step % 17
+    return torch.full((rows, seq), step % WORDS)
+
+
+def _check(reply: Any, step: int) -> None:
+    if not torch.equal(reply["answer"], 2 * _ids(step)):
+        raise RuntimeError(f"step {step}: a wrong reply")
+
+
+def _teach(token: Token) -> None:
+    gc.disable()  # what only the collector would free is seen as growth
+    torch.set_num_threads(1)
+    teacher_job.serve(TeacherSession.newest(token), Forward(), torch.device("cpu"))
+
+
+def _agree(session: Owner, teacher: int) -> None:
+    """Create the reply memory, as the launcher does."""
+    record = session.control.teachers[0]
+    until(lambda: record.offer or _ended(teacher), "the teacher's offer")
+    session.create_replies(Offer.decode(record.offer or b""))
+    until(lambda: record.ready == session.generation or _ended(teacher), "the teacher")
+
+
+# Processes
+
+
+def _fork(body: Callable[[], object]) -> int:
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        body()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+_codes: dict[int, int] = {}
+
+
+def _ended(pid: int) -> bool:
+    if pid not in _codes:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
+            return False
+        _codes[pid] = os.waitstatus_to_exitcode(status)
+    return True
+
+
+def _join(pid: int) -> int:
+    try:
+        until(lambda: _ended(pid), f"the end of process {pid}", 120.0)
+    except Exception:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    return _codes[pid]
+
+
+# What is counted
+
+
+def _sample(session: Owner, teacher: int, requests: int, seconds: float) -> Sample:
+    gc.collect()
+    names = owner.objects(session.session_id).get(session.session_id, [])
+    return Sample(
+        requests=requests,
+        seconds=round(seconds, 1),
+        teacher_bytes=_anonymous(teacher),
+        teacher_files=len(os.listdir(f"/proc/{teacher}/fd")),
+        teacher_threads=len(os.listdir(f"/proc/{teacher}/task")),
+        owner_bytes=_anonymous(os.getpid()),
+        owner_files=len(os.listdir("/proc/self/fd")),
+        owner_threads=len(os.listdir("/proc/self/task")),
+        objects=len(names),
+        shm_bytes=sum((owner.SHM_DIRECTORY / name).stat().st_size for name in names),
+    )
+
+
+def _anonymous(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError
+
+
+def verdict(samples: Sequence[Sample]) -> list[str]:
+    """What has grown, from the second quarter to the last; empty where nothing has."""
+    quarter = max(1, len(samples) // 4)
+    before, after = samples[quarter : 2 * quarter] or samples[:1], samples[-quarter:]
+    found = []
+    counted = [name for name in Sample.__dataclass_fields__ if name not in ("requests", "seconds")]
+    for name in counted:
+        first, last = (statistics.median(getattr(one, name) for one in those) for those in (before, after))
+        if last > first + ROOM.get(name, 0):
+            found.append(f"GROWS: {name} from {first:,.0f} to {last:,.0f}")
+    return found
+
+
+def _praise(samples: Sequence[Sample]) -> str:
+    last = samples[-1]
+    return (
+        f"nothing grew over {last.requests:,} requests and {len(samples)} generations; every reply was right "
+        f"({last.requests / last.seconds:,.0f} requests a second)"
+    )
+
+
+def _table(samples: Sequence[Sample]) -> Any:
+    names = ("requests", "seconds", "teacher", "files", "threads", "owner", "files", "threads", "objects", "/dev/shm")
+    made = plain_table(numbers=names)
+    every = max(1, len(samples) // 10)
+    for one in [*samples[:-1:every], samples[-1]]:
+        made.add_row(
+            f"{one.requests:,}",
+            f"{one.seconds:.0f}",
+            _mib(one.teacher_bytes),
+            str(one.teacher_files),
+            str(one.teacher_threads),
+            _mib(one.owner_bytes),
+            str(one.owner_files),
+            str(one.owner_threads),
+            str(one.objects),
+            f"{one.shm_bytes >> 10:,} KiB",
+        )
+    return made
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--requests", type=int, default=100_000, help="of all ranks together (default: 100000)")
+    parser.add_argument("--each", type=int, default=1000, help="of one rank in one generation (default: 1000)")
+    parser.add_argument("--idle-s", type=float, default=20.0, help="seconds of an idle run; 0: none (default: 20)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
