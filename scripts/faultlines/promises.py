@@ -1,4 +1,4 @@
-"""The table of promises, in the order of docs/design.md's faults."""
+"""The table of promises, in the order of docs/reliability.md."""
 
 from __future__ import annotations
 
