@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in chosen:
             print(f"{row.number:2}  {row.fault}: {row.promise} ({row.within})")
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts, began = Facts.now(), time.monotonic()
     results = play_all(chosen, options.jobs, options.slack)
     facts.load_at_end = Facts.now().load_at_start
@@ -90,6 +89,7 @@ def _row(text: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -85,7 +85,6 @@ class Forward:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Soak, then idle; 0 where nothing grew and the idle session is below its target."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = Facts.now()
     torch.set_num_threads(1)
     samples: list[Sample] = []
@@ -351,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

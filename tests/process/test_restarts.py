@@ -147,12 +147,14 @@ def test_a_second_death_before_the_first_reply_is_outlived_too(tmp_path):
         with run.bridge() as bridge:
             bridge.wait_ready()
             run.lose(first)
-            pending = bridge.submit(ids(0))
+            pending = bridge.submit(ids(DEADLY))
             second = run.serve(Doubling(gate=tmp_path / "never", who=1))
             until(lambda: run.owner.control.teachers[0].identity)
             run.lose(second)
             run.serve(Doubling(who=2))
-            assert check(pending.copy(), 0) == 2
+            reply = pending.copy()
+            assert torch.equal(reply["answer"], 2 * ids(DEADLY))
+            assert (reply["who"] == 2).all()
 
 
 def test_a_stream_that_is_cut_goes_on_at_its_position():
