@@ -31,6 +31,7 @@ from shmbridge.errors import (
     ShmbridgeError,
     TeacherDied,
     TeacherError,
+    TornReply,
     TrainerDied,
 )
 
@@ -70,6 +71,7 @@ __all__ = [
     "Stats",
     "TeacherDied",
     "TeacherError",
+    "TornReply",
     "TrainerDied",
     "connect",
 ]
@@ -91,3 +93,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'shmbridge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import shmbridge
+from shmbridge import errors
 
 FLOORS = [
     {"errors", "layout", "peer", "stacks"},
@@ -70,6 +73,7 @@ def test_transformers_is_imported_in_one_module():
 
 def test_the_public_names_are_these():
     assert sorted(shmbridge.__all__) == shmbridge.__all__
+    assert set(shmbridge.__all__) <= set(dir(shmbridge))
     for name in shmbridge.__all__ * 2:  # again: a module of the same name would now have taken its place
         assert getattr(shmbridge, name).__name__ == name
     assert [name for name in shmbridge.__all__ if not name.endswith(("Error", "Died", "Lost", "Full", "Closed"))] == [
@@ -85,5 +89,16 @@ def test_the_public_names_are_these():
         "RequestRefused",
         "SessionInUse",
         "Stats",
+        "TornReply",
         "connect",
     ]
+
+
+def test_every_exception_is_exported():
+    names = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert names <= set(shmbridge.__all__)
+
+
+def test_dir_shows_the_lazy_names_without_importing_torch():
+    look = "import sys, shmbridge; assert {'connect', 'Bridge', 'TornReply'} <= set(dir(shmbridge)); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", look]).returncode == 0
