@@ -1,4 +1,4 @@
-"""`python -m launcher` is shmbridge-launch."""
+"""`python -m launcher`, in a checkout, is shmbridge-launch."""
 
 import sys
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.codes import INTERRUPTED, REFUSED
+from shmbridge import __version__
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "shmbridge-launch report, status, ls and clean; a teacher kept across runs: shmbridge-launch teacher (each with --help).",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"shmbridge {__version__}")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4 (read as YAML)")
     add_teacher_flags(parser)
     parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5, one rank each; 0,0: two on one GPU")

@@ -34,7 +34,7 @@ def main() -> int:
         command = [
             sys.executable,
             "-m",
-            "launcher",
+            "shmbridge.launch",
             "--teacher",
             directory,
             *devices,

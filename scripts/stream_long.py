@@ -96,7 +96,16 @@ def launch(args: argparse.Namespace, tokens: int, check: bool) -> dict[str, Any]
         ]
         sizes = [f"--tokens={tokens}", f"--words={args.words}", f"--width={args.width}", *["--check"] * check]
         done = subprocess.run(
-            [sys.executable, "-m", "launcher", "--cpu", "1", "--teacher", "scripts.stream_long:build", *settings]
+            [
+                sys.executable,
+                "-m",
+                "shmbridge.launch",
+                "--cpu",
+                "1",
+                "--teacher",
+                "scripts.stream_long:build",
+                *settings,
+            ]
             + ["--", "scripts/stream_long.py", *sizes, f"--rank-to={student}"],
             cwd=ROOT,
             stdout=subprocess.PIPE,

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from shmbridge.reply import Reply
     from shmbridge.stats import Stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttachError",

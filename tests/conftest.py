@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,10 @@ import torch
 from shmbridge import owner
 
 torch.set_num_threads(1)
+# For children that import the launcher's modules: an installation gives the name `launcher` to nobody.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+)
 # Children inherit what is ignored: under nohup the launcher would rightly ignore SIGHUP, and its test would not.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

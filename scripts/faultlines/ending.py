@@ -35,9 +35,9 @@ def ignores_sigterm(stage: Stage) -> None:
 def training_crashes_beside_a_kept_teacher(stage: Stage) -> None:
     runtime = {"XDG_RUNTIME_DIR": str(stage.directory)}
     settings = ["--teacher", "teachers:plain", "--cpu", "2", "ring.max_tokens=64", "timeouts.shutdown_s=5"]
-    kept = stage.start(python("launcher", "teacher", "start", "kept", *settings), **runtime)
+    kept = stage.start(python("shmbridge.launch", "teacher", "start", "kept", *settings), **runtime)
     stage.expect(kept.code == 0, f"`teacher start` ended with {kept.code}: {kept.last_words}")
-    attach = python("launcher", "--attach", "kept", "--cpu", "2", "--", "train.py", "crashes_once")
+    attach = python("shmbridge.launch", "--attach", "kept", "--cpu", "2", "--", "train.py", "crashes_once")
     first = stage.attached = stage.start(attach, **runtime)
     fault, _ = first.note("fault")
     stage.named(first, fault, 2.0)
@@ -47,7 +47,7 @@ def training_crashes_beside_a_kept_teacher(stage: Stage) -> None:
     stage.expect((stage.directory / "note-ready-2").exists(), "the next training was not served")
     loads = len(list(stage.directory.glob("note-loaded-*")))
     stage.expect(loads == 1, f"the teacher was loaded {loads} times")
-    stop = stage.start(python("launcher", "teacher", "stop", "kept"), **runtime)
+    stop = stage.start(python("shmbridge.launch", "teacher", "stop", "kept"), **runtime)
     stage.expect(stop.code == 0, f"`teacher stop` ended with {stop.code}: {stop.last_words}")
     stage.attached = None
     for run in (first, second, kept):

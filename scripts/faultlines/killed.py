@@ -92,7 +92,7 @@ def launcher_killed(stage: Stage) -> None:
     until(lambda: not run.processes(), "the end of both jobs")
     stage.took("the end of both jobs", time.monotonic() - fault, 2.0)
     left = run.objects
-    following = stage.start([sys.executable, "-m", "launcher", "--no-teacher", "--cpu", "1", "--", "notes.py"])
+    following = stage.start([sys.executable, "-m", "shmbridge.launch", "--no-teacher", "--cpu", "1", "--", "notes.py"])
     stage.expect(following.code == 0, f"the next start ended with {following.code}: {following.last_words}")
     stage.leaves_nothing(run)
     stage.expect("removed" in following.text or not left, "the next start tells nothing of what it removed")

@@ -85,7 +85,7 @@ class Stage:
             f"timeouts.shutdown_s={GRACE_S:g}",
         ]
         more = [*own, *arguments, "--", "train.py", part, *words]
-        return self.start([*(program or python("launcher")), *more], **variables)
+        return self.start([*(program or python("shmbridge.launch")), *more], **variables)
 
     def start(self, command: Sequence[str], **variables: str) -> Run:
         run = Run(command, self.directory, variables)

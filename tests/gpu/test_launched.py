@@ -19,7 +19,7 @@ def launch(directory: Path, model: Path, *arguments: str, **variables: str) -> t
     script = ["--", str(ROOT / "tests" / "gpu" / "train.py"), str(model), str(directory)]
     settings = ["payload.logits.dtype=float32", "ring.max_tokens=1024", f"run_dir={directory}/runs"]
     done = subprocess.run(
-        [sys.executable, "-m", "launcher", "--teacher", str(model), *arguments, *settings, *script],
+        [sys.executable, "-m", "shmbridge.launch", "--teacher", str(model), *arguments, *settings, *script],
         cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ def test_a_teacher_on_the_gpu_and_training_on_the_cpu_and_the_other_way_round(tm
     settings = ["run_dir=" + str(tmp_path / "runs"), "teacher.collect=lockstep", "ring.max_tokens=1024"]
     script = ["--", str(ROOT / "tests" / "gpu" / "ask.py")]
     for devices in (["--teacher-gpu", "0", "--cpu", "1"], ["--train-gpus", "0"]):
-        command = [sys.executable, "-m", "launcher", "--teacher", str(model), *devices, *settings, *script]
+        command = [sys.executable, "-m", "shmbridge.launch", "--teacher", str(model), *devices, *settings, *script]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 

@@ -115,4 +115,4 @@ def supervised(
 
 def launch(directory: Path, *arguments: str, **variables: str) -> Any:
     """The command itself."""
-    return launched([sys.executable, "-m", "launcher", *arguments], directory, **variables)
+    return launched([sys.executable, "-m", "shmbridge.launch", *arguments], directory, **variables)

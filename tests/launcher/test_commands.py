@@ -61,7 +61,7 @@ def test_status_watch_shows_it_again_until_the_session_ends(tmp_path, monkeypatc
         file = tmp_path / "out"
         with file.open("wb") as out:
             shown = subprocess.Popen(
-                [sys.executable, "-m", "launcher", "status", made.session_id, "--watch"], stdout=out
+                [sys.executable, "-m", "shmbridge.launch", "status", made.session_id, "--watch"], stdout=out
             )
         until(lambda: file.read_text().count("launcher pid") >= 2, "a second page")
     assert shown.wait(60) == 0
@@ -73,7 +73,7 @@ def test_status_watch_draws_over_itself_on_a_terminal_and_ends_with_ctrl_c():
     with Owner(SETTINGS, 1) as made:
         made.start_generation()
         terminal, other = pty.openpty()
-        command = [sys.executable, "-m", "launcher", "status", made.session_id, "--watch"]
+        command = [sys.executable, "-m", "shmbridge.launch", "status", made.session_id, "--watch"]
         shown = subprocess.Popen(command, stdout=other)
         os.close(other)
         text = b""

@@ -36,7 +36,7 @@ class Kept:
 
     def begin(self, *more: str, **variables: str) -> Launched:
         """`teacher start`, which may still be loading."""
-        command = [sys.executable, "-m", "launcher", "teacher", "start", self.name, *self.settings, *more]
+        command = [sys.executable, "-m", "shmbridge.launch", "teacher", "start", self.name, *self.settings, *more]
         self.runs.append(Launched(command, self.directory, variables))
         return self.runs[-1]
 

@@ -22,7 +22,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @contextmanager
 def launch(run_dir: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     """shmbridge-launch with two CPU ranks, in the directory of the test scripts; killed if the test gives up."""
-    command = [sys.executable, "-m", "launcher", "--cpu", "2", "--run-dir", str(run_dir), *arguments]
+    command = [sys.executable, "-m", "shmbridge.launch", "--cpu", "2", "--run-dir", str(run_dir), *arguments]
     job = subprocess.Popen(
         command, cwd=SCRIPTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

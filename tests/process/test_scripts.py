@@ -44,7 +44,7 @@ def test_the_training_script_distils_a_gguf_teacher(tmp_path):
     teacher = tmp_path / "tiny.gguf"
     gguf_file.write(teacher)
     out = tmp_path / "out"
-    launch = ["-m", "launcher", "--cpu", "2", "--run-dir", str(tmp_path / "runs"), "--teacher", str(teacher)]
+    launch = ["-m", "shmbridge.launch", "--cpu", "2", "--run-dir", str(tmp_path / "runs"), "--teacher", str(teacher)]
     script = "scripts/train_student.py --steps 30 --batch 2 --seq 32 --layers 1 --lr 1e-2 --eval-batches 2 --out"
     run(*launch, "ring.max_tokens=128", "--", *script.split(), str(out), XDG_CACHE_HOME=str(tmp_path / "cache"))
     summary = json.loads((out / "summary.json").read_text())

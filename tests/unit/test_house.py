@@ -13,7 +13,7 @@ import shmbridge
 from shmbridge import errors
 
 FLOORS = [
-    {"errors", "layout", "peer", "stacks"},
+    {"errors", "launch", "layout", "peer", "stacks"},
     {"config", "batching", "trace"},
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
