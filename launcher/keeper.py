@@ -56,6 +56,7 @@ from launcher.teardown import Teardown
 from launcher.text import seconds
 from shmbridge import config
 from shmbridge.board import Failure, Phase
+from shmbridge.config import Config
 from shmbridge.errors import ConfigError, PlanError, ShmbridgeError
 from shmbridge.owner import Owner
 from shmbridge.session import Control, Lane, Token
@@ -331,26 +332,36 @@ class Keeper:
         """A generation for the holder, with its reply memory."""
         if not self._idle:
             return Refused("held", f"the kept teacher {self._name} is {self._state}.")
-        self._answered += self._answered_now
+        before, answered = self._owner.settings, self._answered_now
         try:
             agreement.check_settings(self._name, self._plan.config, message.settings, ("", ""))
             if message.ranks < len(self._specs):
                 raise ConfigError(f"{message.ranks} ranks cannot keep {len(self._specs)} replicas of the teacher busy.")
             self._owner.describe(message.settings)
             self._owner.start_generation(message.ranks)
+            self._answered += answered
             self._ranks.close()
             self._ranks = Ranks(self._owner, message.ranks)
             self._teachers.serve(self._ranks)
             created = self._teachers.agree()
-        except (PlanError, ConfigError) as error:
-            self._owner.end_training()
-            return Refused("memory" if isinstance(error, PlanError) else "settings", str(error))
+        except PlanError as error:
+            self._undo_begin(before)
+            remedy = f"These are settings of the kept teacher {self._name}: fewer ranks need less, or start it again with others."
+            return Refused("memory", f"{error} {remedy}")
+        except ConfigError as error:
+            self._undo_begin(before)
+            return Refused("settings", str(error))
         self._has_replies, self._ended_well = True, False
         generation = self._owner.generation
         run = message.settings.run_dir
         self._holder = msgspec.structs.replace(holder, run=run, generation=generation, ranks=message.ranks)
         self._console.say(f"generation {generation}: {message.ranks} ranks of pid {holder.pid}, run {run}; {created}")
         return Begun(generation)
+
+    def _undo_begin(self, settings: Config) -> None:
+        """End a generation that could not begin, or could not get its replies; the next one may."""
+        self._owner.describe(settings)
+        self._owner.end_training()
 
     # Telling
 

@@ -20,8 +20,10 @@ from typing import TypeVar
 import posix_ipc
 
 from shmbridge.errors import AttachError, PeerLost
+from shmbridge.segment import raise_if_no_room
 
 SLICE_S = 0.2
+_NBYTES = 32  # of a semaphore in /dev/shm
 
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class Doorbell:
     """A named semaphore. `ring` is sem_post. One thread of a process waits on it."""
 
     def __init__(self, name: str, *, create: bool = False) -> None:
+        """Open the semaphore, or make it. Raises AttachError where it is not there, PlanError where there is no room for it."""
         self.name = name
         try:
             flags = posix_ipc.O_CREX if create else 0
@@ -48,6 +51,9 @@ class Doorbell:
             raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.") from None
         except (posix_ipc.PermissionsError, PermissionError):
             raise AttachError(f"doorbell {name} belongs to another user; a session is private to its user.") from None
+        except OSError as error:
+            raise_if_no_room(error, f"doorbell {name}", _NBYTES)
+            raise
         self.ring = self._semaphore.release
         handle = _libc.sem_open(name.encode(), 0)
         if not handle:

@@ -151,35 +151,55 @@ class Owner:
             os.close(lock)
 
     def start_generation(self, lanes: int | None = None) -> Token:
-        """Create the lanes and doorbells of the next generation, and remove those of the last; `lanes` where their number is
-        another now. Raises PlanError."""
-        self._remove_generation()
-        self._forget_failure_of_generation()
-        self.control.words[ControlWord.STOPPING] = 0
-        self.generation += 1
-        if lanes is not None:
-            self.shape = self.shape._replace(lanes=lanes)
-            self.control.words[ControlWord.LANES] = lanes
-        self._rank_bells = [
-            Doorbell(self.names.reader_bell(self.generation, lane, reader), create=True)
-            for lane in range(self.shape.lanes)
-            for reader in range(self.shape.readers)
-        ]
-        self.lanes = [self._create_lane(lane) for lane in range(self.shape.lanes)]
-        self.control.words[ControlWord.CURRENT_GENERATION] = self.generation
-        self.ring_all()
-        return Token(self.session_id, self.generation)
+        """Create the lanes and doorbells of the next generation, announce it, and remove those of the last; `lanes` where their
+        number is another now.
 
-    def _create_lane(self, index: int) -> Lane:
+        Raises:
+            PlanError: /dev/shm has no room. The session is at the last generation then, as if nothing had been asked.
+        """
+        shape = self.shape if lanes is None else self.shape._replace(lanes=lanes)
+        generation = self.generation + 1
+        with self._whole_or_undone():
+            bells = [
+                Doorbell(self.names.reader_bell(generation, lane, reader), create=True)
+                for lane in range(shape.lanes)
+                for reader in range(shape.readers)
+            ]
+            created = [self._create_lane(generation, lane) for lane in range(shape.lanes)]
+        last, last_bells = self.generation, self._rank_bells
+        self.shape, self.generation, self.lanes, self._rank_bells = shape, generation, created, bells
+        self._forget_failure_of_generation()
+        words = self.control.words
+        words[ControlWord.STOPPING] = 0
+        words[ControlWord.LANES] = shape.lanes
+        words[ControlWord.CURRENT_GENERATION] = generation
+        self.ring_all()
+        self._remove_generation(last, last_bells)
+        return Token(self.session_id, generation)
+
+    @contextmanager
+    def _whole_or_undone(self) -> Iterator[None]:
+        """Remove the objects that the block has created where it raises."""
+        before = self._objects()
+        try:
+            yield
+        except BaseException:
+            _unlink(self._objects() - before)
+            raise
+
+    def _objects(self) -> set[str]:
+        return set(objects(self.session_id).get(self.session_id, []))
+
+    def _create_lane(self, generation: int, index: int) -> Lane:
         shape = self.shape.lane_layout
-        name = self.names.lane(self.generation, index)
-        segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, self.generation, index)
+        name = self.names.lane(generation, index)
+        segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, generation, index)
         words = segment.words
         words[LaneWord.TEACHER] = words[LaneWord.WANTED] = self._server(index)
         for word, value in zip(layout.LANE_CONSTANTS, shape.constants, strict=True):
             words[word] = value
         segment.publish()
-        return Lane(segment, shape, index, self.generation)
+        return Lane(segment, shape, index, generation)
 
     def _server(self, lane: int) -> int:
         """The teacher that serves a new lane: its own, or in place of a lost one another."""
@@ -209,28 +229,29 @@ class Owner:
         """Create the memory of replies and head that `agreed` needs and tell the teachers. Returns its size in bytes.
 
         Raises:
-            PlanError: /dev/shm has no room.
+            PlanError: /dev/shm has no room; nothing of it is left then.
         """
         on_gpu = self.settings.plane == "cuda_ipc"
         nbytes = self.shape.exchange_bytes if on_gpu else self.shape.reply_bytes(agreed.outputs)
         head = agreed.head.nbytes if agreed.head else 0
-        if head and not self._has_head:
-            Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()
-            self._has_head = True
-        for lane in range(self.shape.lanes):
-            name = self.names.reply(self.generation, lane)
-            segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
-            segment.publish()
+        with self._whole_or_undone():
+            if head and not self._has_head:
+                Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()
+            for lane in range(self.shape.lanes):
+                name = self.names.reply(self.generation, lane)
+                segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
+                segment.publish()
+        self._has_head = self._has_head or head > 0
         self.control.owner.write_offer(agreed.encode())
         self.control.words[ControlWord.REPLIES_READY] = self.generation
         self.ring_all()
         return nbytes * self.shape.lanes + head
 
-    def _remove_generation(self) -> None:
-        """Names of the last generation; whoever still has its objects open keeps them."""
-        for bell in self._rank_bells:
+    def _remove_generation(self, generation: int, bells: list[Doorbell]) -> None:
+        """Remove its names; whoever still has its objects open keeps them."""
+        for bell in bells:
             bell.close()
-        _unlink(name for name in objects(self.session_id).get(self.session_id, []) if f"-g{self.generation}-" in name)
+        _unlink(name for name in self._objects() if f"-g{generation}-" in name)
 
     def end_training(self) -> None:
         """Announce that this generation's training group has ended; the teacher drains, and stops or waits for the next."""
@@ -278,8 +299,7 @@ class Owner:
 
     def free_replies(self) -> None:
         """Give back the reply memory of a generation that has ended, once no teacher has it open."""
-        left = objects(self.session_id).get(self.session_id, [])
-        _unlink(name for name in left if f"-g{self.generation}-reply" in name)
+        _unlink(name for name in self._objects() if f"-g{self.generation}-reply" in name)
 
     def ring_all(self) -> None:
         for bell in self._teacher_bells + self._rank_bells:

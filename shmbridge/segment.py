@@ -44,19 +44,12 @@ class Segment:
         """
         require_x86()
         nbytes = layout.align(nbytes, layout.PAGE)
-        shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
         try:
-            os.fchmod(shm.fd, 0o600)
-            os.posix_fallocate(shm.fd, 0, nbytes)
-            segment = cls(name, mmap.mmap(shm.fd, nbytes))
+            segment = cls(name, _reserve(name, nbytes))
+            segment.populate()
         except OSError as error:
-            posix_ipc.unlink_shared_memory(name)
-            if error.errno in (errno.ENOSPC, errno.ENOMEM):
-                raise PlanError(_no_room(name, nbytes)) from None
+            raise_if_no_room(error, f"segment {name}", nbytes)
             raise
-        finally:
-            shm.close_fd()
-        segment.populate()
         words = segment.words
         words[Header.VERSION], words[Header.KIND], words[Header.NBYTES] = layout.VERSION, kind, nbytes
         words[Header.SESSION_HIGH], words[Header.SESSION_LOW] = _session_words(session_id)
@@ -147,11 +140,28 @@ def _check_ownership(name: str, status: os.stat_result) -> None:
         raise AttachError(f"segment {name} has mode {mode:04o}, expected 0600: others can write to it. Refused.")
 
 
-def _no_room(name: str, nbytes: int) -> str:
+def raise_if_no_room(error: OSError, what: str, nbytes: int) -> None:
+    """Raise PlanError where `error` says that /dev/shm has no room for `what`, which needs `nbytes`."""
+    if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+        return
     shm = os.statvfs("/dev/shm")
     free = shm.f_bavail * shm.f_frsize
-    return (
-        f"/dev/shm has {free / 2**20:,.0f} MiB free, segment {name} needs {nbytes / 2**20:,.0f} MiB. "
+    raise PlanError(
+        f"/dev/shm has {free / 2**20:,.0f} MiB free, {what} needs {max(nbytes, 2**20) / 2**20:,.0f} MiB. "
         "Lower ring.max_tokens or ring.depth, or give the container more (docker run --shm-size; "
         "Docker and Kubernetes give 64 MB unless told otherwise)."
-    )
+    ) from None
+
+
+def _reserve(name: str, nbytes: int) -> mmap.mmap:
+    """Map a new object with all of its memory reserved. Nothing is left of it where that fails."""
+    shm = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=0o600)
+    try:
+        os.fchmod(shm.fd, 0o600)
+        os.posix_fallocate(shm.fd, 0, nbytes)
+        return mmap.mmap(shm.fd, nbytes)
+    except OSError:
+        posix_ipc.unlink_shared_memory(name)
+        raise
+    finally:
+        shm.close_fd()

@@ -36,7 +36,8 @@ class Kept:
 
     def begin(self, *more: str, **variables: str) -> Launched:
         """`teacher start`, which may still be loading."""
-        command = [sys.executable, "-m", "shmbridge.launch", "teacher", "start", self.name, *self.settings, *more]
+        launcher = [str(HERE / "full_shm.py")] if "FAKE_FULL" in variables else ["-m", "shmbridge.launch"]
+        command = [sys.executable, *launcher, "teacher", "start", self.name, *self.settings, *more]
         self.runs.append(Launched(command, self.directory, variables))
         return self.runs[-1]
 
@@ -255,6 +256,27 @@ def test_the_death_of_the_launcher_ends_its_group_and_not_the_teacher(kept):
         assert ended(run) == 0, run.text
     assert (kept.teacher, kept.loaded) == (teacher, 1)
     assert "is gone without a word; its generation is ended" in kept.log
+    kept.stop()
+
+
+def test_a_group_for_which_dev_shm_has_no_room_is_refused_and_the_next_one_is_served(kept):
+    """Without room for its lanes, and without room for its replies."""
+    full = kept.directory / "full"
+    kept.start(FAKE_FULL=str(full))
+    teacher = kept.teacher
+    before = objects(kept)
+    for room in (2, 4):
+        full.write_text(str(room))
+        with kept.attach("ok") as run:
+            assert run.process.wait(60) == 2
+            assert re.search(r"/dev/shm has .* MiB free, segment .*Lower ring\.max_tokens", run.text)
+            assert "fewer ranks need less" in run.text
+        full.unlink()
+        assert [name for name in objects(kept) if "-reply" in name] == []
+        assert room > 2 or objects(kept) == before
+    with kept.attach("asks", ranks=3) as run:
+        assert ended(run) == 0, run.text
+    assert (kept.teacher, kept.loaded) == (teacher, 1)
     kept.stop()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import itertools
 import os
 import random
+import re
 
 import posix_ipc
 import pytest
@@ -22,8 +25,8 @@ from shmbridge.errors import (
     TeacherDied,
     TrainerDied,
 )
-from shmbridge.layout import Header
-from shmbridge.offer import Offer, OutputSpec
+from shmbridge.layout import ControlWord, Header
+from shmbridge.offer import HeadSpec, Offer, OutputSpec
 from shmbridge.segment import Segment
 from shmbridge.session import TeacherSession, Token, TrainerSession, lost
 from tests.harness import Echo, bench, until
@@ -291,6 +294,65 @@ def test_a_full_shared_memory_is_a_plan_error_and_leaves_nothing():
         big = Offer((OutputSpec("out", "float64", ("seq", 2**40)),), "m")
         with pytest.raises(PlanError, match=r"/dev/shm has .* MiB free, segment .*Lower ring\.max_tokens"):
             it.owner.create_replies(big)
+
+
+fallocate = os.posix_fallocate
+
+
+class FullShm:
+    """/dev/shm that has no room for the creation of one object: the `at`-th from now on."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.at = 0
+        for module, name in ((posix_ipc, "SharedMemory"), (posix_ipc, "Semaphore"), (os, "posix_fallocate")):
+            monkeypatch.setattr(module, name, self._counting(getattr(module, name)))
+
+    def _counting(self, create):
+        def counted(*args, **kwargs):
+            if create is fallocate or args[1:2] == (posix_ipc.O_CREX,):
+                self.at -= 1
+                if self.at == 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            return create(*args, **kwargs)
+
+        return counted
+
+
+def test_a_generation_that_cannot_be_created_changes_nothing_and_the_next_one_works(monkeypatch):
+    """Whichever of its objects is the first without room: lanes and doorbells, then reply memory and the head."""
+    full = FullShm(monkeypatch)
+    offer = Offer(OFFER.outputs, "m", head=HeadSpec("float32", 8, 4))
+    with bench(1) as it:
+        session = it.owner
+        TeacherSession(it.token)
+        for steps in itertools.count(1):
+            before = owner.objects(session.session_id)
+            full.at = steps
+            try:
+                token = session.start_generation(3)
+            except PlanError as error:
+                assert re.search(r"/dev/shm has .* MiB free.*--shm-size", str(error))
+                assert owner.objects(session.session_id) == before
+                assert (session.generation, len(session.lanes), session.control.words[ControlWord.LANES]) == (1, 1, 1)
+                assert TeacherSession(Token(session.session_id, 1)).lanes  # one that is started again finds its lanes
+                session.ring_all()
+            else:
+                break
+        assert steps == 1 + 3 * (1 + 2)
+        assert [TrainerSession(token, lane).lane.index for lane in range(3)] == [0, 1, 2]
+        before = owner.objects(session.session_id)
+        for steps in itertools.count(1):
+            full.at = steps
+            try:
+                session.create_replies(offer)
+            except PlanError:
+                assert owner.objects(session.session_id) == before
+            else:
+                break
+        assert steps == 1 + 2 * (1 + 3)
+        full.at = 0
+        session.start_generation(1)
+        session.create_replies(offer)
 
 
 def test_a_rank_that_dies_does_not_block_the_teacher_or_the_others():
