@@ -46,12 +46,25 @@ def test_the_dump_reads_back_the_same(tmp_path):
     [
         ("ring.dept=3", r"unknown setting `ring\.dept`; did you mean `ring\.depth`"),
         ("zzz=1", "known here: enabled"),
-        ("ring.depth=0", "`depth` is 0; it must be a number of at least 1 slot"),
-        ("ring.depth=two", r"Expected `int`, got `str` - at `\$\.ring\.depth`"),
-        ("payload.logits.dtype=float8", "Invalid enum value 'float8'"),
-        ("timeouts.request_s=0", "`request_s` is 0.0; it must be a number of more than 0 s"),
-        ("timeouts.request_s=.inf", "`request_s` is inf; it must be a number"),
-        ("teacher.linger_ms=.nan", "`linger_ms` is nan; it must be a number"),
+        ("ring.depth=0", r"ring\.depth is 0; expected an integer of at least 1 \(requests\); the default is 2"),
+        ("ring.depth=two", r"ring\.depth is 'two'; expected an integer of at least 1 \(requests\)"),
+        ("teacher.vocab_size=many", r"is 'many'; expected an integer of at least 1 \(words\) or null"),
+        ("payload=hidden", r"payload is 'hidden'; expected a section .*; write payload\.hidden=\{\}"),
+        ("payload.logits=float32", r"payload\.logits is 'float32'; .*; write payload\.logits\.dtype=float32"),
+        ("payload.topk=64", r"payload\.topk is 64; .*; write payload\.topk\.k=64"),
+        ("payload.topk=true", r"payload\.topk is True; .*; write payload\.topk=\{\}"),
+        (
+            "payload.logits.dtype=float8",
+            r"payload\.logits\.dtype is 'float8'; expected one of bfloat16, float16, float32",
+        ),
+        ("payload={vocab: 3, topk: {}}", r"payload: `topk\.k` is 64, above the 3 words"),
+        ("teacher.outputs={x: {dtype: int64}}", r"teacher\.outputs: .*`shape`"),
+        (
+            "timeouts.request_s=0",
+            r"timeouts\.request_s is 0; expected a number above 0 and at most 1,000,000,000 \(sec",
+        ),
+        ("timeouts.request_s=.inf", r"timeouts\.request_s is inf; expected a number"),
+        ("teacher.linger_ms=.nan", r"teacher\.linger_ms is nan; expected a number"),
         ("ring.depth", "not of the form a.b=c"),
         ("ring.depth.x=1", "'depth' is a value, not a section"),
         ("name=../../etc", "`name` is"),
@@ -65,8 +78,15 @@ def test_bad_settings_are_named(override, message):
 
 
 def test_missing_file_is_named():
-    with pytest.raises(ConfigError, match=r"'nowhere\.yaml': No such file"):
+    with pytest.raises(ConfigError, match=r"'nowhere\.yaml': No such file.* \(cpu, demo, eight-gpus, long-context\)"):
         config.load("nowhere.yaml")
+
+
+def test_a_ready_configuration_is_read_by_its_name_wherever_one_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load("eight-gpus").train.gpus == "0-6"
+    Path("eight-gpus").write_text("train: {gpus: 1-2}\n")
+    assert config.load("eight-gpus").train.gpus == "1-2", "a file of the user's own comes first"
 
 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda file: file.name)

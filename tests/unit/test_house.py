@@ -14,6 +14,7 @@ from shmbridge import errors
 
 FLOORS = [
     {"errors", "launch", "layout", "peer", "stacks"},
+    {"schema"},
     {"config", "batching", "trace"},
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
