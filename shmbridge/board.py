@@ -29,6 +29,8 @@ from shmbridge.layout import (
 )
 from shmbridge.peer import Identity, myself
 
+_TEXT_WRITES = 2**32  # a text's word is its bytes, plus this for each time that it was written
+
 
 class Phase(enum.IntEnum):
     """Where a participant is."""
@@ -52,7 +54,7 @@ class Phase(enum.IntEnum):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why the run ends: written once by whoever saw it. The earliest record that is not a consequence is the cause."""
+    """Why the run ends, written by whoever saw it. The earliest record that is not a consequence is the cause."""
 
     role: str  # launcher, teacher or trainer
     rank: int  # of that role
@@ -88,7 +90,8 @@ class Record:
         """Make this process the record's participant."""
         pid, start = myself()
         self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
-        self._words[RecordWord.HEARTBEAT_NS] = self._words[RecordWord.DECLARED_NBYTES] = 0
+        self._words[RecordWord.HEARTBEAT_NS] = 0
+        self.withdraw()
         self._words[RecordWord.START] = start
         self.enter(Phase.STARTING)
         self._words[RecordWord.PID] = pid
@@ -111,15 +114,13 @@ class Record:
 
     def declare(self, name: str, until_ns: int) -> None:
         """The script says what it does, and until when (CLOCK_MONOTONIC) it is no fault that its loop stands still."""
-        text = name.encode(errors="replace")[:DECLARED_CAPACITY]
-        self._words[RecordWord.DECLARED_NBYTES] = 0
-        self._memory[DECLARED_OFFSET : DECLARED_OFFSET + len(text)] = text
+        self.withdraw()
         self._words[RecordWord.DECLARED_UNTIL_NS] = until_ns
-        self._words[RecordWord.DECLARED_NBYTES] = len(text)
+        self._write(DECLARED_OFFSET, RecordWord.DECLARED, name.encode(errors="replace")[:DECLARED_CAPACITY])
 
     def withdraw(self) -> None:
         """What was declared is over."""
-        self._words[RecordWord.DECLARED_NBYTES] = 0
+        self._empty(RecordWord.DECLARED)
 
     @contextmanager
     def declaring(self, name: str, timeout_s: float) -> Iterator[None]:
@@ -141,14 +142,11 @@ class Record:
 
     def write_offer(self, offer: bytes) -> None:
         assert len(offer) <= OFFER_CAPACITY
-        self._memory[OFFER_OFFSET : OFFER_OFFSET + len(offer)] = offer
-        self._words[RecordWord.OFFER_NBYTES] = len(offer)
+        self._write(OFFER_OFFSET, RecordWord.OFFER, offer)
 
     def fail(self, reason: str, trace: str = "", *, consequence: bool = False) -> None:
         """Write this participant's failure; only its first one is kept."""
-        if self._words[RecordWord.FAILURE_NBYTES]:
-            return
-        self._write_failure(
+        self.relay(
             Failure(
                 role=self.role,
                 rank=self.rank,
@@ -171,31 +169,31 @@ class Record:
 
     def relay(self, failure: Failure) -> None:
         """Write what this participant learnt of another one that can no longer write; only the first is kept."""
-        if not self._words[RecordWord.FAILURE_NBYTES]:
-            self._write_failure(failure)
-
-    def _write_failure(self, failure: Failure) -> None:
-        text = _fitted(failure)
-        self._memory[FAILURE_OFFSET : FAILURE_OFFSET + len(text)] = text
-        self._words[RecordWord.FAILURE_NBYTES] = len(text)
+        if not self._words[RecordWord.FAILURE] % _TEXT_WRITES:
+            self._write(FAILURE_OFFSET, RecordWord.FAILURE, _fitted(failure))
 
     def forget_failure(self) -> None:
         """What ended one generation is over with it. (The owner's record alone.)"""
-        self._words[RecordWord.FAILURE_NBYTES] = 0
+        self._empty(RecordWord.FAILURE)
+
+    def _write(self, offset: int, word: int, text: bytes) -> None:
+        """Replace a text. Its word tells how often it was written, so that `_read` notices."""
+        writes = (self._words[word] // _TEXT_WRITES + 1) % _TEXT_WRITES * _TEXT_WRITES
+        self._words[word] = writes
+        self._memory[offset : offset + len(text)] = text
+        self._words[word] = writes + len(text)
+
+    def _empty(self, word: int) -> None:
+        self._words[word] -= self._words[word] % _TEXT_WRITES
 
     # Written by the owner, about a teacher that is gone
 
     def clear(self) -> None:
         """Make room for a new process in this participant's place."""
-        for word in (
-            RecordWord.PID,
-            RecordWord.READY,
-            RecordWord.OFFER_NBYTES,
-            RecordWord.FAILURE_NBYTES,
-            RecordWord.PROGRESS,
-            RecordWord.PROGRESS_TOTAL,
-        ):
+        for word in (RecordWord.PID, RecordWord.READY, RecordWord.PROGRESS, RecordWord.PROGRESS_TOTAL):
             self._words[word] = 0
+        self._empty(RecordWord.OFFER)
+        self._empty(RecordWord.FAILURE)
         self.enter(Phase.ABSENT)
 
     def set_lost(self) -> None:
@@ -228,7 +226,7 @@ class Record:
     @property
     def declared(self) -> tuple[str, float] | None:
         """What the script said that it does, and the seconds that it has left (negative: over)."""
-        text = self._blob(DECLARED_OFFSET, RecordWord.DECLARED_NBYTES, DECLARED_CAPACITY)
+        text = self._read(DECLARED_OFFSET, RecordWord.DECLARED, DECLARED_CAPACITY)
         if text is None:
             return None
         left_s = (self._words[RecordWord.DECLARED_UNTIL_NS] - time.monotonic_ns()) / 1e9
@@ -261,11 +259,11 @@ class Record:
 
     @property
     def offer(self) -> bytes | None:
-        return self._blob(OFFER_OFFSET, RecordWord.OFFER_NBYTES, OFFER_CAPACITY)
+        return self._read(OFFER_OFFSET, RecordWord.OFFER, OFFER_CAPACITY)
 
     @property
     def failure(self) -> Failure | None:
-        text = self._blob(FAILURE_OFFSET, RecordWord.FAILURE_NBYTES, FAILURE_CAPACITY)
+        text = self._read(FAILURE_OFFSET, RecordWord.FAILURE, FAILURE_CAPACITY)
         if text is None:
             return None
         try:
@@ -277,15 +275,17 @@ class Record:
         value = self._words[word]
         return None if value == NO_STEP or self.identity is None else value
 
-    def _blob(self, offset: int, word: int, capacity: int) -> bytes | None:
-        nbytes = self._words[word]
-        if nbytes == 0:
-            return None
-        if nbytes > capacity:
-            raise AttachError(
-                f"the record of {self.role} {self.rank} tells {nbytes} bytes where {capacity} fit: garbled."
-            )
-        return bytes(self._memory[offset : offset + nbytes])
+    def _read(self, offset: int, word: int, capacity: int) -> bytes | None:
+        """A whole text, or None where there is none: one that is written meanwhile is read again."""
+        while nbytes := (state := self._words[word]) % _TEXT_WRITES:
+            if nbytes > capacity:
+                raise AttachError(
+                    f"the record of {self.role} {self.rank} tells {nbytes} bytes where {capacity} fit: garbled."
+                )
+            text = bytes(self._memory[offset : offset + nbytes])
+            if self._words[word] == state:
+                return text
+        return None
 
 
 def _fitted(failure: Failure) -> bytes:

@@ -44,6 +44,9 @@ Where replies are streamed, chunk `index % chunks` is a slot of its own ring, fo
 
 `abandoned` tells that nobody will read the reply to any sequence below it; the teacher then answers without computing.
 
+A text in a record (an offer, a failure) may be replaced. Its writer empties its word, writes the text, and stores a word that
+differs from all before; a reader that finds another word after its copy than before it reads again.
+
 A cursor is one aligned 64-bit word that only grows and has one writer. It is stored through memoryview.cast("Q"), which
 moves the word whole; struct.pack_into must never touch a cursor, because it clears the bytes first.
 """
@@ -55,7 +58,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 MAGIC = int.from_bytes(b"SHMBRDGE", "little")
-VERSION = 3
+VERSION = 4
 PAGE = 4096
 CACHE_LINE = 64
 WORD = 8
@@ -109,10 +112,10 @@ class RecordWord:
     PROGRESS = 6
     PROGRESS_TOTAL = 7
     READY = 8  # teacher: the generation it serves; reader: its generation, once attached
-    OFFER_NBYTES = 9
-    FAILURE_NBYTES = 10
+    OFFER = 9  # a text: its bytes, plus 2**32 for each time that it was written; no bytes: none
+    FAILURE = 10  # a text
     HEARTBEAT_NS = 11
-    DECLARED_NBYTES = 12  # a phase that the script has named; 0: none
+    DECLARED = 12  # a text: a phase that the script has named
     DECLARED_UNTIL_NS = 13  # until then it is no fault that the loop stands still
     SAVES = 14  # rank: it has a hook to save with before it stops
     LOST = 15  # teacher: no new one will come; written by the owner

@@ -54,7 +54,7 @@ class Scene:
             rank.submit(), rank.submit()
             teacher.move()  # the first reply
         self.owner.control.owner.relay(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7"))
-        self.owner.control.owner._words[layout.RecordWord.FAILURE_NBYTES] = 0  # until a case garbles it
+        self.owner.control.owner._words[layout.RecordWord.FAILURE] = 0  # until a case garbles it
         self.segments = {"control": self.owner.control.segment, "lane": self.owner.lanes[0].segment}
         rank.session.record._words[layout.RecordWord.PID] = 0  # so that a case can attach to the lane
         self.pristine = {name: bytes(segment.bytes) for name, segment in self.segments.items()}

@@ -229,6 +229,32 @@ def test_the_first_cause_stands_before_every_consequence():
         assert [f.reason for f in it.owner.failures()] == ["ValueError: mine", "shmbridge.errors.TeacherDied: gone"]
 
 
+class Preempted:
+    """A record's memory whose first reader is preempted halfway; `meanwhile` runs then."""
+
+    def __init__(self, memory: memoryview, meanwhile) -> None:
+        self.memory, self.meanwhile = memory, meanwhile
+
+    def __getitem__(self, part: slice) -> bytes:
+        middle = (part.start + part.stop) // 2
+        first = bytes(self.memory[part.start : middle])
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        return first + bytes(self.memory[middle : part.stop])
+
+
+def test_a_failure_that_is_replaced_while_a_rank_reads_it_is_read_whole():
+    """A mixture of both would be garbled: an AttachError, and the rank's save hook would not run."""
+    with bench() as it:
+        session = TrainerSession(it.token, 0)
+        it.owner.fail_generation(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7" * 20))
+        worse = Failure("launcher", 0, 2, "training", 5, 9, "interrupted" * 300)
+        board = session.control.owner
+        board._memory = Preempted(board._memory, lambda: it.owner.fail(worse))
+        with pytest.raises(LauncherDied, match="interrupted"):
+            session.check()
+
+
 def test_a_failure_of_any_length_fits_its_record():
     with bench() as it:
         record = it.owner.lanes[0].records[0]
