@@ -8,10 +8,13 @@ training loop.
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import platform
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import posix_ipc
 
@@ -94,6 +97,26 @@ class Segment:
         segment._check_header(kind, status.st_size, session_id, generation, index)
         segment.populate()
         return segment
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Hold the segment's file lock for the block. Gives False, at once, where another process holds it. The kernel takes it
+        back from a process that is killed. Raises AttachError."""
+        try:
+            shm = posix_ipc.SharedMemory(self.name)
+        except posix_ipc.ExistentialError:
+            raise AttachError(f"segment {self.name} does not exist: the session has ended. Start a new one.") from None
+        try:
+            fcntl.flock(shm.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            try:
+                yield True
+            finally:
+                fcntl.flock(shm.fd, fcntl.LOCK_UN)  # closing would not do where another thread has forked meanwhile
+        finally:
+            shm.close_fd()
 
     def _check_header(self, kind: int, size: int, session_id: str, generation: int, index: int) -> None:
         words = self.words

@@ -294,13 +294,15 @@ class TrainerSession(_Attached):
         self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
 
     def _sign_in(self) -> None:
-        holder = self.record.identity
-        if holder:
-            raise AttachError(
-                f"lane {self.lane.index} was taken by pid {holder.pid}: two processes have the same LOCAL_RANK, or "
-                "connect() was called twice. A lane is used once: connect once per rank, or give connect(lane=...)."
-            )
-        self.record.sign_in()
+        with self.lane.segment.lock() as locked:
+            holder = self.record.identity
+            if holder or not locked:
+                who = f"pid {holder.pid}" if holder else "another process at this moment"
+                raise AttachError(
+                    f"lane {self.lane.index} was taken by {who}: two processes have the same LOCAL_RANK, or "
+                    "connect() was called twice. A lane is used once: connect once per rank, or give connect(lane=...)."
+                )
+            self.record.sign_in()
         self.record.set_ready(self.token.generation)
 
     @property

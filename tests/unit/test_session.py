@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shmbridge import config, layout, owner
-from shmbridge.board import Failure, Phase
+from shmbridge.board import Failure, Phase, Record
 from shmbridge.errors import (
     AttachError,
     DeadlineExceeded,
@@ -186,6 +186,33 @@ def test_two_ranks_with_one_lane_are_refused():
         it.bridge(0)
         with pytest.raises(AttachError, match="two processes have the same LOCAL_RANK"):
             it.bridge(0)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_two_ranks_that_sign_in_at_once_one_is_refused(killed, monkeypatch):
+    """The first is held between its look at the lane and its own entry. Killed there, it leaves the lane free."""
+    at_entry, go_on, sign_in = os.pipe(), os.pipe(), Record.sign_in
+
+    def held(record: Record) -> None:
+        os.write(at_entry[1], b".")
+        os.read(go_on[0], 1)
+        sign_in(record)
+
+    with bench() as it:
+        with monkeypatch.context() as patch:
+            patch.setattr(Record, "sign_in", held)
+            first = it.start(lambda: TrainerSession(it.token, 0))
+        os.read(at_entry[0], 1)
+        if killed:
+            first.kill()
+            first.join()
+            TrainerSession(it.token, 0)
+            return
+        with pytest.raises(AttachError, match="two processes have the same LOCAL_RANK"):
+            TrainerSession(it.token, 0)
+        os.write(go_on[1], b".")
+        assert first.join() == 0
+        assert it.owner.lanes[0].records[0].identity.pid == first.pid
 
 
 def test_the_barrier_names_a_teacher_that_never_came_and_one_that_is_slow():
