@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher import attached, cli, header, machine, plan, registry, replicas
+from launcher import attached, cli, header, machine, plan, registry, replicas, torchrun
 from launcher.attached import Attachment, KeptTeachers, Line
 from launcher.console import Console
 from launcher.plan import Plan
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
         stack.callback(line.close)
         settings, mine = attached.agree(line, given)
         planned = _plan(settings, script, args.attach)
+        torchrun.check_module(script)
         if args.dry_run:
             run_path = cli.run_path(settings, args.attach)
             print(plan.describe(planned, _training(planned, run_path, "SESSION@1"), os.environ), end="")

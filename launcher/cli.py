@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher import parsers
 from launcher.codes import INTERRUPTED, REFUSED
-from shmbridge import __version__
 
 if TYPE_CHECKING:
     from launcher.console import Console
@@ -44,26 +44,47 @@ _FLAGS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: the failed child's own, 128 + signal, or 2 where nothing was started."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("report", "status", "ls", "clean"):
-        from launcher import commands
-
-        return commands.main(argv)
-    if argv and argv[0] == "teacher":
-        from launcher import teacher_commands
-
-        return teacher_commands.main(argv[1:])
-    arguments, script = _split(argv)
-    args = _parser().parse_intermixed_args(arguments)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = parsers.launch()
+    if not argv:
+        parser.print_help(sys.stderr)
+        return REFUSED
+    if argv[0] == "help":
+        argv = [*argv[1:], "--help"]
+    if argv[0] in parsers.COMMANDS:
+        return _command(argv)
     from shmbridge.errors import ShmbridgeError
 
     try:
+        arguments, script = _split(argv)
+        if "--" not in argv:
+            parsers.refuse_missing_separator(parser, argv)
+        args, unknown = parser.parse_known_intermixed_args(arguments)
+        parsers.refuse_unknown_flag(parser, unknown)
         return _launch(args, script)
     except ShmbridgeError as error:
-        print(f"shmbridge-launch: {error}", file=sys.stderr)
+        print(f"{parsers.PROGRAM}: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _command(argv: Sequence[str]) -> int:
+    if argv[0] == "config":
+        from launcher import config_command
+
+        return config_command.main(argv[1:])
+    if argv[0] == "completion":
+        from launcher import completion
+
+        return completion.main(argv[1:])
+    if argv[0] == "teacher":
+        from launcher import teacher_commands
+
+        return teacher_commands.main(argv[1:])
+    from launcher import commands
+
+    return commands.main(argv)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,48 +94,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shmbridge-launch",
-        usage="%(prog)s [flags] [a.b=c ...] -- train.py ...   (or -- -m package.module ...)",
-        description="Start a teacher, or several, and a torchrun training group as jobs of their own with a bridge between them.",
-        epilog="Every flag is a setting of the config file too, and a.b=c overrides any of them. Of sessions that run already: "
-        "shmbridge-launch report, status, ls and clean; a teacher kept across runs: shmbridge-launch teacher (each with --help).",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"shmbridge {__version__}")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4 (read as YAML)")
-    add_teacher_flags(parser)
-    parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5, one rank each; 0,0: two on one GPU")
-    parser.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
-    parser.add_argument(
-        "--train-restarts", metavar="N", type=int, help="start crashed training again; the teacher stays"
-    )
-    parser.add_argument("--torchrun", metavar="ARGS", help='further flags of torchrun, in one string: "--tee 3"')
-    parser.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
-    parser.add_argument(
-        "--attach", metavar="NAME", help="train beside the teacher that `teacher start NAME` keeps loaded"
-    )
-    parser.add_argument("--no-teacher", action="store_true", help="run the same training script with the bridge off")
-    parser.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
-    return parser
-
-
-def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    """What `teacher start` takes too."""
-    parser.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
-    parser.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7; without it the teacher is on the CPU")
-    parser.add_argument("--teacher-replicas", metavar="N", type=int, help="teachers; by itself one on each of its GPUs")
-    parser.add_argument(
-        "--teacher-restarts", metavar="N", type=int, help="start a teacher that died again; training waits"
-    )
-    parser.add_argument("--plane", metavar="PLANE", help="where replies lie: auto, cuda_ipc or host")
-    parser.add_argument("--config", metavar="FILE", help="YAML; FILE#section reads one section of a larger file")
-    parser.add_argument("--run-dir", metavar="DIR", help="each run gets a directory of its own below it (runs)")
-
-
 def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
-    from launcher import machine, plan
+    from launcher import machine, plan, torchrun
     from launcher.console import Console
     from shmbridge import config
 
@@ -128,6 +109,7 @@ def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
         reclaim(console)
     found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
     planned = plan.make(settings, script, found)
+    torchrun.check_module(script)
     if args.dry_run:
         check_memory(planned)
         jobs = planned.jobs(run_path(settings, "SESSION"), "SESSION@1")

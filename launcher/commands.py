@@ -9,11 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
-from launcher import facts, hang, registry, sessions, stale, status
+from launcher import facts, hang, parsers, registry, sessions, stale, status
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.sessions import LIVE, STALE, Attached, Session
 from launcher.text import size, table
@@ -24,21 +23,12 @@ _EVERY_S = 1.0
 _CLEAR = "\033[H\033[J"
 
 
-class _Command(NamedTuple):
-    run: Callable[[argparse.Namespace], int]
-    says: str
-    describe: Callable[[argparse.ArgumentParser], None]
-
-
 def main(argv: Sequence[str]) -> int:
     """Run `argv`, whose first word names the command; the exit code."""
     name, *rest = argv
-    command = COMMANDS[name]
-    parser = argparse.ArgumentParser(prog=f"shmbridge-launch {name}", description=command.says, allow_abbrev=False)
-    command.describe(parser)
-    args = parser.parse_args(rest)
+    args = parsers.command(name).parse_args(rest)
     try:
-        return command.run(args)
+        return COMMANDS[name](args)
     except ShmbridgeError as error:
         print(f"shmbridge-launch {name}: {error}", file=sys.stderr)
         return REFUSED
@@ -182,29 +172,9 @@ def _is_free(name: str, remove: bool) -> bool:
         os.close(file)
 
 
-def _takes_session(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("session", nargs="?", default="", metavar="SESSION", help="name, id, or the beginning of an id")
-
-
-def _report_flags(parser: argparse.ArgumentParser) -> None:
-    _takes_session(parser)
-    parser.add_argument("--json", action="store_true", help="every fact as JSON")
-
-
-def _status_flags(parser: argparse.ArgumentParser) -> None:
-    _takes_session(parser)
-    parser.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C or the session's end")
-
-
-def _clean_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-
-
-COMMANDS = {
-    "report": _Command(
-        _report, "Who waits for whom in a live session, with every process's Python stacks.", _report_flags
-    ),
-    "status": _Command(_status, "Where every participant of a live session is.", _status_flags),
-    "ls": _Command(_list, "The sessions of this user on this machine.", lambda _: None),
-    "clean": _Command(_clean, "Remove what dead sessions left; live ones are never touched.", _clean_flags),
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "report": _report,
+    "status": _status,
+    "ls": _list,
+    "clean": _clean,
 }

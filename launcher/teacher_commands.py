@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from launcher import attached, cli, keeping, lease
+from launcher import attached, cli, keeping, lease, parsers
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.lease import Standing
 from launcher.text import listed, seconds, table
@@ -19,7 +19,7 @@ from shmbridge.errors import ConfigError, ShmbridgeError
 
 def main(argv: Sequence[str]) -> int:
     """Run what follows `teacher` on the command line; the exit code."""
-    args = _parser().parse_intermixed_args(argv[1:]) if argv[:1] == ["start"] else None
+    args = parsers.teacher_start().parse_intermixed_args(argv[1:]) if argv[:1] == ["start"] else None
     try:
         if args:
             return _start(args)
@@ -29,23 +29,6 @@ def main(argv: Sequence[str]) -> int:
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shmbridge-launch teacher start",
-        usage="%(prog)s NAME [flags] [a.b=c ...]",
-        description="Load a teacher and keep it, in the background, for training groups that come with --attach NAME.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "words", nargs="+", metavar="NAME [a.b=c ...]", help="its name, then settings such as ring.depth=4"
-    )
-    cli.add_teacher_flags(parser)
-    parser.add_argument("--train-gpus", metavar="GPUS", help="which GPUs will train; by itself all others")
-    parser.add_argument("--cpu", metavar="N", type=int, help="how many ranks on the CPU are planned for")
-    parser.add_argument("--foreground", action="store_true", help="stay in this terminal; Ctrl-C ends the teacher")
-    return parser
 
 
 def _start(args: argparse.Namespace) -> int:
@@ -61,15 +44,7 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _of_running(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="shmbridge-launch teacher", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("start", help="load a teacher and keep it (teacher start --help)")
-    for command, says in (("status", "what it is, who holds it"), ("stop", "end it")):
-        sub = commands.add_parser(command, help=says, allow_abbrev=False)
-        sub.add_argument("name", metavar="NAME")
-        if command == "stop":
-            sub.add_argument("--force", action="store_true", help="end the training group that holds it first")
-    args = parser.parse_args(argv)
+    args = parsers.kept_teacher().parse_args(argv)
     line = attached.Line(args.name)
     try:
         return _status(line) if args.command == "status" else _stop(line, args.force)

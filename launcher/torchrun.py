@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
+import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 
 from shmbridge.errors import ConfigError
@@ -20,6 +24,7 @@ _REFUSED = {
 _HARMLESS = {"--max-restarts": ("0",), "--nnodes": ("1", "1:1")}
 _OWN_LOGS = ("--log-dir", "--redirects", "--tee", "--logs-specs")
 _OWN_LOGS_SHORT = ("-r", "-t")
+_MODULE = ("-m", "--module")
 _NOT_A_FILE = ("--module", "--no-python")
 
 
@@ -69,8 +74,22 @@ def check_script(script: Sequence[str], args: Sequence[str]) -> None:
         )
     if not first.startswith("-") and not Path(first).is_file():
         raise ConfigError(f"the training script {first!r} does not exist in {Path.cwd()}.")
-    if first in ("-m", "--module") and len(script) < 2:
+    if first in _MODULE and len(script) < 2:
         raise ConfigError("the training command is `-m` without a module.")
+
+
+def check_module(script: Sequence[str]) -> None:
+    """Raises ConfigError where the training command is `-m MODULE` and the ranks' interpreter has no such package. It looks
+    for the top package only, and imports nothing."""
+    if script[0] not in _MODULE or len(script) < 2:
+        return
+    top = script[1].partition(".")[0]
+    path = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *sys.path]
+    if PathFinder.find_spec(top, path) is None and (not top or find_spec(top) is None):
+        raise ConfigError(
+            f"the training module {script[1]!r} was not found: {top!r} is neither in {path[0]} nor on PYTHONPATH nor in the "
+            f"packages of {sys.executable}. Run from the folder that holds it, or install it there."
+        )
 
 
 def _logs_itself(args: Sequence[str]) -> bool:

@@ -300,7 +300,7 @@ def given(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form a.b=c")
+            raise ConfigError(f"found {override!r} where a setting a.b=c was expected, such as ring.depth=4")
         _assign(tree, key, _parse_yaml(text, f"override {override!r}"))
     return tree
 

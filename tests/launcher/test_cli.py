@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import cli
-from shmbridge import owner
+from shmbridge import config, owner, schema
 from tests.launcher.running import launch, launched, until
 
 TEACHER = """
@@ -65,7 +65,9 @@ def refused(directory: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_help_loads_next_to_nothing():
-    code = "import sys, launcher.cli; launcher.cli._parser(); print(*sys.modules)"
+    code = (
+        "import sys, launcher.cli; from launcher import parsers; parsers.launch(), parsers.whole(); print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "yaml", "msgspec", "rich", "gguf", "huggingface_hub"} & set(loaded)
 
@@ -87,6 +89,95 @@ def test_help_loads_next_to_nothing():
 )
 def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
     assert message in refused(directory, *arguments, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # No `--`: what stands there, what must, and the corrected line.
+        (
+            ["--cpu", "2", "--teacher", "toy:build", "train.py", "--lr", "3"],
+            "found 'train.py' where a flag or a setting (a.b=c) was expected. The training script and its arguments follow "
+            "`--`:\n\n  shmbridge-launch --cpu 2 --teacher toy:build -- train.py --lr 3\n",
+        ),
+        (
+            ["--cpu=2", "--no-teacher", "ring.depth=2", "-m", "package.train", "lr=3", "--name", "a b"],
+            "  shmbridge-launch --cpu=2 --no-teacher ring.depth=2 -- -m package.train lr=3 --name 'a b'\n",
+        ),
+        (["stauts"], "unknown command 'stauts'; did you mean `shmbridge-launch status`?\n"),
+        (
+            ["--cpu", "2", "--trian-gpus", "0", "--", "train.py"],
+            "unknown flag --trian-gpus; did you mean --train-gpus?\n",
+        ),
+        (
+            ["--cpu", "2", "--lr", "3", "--", "train.py"],
+            "unknown flag --lr; `shmbridge-launch --help` lists the flags\n",
+        ),
+        (["ring.depth", "--", "train.py"], "found 'ring.depth' where a setting a.b=c was expected"),
+        (
+            [*flags(), "--dry-run", "--", "-m", "nosuch.module"],
+            "module 'nosuch.module' was not found: 'nosuch' is neither",
+        ),
+        ([*flags(), "--dry-run", "--", "nowhere.py"], "'nowhere.py' does not exist"),
+    ],
+)
+def test_a_bad_command_line_says_what_to_write(directory, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(directory)
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (directory / "runs").exists()
+
+
+def test_a_module_is_looked_for_where_the_ranks_will_find_it(directory, monkeypatch, capsys):
+    """In the working directory too; nothing of it is imported."""
+    monkeypatch.chdir(directory)
+    (directory / "package").mkdir()
+    (directory / "package" / "__init__.py").write_text("raise SystemExit('imported')")
+    assert cli.main([*flags(), "--dry-run", "--", "-m", "package.train"]) == 0
+
+
+def test_help_is_a_command_and_no_arguments_print_it_too(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["help"])
+    told = capsys.readouterr().out
+    assert "--dry-run" in told
+    assert "completion" in told
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == told
+
+
+def test_config_prints_every_setting_with_comment_unit_and_default(directory, monkeypatch, capsys):
+    monkeypatch.chdir(directory)
+    assert cli.main(["config"]) == 0
+    Path("all.yaml").write_text(capsys.readouterr().out)
+    text = Path("all.yaml").read_text()
+    assert (
+        "  # How many requests one rank may have in flight.\n  # [an integer of at least 1 (requests); default 2]\n  depth: 2\n"
+        in text
+    )
+    uncommented = [line for line in text.splitlines() if line and ":" in line and not line.strip().startswith("#")]
+    assert len(uncommented) > 50
+    assert config.load("all.yaml") == config.Config()
+    assert config.load("all.yaml", ["payload.hidden={}"]).payload.named == ("hidden",), "logits stay a default"
+    assert cli.main(["config", "ring.depth=4", "--config", "long-context", "--cpu", "3"]) == 0
+    Path("resolved.yaml").write_text(capsys.readouterr().out)
+    assert config.load("resolved.yaml") == config.load("long-context", ["ring.depth=4"], {"train.cpu_ranks": 3})
+    assert cli.main(["config", "ring.dept=4"]) == 2
+    assert "did you mean `ring.depth`?" in capsys.readouterr().err
+
+
+def test_every_setting_is_documented():
+    def undocumented(section, prefix):
+        said = schema.documentation(section.cls)
+        for field in section.fields:
+            inner = schema.section_of(field.type)
+            if inner:
+                assert inner.cls.__doc__, prefix + field.name
+                yield from undocumented(inner, f"{prefix}{field.name}.")
+            elif field.name not in said:
+                yield prefix + field.name
+
+    assert list(undocumented(schema.of(config.Config), "")) == []
 
 
 def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monkeypatch):

@@ -89,7 +89,7 @@ class Kept:
         self.is_gone()
 
     def attach(self, training: str, *more: str, ranks: int = 2, **variables: str) -> object:
-        arguments = ["--attach", self.name, "--cpu", str(ranks), *more, "--", "-m", "anything"]
+        arguments = ["--attach", self.name, "--cpu", str(ranks), *more, "--", "-m", "this"]
         command = [sys.executable, str(HERE / "attaching.py"), training, *arguments]
         return launched(command, self.directory, FAKE_RANKS=str(ranks), **variables)
 

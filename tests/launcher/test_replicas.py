@@ -125,7 +125,7 @@ def test_the_header_tells_where_the_replicas_are(overrides, where):
 
 def test_the_flag_and_a_dry_run(tmp_path):
     flags = ["--teacher", "toy:build", "--cpu", "3", "--teacher-replicas", "2", "--dry-run"]
-    with launch(tmp_path, *flags, "--", "-m", "anything") as run:
+    with launch(tmp_path, *flags, "--", "-m", "this") as run:
         assert run.wait() == 0
         assert "--teacher-index 1 --gpus 0" in run.text
         assert "3 ranks over 2 replicas: 2 and 1" in run.text

@@ -65,7 +65,7 @@ def test_the_dump_reads_back_the_same(tmp_path):
         ),
         ("timeouts.request_s=.inf", r"timeouts\.request_s is inf; expected a number"),
         ("teacher.linger_ms=.nan", r"teacher\.linger_ms is nan; expected a number"),
-        ("ring.depth", "not of the form a.b=c"),
+        ("ring.depth", "found 'ring.depth' where a setting a.b=c was expected"),
         ("ring.depth.x=1", "'depth' is a value, not a section"),
         ("name=../../etc", "`name` is"),
         ("ring=[", "is not YAML"),
