@@ -45,6 +45,7 @@ def logits_of(model: LlamaForCausalLM):
     return forward
 
 
+@pytest.mark.every_plane
 def test_reply_is_bit_identical_to_the_model_in_one_process():
     model = tiny_model()
     with bench() as it:
@@ -121,6 +122,7 @@ def test_attention_mask_reaches_the_teacher():
         bridge.close()
 
 
+@pytest.mark.every_plane
 def test_several_in_flight_come_back_to_their_own_pending_and_leases_end_in_any_order():
     with bench(1, "ring.depth=3") as it:
         it.teacher(Echo())
@@ -138,6 +140,7 @@ def test_several_in_flight_come_back_to_their_own_pending_and_leases_end_in_any_
         bridge.close()
 
 
+@pytest.mark.every_plane
 def test_a_slot_is_not_reused_while_an_older_lease_is_held():
     with bench(1, "ring.depth=2") as it:
         it.teacher(Echo())
@@ -191,6 +194,7 @@ def test_a_released_reply_refuses_to_be_read():
             bridge.submit(ids(1, 2))
 
 
+@pytest.mark.every_plane
 def test_no_reference_cycle_holds_a_lease_or_a_mapping():
     """With the collector off, dropping the bridge unmaps every segment of the session."""
 
@@ -505,6 +509,7 @@ def test_a_forked_child_cannot_use_or_close_the_bridge():
         bridge.close()
 
 
+@pytest.mark.every_plane
 def test_replies_with_and_without_a_sequence_axis_in_every_dtype():
     from shmbridge.payload import DTYPES
 

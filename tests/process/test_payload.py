@@ -109,6 +109,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, within: float = 1e-5) -> No
 # Formulas
 
 
+@pytest.mark.every_plane
 def test_every_payload_in_one_reply_tells_the_models_own_distribution(saved):
     path, sent = saved(), ids(2, 9)
     logits = logits_of(path, sent)

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from shmbridge import config, teacher_job
@@ -102,6 +103,7 @@ def check(reply, step: int) -> int:
     return int(reply["who"][0, 0])
 
 
+@pytest.mark.every_plane
 def test_a_request_in_a_killed_forward_is_answered_by_the_next_teacher(tmp_path):
     once = tmp_path / "once"
     with Run() as run:
@@ -157,6 +159,7 @@ def test_a_second_death_before_the_first_reply_is_outlived_too(tmp_path):
             assert (reply["who"] == 2).all()
 
 
+@pytest.mark.every_plane
 def test_a_stream_that_is_cut_goes_on_at_its_position():
     with Run(1, 1, "payload.stream={chunk_positions: 3, chunks: 2}") as run:
         first = run.serve(Doubling())
@@ -219,6 +222,7 @@ def pair(run: Run, *forwards) -> list[Child]:
     return children
 
 
+@pytest.mark.every_plane
 def test_the_lane_of_a_dead_replica_is_served_by_the_other_and_handed_back(tmp_path):
     """The request is in the dead one's forward; afterwards each has its lane again, and nothing is answered twice."""
     with Run(2, 2) as run:
@@ -400,6 +404,7 @@ def test_a_stream_that_is_cut_for_good_ends_with_a_missing_chunk():
 # Generations
 
 
+@pytest.mark.every_plane
 def test_the_next_generation_is_served_by_the_same_teacher_and_nothing_of_the_old_reaches_it():
     with Run(1, 1, "train.restarts=1", "ring.depth=4") as run:
         teacher = run.serve(Doubling())

@@ -108,6 +108,7 @@ PAYLOADS = {
 }
 
 
+@pytest.mark.every_plane
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_chunks_are_in_order_and_are_the_whole_reply(payload):
     sent = {shape: safe(*shape) % WORDS for shape in ((1, 3), (1, 4), (2, 4), (3, 7), (1, 61))}
@@ -525,6 +526,7 @@ def test_a_rank_killed_in_mid_stream_leaves_the_teacher_to_the_others():
         assert teacher.join() == 0
 
 
+@pytest.mark.every_plane
 def test_a_teacher_killed_in_mid_stream_is_named_with_step_and_sequence():
     with serving() as it:
         bridge = it.bridge()
