@@ -1,8 +1,13 @@
-"""The terminal: one aligned, coloured prefix per source. A terminal that went away ends nothing."""
+"""The terminal: one aligned, coloured prefix per source. A terminal that went away ends nothing.
+
+Lines that are not finished, such as progress bars and prompts, stand below all others and are drawn again in their place.
+Where the output is no terminal, `redraws` is False, and whoever has such a line prints it from time to time.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import select
 import sys
 import time
@@ -14,6 +19,7 @@ _DIM, _TEACHER, _RANKS = "2", "35", ("36", "32", "33", "34", "96", "92", "93", "
 
 
 _MOST_PENDING = 8 * 2**20
+_CODES = re.compile(r"\033\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
 
 
 class Console:
@@ -25,7 +31,11 @@ class Console:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._coloured = self._stream.isatty() and not os.environ.get("NO_COLOR")
+        terminal = self._stream.isatty()
+        self._coloured = terminal and not os.environ.get("NO_COLOR")
+        self.redraws = terminal and os.environ.get("TERM") != "dumb"
+        self._unfinished: dict[object, tuple[str, str]] = {}  # by their owner: source and text
+        self._drawn = 0  # how many of them the terminal shows
         self._fd = _descriptor(self._stream)
         self._prefix_width = _PREFIX_WIDTH
         self._pending = bytearray()
@@ -43,18 +53,57 @@ class Console:
 
     def line(self, source: str, text: str) -> None:
         """`[source] text`, once per line of `text`."""
-        prefix = f"[{source}]".ljust(self._prefix_width)
-        if self._coloured:
-            prefix = f"\033[{_colour(source)}m{prefix}\033[0m"
+        prefix = self._prefix(source)
         self.write("".join(f"{prefix} {line}".rstrip() + "\n" for line in text.split("\n")))
+
+    def unfinished(self, owner: object, source: str, text: str) -> None:
+        """From the next flush on `[source] text` stands below all lines, in place of what `owner` had there. Empty: nothing."""
+        if self._unfinished.get(owner, (source, "")) == (source, text):
+            return
+        self._erase()
+        if text:
+            self._unfinished[owner] = (source, text)
+        else:
+            del self._unfinished[owner]
+
+    def _prefix(self, source: str) -> str:
+        prefix = f"[{source}]".ljust(self._prefix_width)
+        return f"\033[{_colour(source)}m{prefix}\033[0m" if self._coloured else prefix
 
     def write(self, text: str) -> None:
         """`text` as it is."""
+        self._erase()
+        self._append(text)
+
+    def _erase(self) -> None:
+        if self._drawn:
+            up = f"\033[{self._drawn - 1}A" if self._drawn > 1 else ""
+            self._drawn = 0
+            self._append(f"\r{up}\033[J")
+
+    def _draw(self) -> None:
+        """The cursor stays behind the last of them, where a user answers a prompt."""
+        if self._drawn or not self._unfinished:
+            return
+        columns, rows = self._size()
+        room = columns - self._prefix_width - 2
+        in_order = sorted(self._unfinished.values(), key=lambda unfinished: (len(unfinished[0]), unfinished[0]))
+        shown = in_order[: max(1, rows // 2)]
+        self._append("\n".join(f"{self._prefix(source)} {_CODES.sub('', text)[:room]}" for source, text in shown))
+        self._drawn = len(shown)
+
+    def _size(self) -> tuple[int, int]:
+        try:
+            return os.get_terminal_size(self._fd if self._fd is not None else -1)
+        except OSError:
+            return 80, 24
+
+    def _append(self, text: str) -> None:
         if not self._open:
             return
         data = text.encode(self._stream.encoding or "utf-8", "backslashreplace")
         if len(self._pending) + len(data) > _MOST_PENDING:
-            self.flush()
+            self._give_all(0.0)
         if len(self._pending) + len(data) > _MOST_PENDING:
             self._skipped += len(data)
         else:
@@ -67,6 +116,10 @@ class Console:
 
     def flush(self, patience_s: float = 0.0) -> None:
         """Give the stream what it takes now, or takes within `patience_s` where it is slow."""
+        self._draw()
+        self._give_all(patience_s)
+
+    def _give_all(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         try:
             while self._pending:

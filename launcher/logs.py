@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 from launcher.console import Console
 
@@ -13,14 +15,23 @@ KEPT_LINES = 20
 _CHUNK = 2**20
 _LONGEST_LINE = 64 * 1024
 _LONGEST_TRACEBACK = 200
+# Unfinished lines: how often a progress bar is drawn again on a terminal, and printed elsewhere; how long a line without a
+# carriage return must stand still to be a prompt.
+_REDRAW_S, _REPRINT_S, _PROMPT_S = 1.0, 10.0, 0.5
 _TRACEBACK = "Traceback (most recent call last):"
 # Colours; the prefix of torchrun's --tee; torch's prefix on a rank's traceback.
 _COLOUR = re.compile(r"\033\[[0-9;]*m")
+# A nested tqdm bar goes down a line, draws itself and goes up again: a state like any other.
+_NESTED_BAR = re.compile(rb"\n([^\n]*?)\033\[A")
 _PREFIX = re.compile(r"^(?:\[(?!rank\d)\w+\d\]:)?(?:\[rank\d+\]: ?)?")
 
 
 class Tail:
-    """One growing file. Complete lines come out; of a line with carriage returns, only its last state."""
+    """One growing file. Complete lines come out; of a line with carriage returns, such as a progress bar, its last state.
+
+    `unfinished` is the last state of the line that has no end yet, and `changed_at` the time (monotonic, in seconds) since
+    which it is so; `is_bar` tells that it has carriage returns.
+    """
 
     def __init__(self, source: str, path: Path, *, from_end: bool = False) -> None:
         """`from_end`: only what is written from now on."""
@@ -29,6 +40,7 @@ class Tail:
         self.traceback: list[str] = []  # the last one that went by
         self._file: int | None = None
         self._rest = b""
+        self.unfinished, self.is_bar, self.changed_at = "", False, 0.0
         self._in_traceback = False
         self._begin = path.stat().st_size if from_end and path.exists() else 0
 
@@ -38,10 +50,14 @@ class Tail:
 
     def _split(self, chunk: bytes) -> list[str]:
         """The lines that `chunk` completes."""
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
-        if len(self._rest) > _LONGEST_LINE:
-            after = self._rest.rpartition(b"\r")[2]  # a progress bar: what came before is overwritten
-            self._rest = after[-_LONGEST_LINE:]
+        *lines, rest = _NESTED_BAR.sub(rb"\r\1\r", self._rest + chunk).split(b"\n")
+        is_bar = b"\r" in rest
+        if is_bar:  # what came before the last state is overwritten
+            rest = b"\r" + _last_state(rest) + (b"\r" if rest.endswith(b"\r") else b"")
+        self._rest = rest[-_LONGEST_LINE:]
+        text = _last_state(self._rest).decode(errors="replace")
+        if lines or text != self.unfinished:
+            self.unfinished, self.is_bar, self.changed_at = text if text.strip() else "", is_bar, time.monotonic()
         return [self._decode(line) for line in lines]
 
     def finish(self) -> list[str]:
@@ -51,7 +67,7 @@ class Tail:
             lines += self._split(chunk)
         if self._rest:
             lines.append(self._decode(self._rest))
-            self._rest = b""
+            self._rest, self.unfinished = b"", ""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -67,8 +83,7 @@ class Tail:
         return os.read(self._file, _CHUNK)
 
     def _decode(self, line: bytes) -> str:
-        states = [state for state in line.split(b"\r") if state]
-        text = states[-1].decode(errors="replace") if states else ""
+        text = _last_state(line).decode(errors="replace")
         self._remember(_PREFIX.sub("", _COLOUR.sub("", text)))
         return text
 
@@ -82,6 +97,19 @@ class Tail:
                 self._in_traceback = False
 
 
+def _last_state(line: bytes) -> bytes:
+    """What a terminal would show of a line with carriage returns."""
+    return next((state for state in reversed(line.split(b"\r")) if state), b"")
+
+
+class _Shown(NamedTuple):
+    """What is shown of an unfinished line, since when (monotonic, in seconds)."""
+
+    at: float
+    text: str = ""
+    is_bar: bool = False
+
+
 class Logs:
     """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ..."""
 
@@ -92,6 +120,7 @@ class Logs:
         self._missing = 2 * ranks
         self._tails: list[Tail] = []
         self._last: dict[str, deque[str]] = {}
+        self._shown: dict[Tail, _Shown] = {}  # of the tails whose last line is unfinished
 
     def follow(self, source: str, path: Path, *, from_end: bool = False) -> None:
         """`from_end`: only what is written from now on."""
@@ -108,7 +137,9 @@ class Logs:
         shown = 0
         for tail in self._tails:
             lines = tail.read()
-            self._show(tail.source, lines)
+            if lines:
+                self._show(tail, lines)
+            self._show_unfinished(tail, time.monotonic())
             shown += len(lines)
         self._console.flush()
         return shown > 0
@@ -117,7 +148,7 @@ class Logs:
         """Show all that is left."""
         self._discover()
         for tail in self._tails:
-            self._show(tail.source, tail.finish())
+            self._show(tail, tail.finish())
         self._console.flush()
 
     def last_lines(self, source: str) -> list[str]:
@@ -128,10 +159,35 @@ class Logs:
     def paths(self, source: str) -> list[Path]:
         return [tail.path for tail in self._tails if tail.source == source]
 
-    def _show(self, source: str, lines: list[str]) -> None:
-        self._last[source].extend(lines)
+    def _show(self, tail: Tail, lines: list[str]) -> None:
+        self._last[tail.source].extend(lines)
+        self._console.unfinished(tail, tail.source, "")
+        begun = self._shown.pop(tail, None)
+        if (
+            begun and begun.text and lines and not self._console.redraws
+        ):  # the first is printed already, or its beginning
+            rest = lines[0] if begun.is_bar else lines[0].removeprefix(begun.text).lstrip()
+            lines = [*([rest] if rest not in ("", begun.text) else []), *lines[1:]]
         for line in lines:
-            self._console.line(source, line)
+            self._console.line(tail.source, line)
+
+    def _show_unfinished(self, tail: Tail, now: float) -> None:
+        """Draw or print a progress bar from time to time, and a prompt once it has stood still."""
+        redraws = self._console.redraws
+        if not tail.unfinished and tail not in self._shown:
+            return
+        shown = self._shown.setdefault(tail, _Shown(now - _REDRAW_S if redraws else now))
+        if tail.is_bar:
+            due = now - shown.at >= (_REDRAW_S if redraws else _REPRINT_S)
+        else:
+            due = now - tail.changed_at >= _PROMPT_S
+        if not due or tail.unfinished == shown.text:
+            return
+        self._shown[tail] = _Shown(now, tail.unfinished, tail.is_bar)
+        if redraws:
+            self._console.unfinished(tail, tail.source, tail.unfinished)
+        elif tail.unfinished:
+            self._console.line(tail.source, tail.unfinished)
 
     def _discover(self) -> None:
         """torchrun makes LOG_DIR/RUN_ID/attempt_0/LOCAL_RANK/{stdout,stderr}.log."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 import pytest
@@ -50,6 +53,111 @@ def test_a_progress_bar_shows_its_last_state(tmp_path):
     append(path, b"\r100 %\n")
     logs.pump()
     assert stream.getvalue() == "[teacher]  100 %\n"
+
+
+def rendered(written: str) -> list[str]:
+    """The screen of a terminal that was given `written`."""
+    screen, row, column = [""], 0, 0
+    for part in re.findall(r"\033\[\d*[A-Za-z]|.|\n|\r", re.sub(r"\033\[\d+m", "", written)):
+        if part == "\n":
+            row, column = row + 1, 0
+            screen += [""] * (row + 1 - len(screen))
+        elif part == "\r":
+            column = 0
+        elif part == "\033[J":
+            screen = [*screen[:row], screen[row][:column]]
+        elif part.startswith("\033"):
+            assert part.endswith("A")
+            row -= int(part[2:-1])
+        else:
+            screen[row] = screen[row][:column].ljust(column) + part + screen[row][column + 1 :]
+            column += 1
+    return screen
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Time stands still until a test moves it."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("launcher.logs.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.fixture
+def two_ranks(tmp_path) -> Callable[[io.StringIO], tuple[Logs, Path, Path]]:
+    def follow_two(stream: io.StringIO) -> tuple[Logs, Path, Path]:
+        logs = Logs(Console(stream), tmp_path / "train", 0)
+        paths = [tmp_path / "0.log", tmp_path / "1.log"]
+        for rank, path in enumerate(paths):
+            logs.follow(f"rank {rank}", path)
+        return logs, *paths
+
+    return follow_two
+
+
+def test_bars_of_several_ranks_are_drawn_again_below_the_lines(two_ranks, clock):
+    logs, first, second = two_ranks(terminal := Terminal())
+    append(first, b"starts\n\r 10%\r 20%")
+    append(second, b"\r 12%")
+    logs.pump()
+    assert rendered(terminal.getvalue()) == ["[rank 0]   starts", "[rank 0]    20%", "[rank 1]    12%"]
+    append(first, b"\r 30%")
+    clock.now += 0.9
+    logs.pump()
+    assert rendered(terminal.getvalue())[1] == "[rank 0]    20%", "once a second"
+    clock.now += 0.1
+    logs.pump()
+    append(second, b"\r100%\nsaved\n")
+    logs.pump()
+    assert rendered(terminal.getvalue()) == [
+        "[rank 0]   starts",
+        "[rank 1]   100%",
+        "[rank 1]   saved",
+        "[rank 0]    30%",
+    ]
+    append(first, b"\r      \rwritten above the bar\n\r 31%")
+    logs.pump()
+    logs.finish()
+    assert rendered(terminal.getvalue())[-3:] == ["[rank 0]   written above the bar", "[rank 0]    31%", ""]
+
+
+def test_elsewhere_a_bar_is_a_line_every_ten_seconds(two_ranks, clock):
+    logs, first, _ = two_ranks(stream := io.StringIO())
+    for percent in range(100):
+        append(first, b"\r%d%%" % percent)
+        logs.pump()
+        clock.now += 0.35
+    append(first, b"\r100%\n")
+    logs.pump()
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["29%", "58%", "87%", "100%"]
+
+
+def test_nested_bars_are_one_that_changes(two_ranks, clock):
+    """As tqdm draws them: down a line, the inner bar, up again."""
+    logs, first, _ = two_ranks(terminal := Terminal())
+    append(first, b"\router 1/2")
+    for step in range(50):
+        append(first, b"\n\rinner %d/50\033[A" % step)
+        logs.pump()
+        clock.now += 0.1
+    append(first, b"\router 2/2\n")
+    logs.pump()
+    assert rendered(terminal.getvalue()) == ["[rank 0]   outer 2/2", ""]
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_a_prompt_is_shown_after_a_moment_and_answered(two_ranks, clock, stream):
+    logs, first, _ = two_ranks(shown := stream())
+    append(first, b"> train.py(3)\n(Pdb) ")
+    logs.pump()
+    assert "(Pdb)" not in shown.getvalue()
+    clock.now += 0.5
+    logs.pump()
+    assert rendered(shown.getvalue())[1].rstrip() == "[rank 0]   (Pdb)"
+    append(first, b"3\n(Pdb) ")
+    logs.pump()
+    answer = ["[rank 0]   (Pdb) 3"] if stream is Terminal else ["[rank 0]   (Pdb)", "[rank 0]   3"]
+    assert rendered(shown.getvalue())[1:-1] == answer
 
 
 def test_a_line_that_never_ends_takes_bounded_memory(tmp_path):
