@@ -339,4 +339,6 @@ class Bridge:
         """Tell the session that this rank ends by an exception. A clean SystemExit is a close."""
         clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
         if not self._closed and not clean_exit and os.getpid() == self._process:
+            if self._requests:
+                self._requests.explain(error)
             self._open.record.fail_with(error)

@@ -18,18 +18,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import NamedTuple, TypeVar
 
 import msgspec
 import torch
 
 from shmbridge import cuda_ipc, layout, peer
-from shmbridge.config import TorchDtype
 from shmbridge.cuda_ipc import Event, MemoryHandle, Stream
 from shmbridge.errors import AttachError, PlanError, TornReply
 from shmbridge.offer import Extent, Offer
-from shmbridge.payload import DTYPES
 from shmbridge.peer import Identity
 from shmbridge.segment import Segment
 from shmbridge.session import Lane, Names, Shape, Token
@@ -301,7 +298,8 @@ class RankCudaPlane:
         self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
         self._side = cuda_ipc.side_stream(device)
         self._copied = cuda_ipc.event()
-        self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY, device)
+        with torch.inference_mode(False):  # the first reply may be an evaluation's, and training writes here as well
+            self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY, device)
         self._reads: deque[_Read] = deque()
         self._waits: deque[tuple[Event, Event]] = deque()
         self._count = 0
@@ -319,7 +317,7 @@ class RankCudaPlane:
         if self.keeps:
             self._wait(compute, slab.ready(number))
             self._guard(slab, number, slab.stamp(number), views)
-            return dict(views)
+            return slab.slots.lend(number, extent)
         with cuda_ipc.on(self._side):
             self._side.wait_event(slab.ready(number))
             stamp = slab.stamp(number)
@@ -391,11 +389,15 @@ class RankCudaPlane:
         seen.record(cuda_ipc.current_stream(self._device))
         self._reads.append(_Read(number, expected, seen, place, slab.teacher))
 
-    def release(self, number: int) -> None:
+    def release(self, number: int) -> int | None:
         """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
+        version = None
         if self.keeps:
-            self._of(number).free(number).record(cuda_ipc.current_stream(self._device))
+            slab = self._of(number)
+            slab.free(number).record(cuda_ipc.current_stream(self._device))
+            version = slab.slots.take_back(number)
         self.check()
+        return version
 
     def check(self) -> None:
         """Look at the stamps that have reached the host, without waiting. Raises TornReply."""
@@ -482,12 +484,7 @@ class _Exchange:
 
 
 def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:
-    def view(offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
-        with torch.inference_mode(False):
-            kind = DTYPES[dtype]
-            return slab.memory[offset : offset + prod(dims) * kind.itemsize].view(kind).view(dims)
-
-    return Slots(agreed.outputs, slab.slots, slab.stride, view)
+    return Slots(agreed.outputs, slab.slots, slab.stride, slab.memory)
 
 
 def _stamps(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:

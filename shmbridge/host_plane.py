@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import torch
 
 from shmbridge import layout, payload, pinned
-from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
@@ -83,9 +82,9 @@ class RankHostPlane:
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
         """The tensors of a published reply; on a GPU for its current stream."""
-        views = self._slots.views(number, extent)
         if self._copies is None:
-            return dict(views)
+            return self._slots.lend(number, extent)
+        views = self._slots.views(number, extent)
         device, stream = self._copies.device, self._copies.stream
         done = self._copies.done[number % self._slots.count]
         with torch.cuda.stream(stream):
@@ -97,10 +96,12 @@ class RankHostPlane:
             copy.record_stream(compute)
         return copies
 
-    def release(self, number: int) -> None:
+    def release(self, number: int) -> int | None:
         """Before the slot is given back: this rank's copy of it, and nothing else of its GPU, has come to an end."""
-        if self._copies is not None:
-            self._copies.done[number % self._slots.count].synchronize()
+        if self._copies is None:
+            return self._slots.take_back(number)
+        self._copies.done[number % self._slots.count].synchronize()
+        return None
 
     def stalled_s(self) -> float:
         """What a GPU stands still for here is its own copy."""
@@ -121,7 +122,5 @@ def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memo
     if memory.nbytes != expected:
         raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")
 
-    def view(offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
-        return payload.over(memory, layout.PAGE + offset, dtype, dims)
-
-    return memory, Slots(agreed.outputs, shape.reply_slots, shape.slot_bytes(agreed.outputs), view)
+    count, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
+    return memory, Slots(agreed.outputs, count, stride, payload.over(memory, layout.PAGE, "uint8", (count * stride,)))

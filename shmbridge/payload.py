@@ -50,17 +50,11 @@ Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
 """What it returns is not written again by a later call: on a GPU it may still be on its way to the ranks then."""
 
 
-def view(memory: memoryview, offset: int, spec: OutputSpec, extent: Extent) -> torch.Tensor:
-    """The tensor of `spec` for a request of `extent`, in place at `offset` bytes of `memory`.
+def over(memory: memoryview, offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of `dims` in place at `offset` bytes of `memory`.
 
     Never an inference tensor, even where it is first made within inference_mode: autograd may need it later.
     """
-    dims = spec.dims(extent)
-    return over(memory, offset, spec.dtype, dims)
-
-
-def over(memory: memoryview, offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of `dims` in place at `offset` bytes of `memory`. Never an inference tensor."""
     with torch.inference_mode(False):
         if not prod(dims):
             return torch.empty(dims, dtype=DTYPES[dtype])

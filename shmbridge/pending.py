@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Generator
+from typing import TYPE_CHECKING, NoReturn
 
 from shmbridge.errors import Closed
 from shmbridge.reply import Reply
@@ -16,11 +17,15 @@ from shmbridge.requests import Requests, Sent
 
 Chunks = Generator[tuple[slice, Reply], None, None]
 
+_READ_A_LEASE = "Use `with pending.wait() as reply:` and read the reply inside the block, or `reply = pending.copy()`."
+
 
 class Lease:
     """The right to read one reply in place. Used as `with pending.wait() as reply:`; released at the end of the block.
 
-    The tensors lie in memory that the teacher writes again after the release: finish the backward inside the block.
+    The tensors may lie in memory that the teacher writes again after the release: finish the backward inside the block.
+    `Reply` tells what happens otherwise. A lease that is dropped without a release is released when the bridge is next used,
+    unless its `reply` is still referred to.
     """
 
     __slots__ = ("_requests", "_sent", "_since_ns", "reply")
@@ -35,13 +40,22 @@ class Lease:
         """Give the slot back. Once is enough; more does nothing."""
         if self._requests is not None:
             requests, self._requests = self._requests, None
-            requests.release(self._sent, self.reply.forget(), self._since_ns)
+            self.reply.forget()
+            requests.release(self._sent, self._since_ns)
 
     def __enter__(self) -> Reply:
         return self.reply
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    if not TYPE_CHECKING:  # a type checker finds these by itself
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"a Lease has no {name!r}. {_READ_A_LEASE}")
+
+        def __getitem__(self, name: object) -> NoReturn:
+            raise TypeError(f"a Lease has no {name!r}. {_READ_A_LEASE}")
 
 
 class Pending:

@@ -44,7 +44,8 @@ class RankPlane(Protocol):
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]: ...
 
-    def release(self, number: int) -> None: ...
+    def release(self, number: int) -> int | None:
+        """The slot may be written again. The version of its lent tensors until now (see Slots.take_back); None: none were lent."""
 
     def stalled_s(self) -> float: ...
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from shmbridge.errors import Closed
-from shmbridge.loan import Loan
 from shmbridge.ring import Composition
 
 
@@ -15,9 +14,16 @@ class Reply:
 
     `missing` is True where there is no answer because the bridge is off; there are no tensors then. `composition` tells
     where the request stood in the teacher's forward, which the bits of the reply depend on; None in a chunk.
+
+    Where the tensors are lent (a lease or a chunk on the CPU, or with cuda.read=in_place), they lie in memory that the teacher
+    writes again once the lease or the chunk has ended. A backward that needs a lent tensor, a view of it or a detach() of it
+    after that raises a RuntimeError of autograd, and Bridge adds a note with the sequence and the remedy. A variable that
+    merely outlives the block does no harm. What autograd does not save it cannot watch: reading such a variable after the
+    block, a tensor that a checkpointed function takes from its closure, an attribute of `ctx` in an autograd function of
+    your own (use ctx.save_for_backward), `.data`, `.numpy()`, DLPack and raw pointers. Use pending.copy() for these.
     """
 
-    __slots__ = ("_loan", "_released", "_tensors", "composition", "missing", "sequence", "step")
+    __slots__ = ("_dropped", "_lent", "_released", "_tensors", "composition", "missing", "sequence", "step")
 
     def __init__(
         self,
@@ -27,10 +33,12 @@ class Reply:
         composition: Composition | None,
         *,
         lent: bool = False,
+        dropped: list[int] | None = None,
     ) -> None:
-        """`lent`: the tensors lie in a slot, to be given back with `forget`."""
-        self._loan = Loan(tensors) if lent else None
-        self._tensors = self._loan.tensors if self._loan else tensors
+        """`lent`: the tensors lie in a slot. `dropped`: where the sequence is noted if nobody calls `forget`."""
+        self._dropped = dropped
+        self._lent = lent
+        self._tensors = tensors
         self._released = False
         self.missing = not tensors
         self.sequence = sequence
@@ -64,11 +72,16 @@ class Reply:
 
     def owned(self) -> Reply:
         """The same reply outside of any lease."""
-        owned = {name: tensor.clone() if self._loan else tensor for name, tensor in self._tensors.items()}
+        owned = {name: tensor.clone() if self._lent else tensor for name, tensor in self._tensors.items()}
         return Reply(owned, self.sequence, self.step, self.composition)
 
-    def forget(self) -> list[str]:
-        """The tensors are not to be read any more. Names of those that lie in a slot and are referred to all the same."""
+    def forget(self) -> None:
+        """The tensors are not to be read any more."""
         self._tensors = {}
         self._released = True
-        return self._loan.still_used() if self._loan else []
+        self._dropped = None
+
+    def __del__(self) -> None:
+        """Dropped, and its lease with it: the slot is given back when the bridge is next used. (Any thread may run this.)"""
+        if self._dropped is not None:
+            self._dropped.append(self.sequence)

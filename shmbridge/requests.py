@@ -7,8 +7,10 @@ reply was released, or when nobody wants it and the teacher is done with it.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -36,11 +38,8 @@ from shmbridge.token_ids import IntArray
 T = TypeVar("T")
 
 _GPU_LOOK_S = 0.001
-
-_STILL_USED = (
-    "the lease on sequence %d, or a chunk of it, ended while somebody refers to its %s: a variable, or a graph whose backward is "
-    "still to come. The memory is written again: finish the backward before, or use pending.copy(). (Told once.)"
-)
+_EXPLAINED = 256  # ended leases and chunks of which an error can tell the sequence
+_CHANGED = re.compile(r"is at version \d+; expected version (\d+)")  # autograd, of a saved tensor
 
 
 class Sent(NamedTuple):
@@ -59,7 +58,7 @@ class Requests:
         """Map the reply memory. Replies are wanted on `device`; None: the current CUDA device where the launcher gave training
         GPUs, else the CPU. Raises AttachError."""
         self.streams = session.control.shape.chunks > 0
-        self.dropped: list[int] = []  # sequences whose Pending was dropped; any thread may append
+        self.dropped: list[int] = []  # sequences whose Pending or Reply was dropped; any thread may append
         self.meter = Meter(session.settings.log.stats_every if session.lane.index == 0 else 0)
         self._open = session
         self.stopping = stopping
@@ -70,14 +69,15 @@ class Requests:
         self._outputs = agreed.outputs
         self.device = _with_index(device or _default_device(session))
         self.plane = planes.of_rank(session, agreed, self.device)
-        self._warned = False
+        self._leased: dict[int, Sent] = {}  # their slots are the rank's until `release`
+        self._ended: deque[tuple[int, Sent]] = deque(maxlen=_EXPLAINED)  # what was lent, with its version at the end
         self._released = 0  # sequences below it are given back
         self._released_early: set[int] = set()
         self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
         self._trace = trace.Trace.of("trainer", session.lane.index)
 
     def close(self) -> None:
-        """What is in flight is no longer read. A GPU that still reads a reply gets timeouts.shutdown_s for it, because the
+        """What is in flight is no longer read, and leases end. A GPU that still reads a reply gets timeouts.shutdown_s for it, because the
         teacher's memory may go once all ranks have closed. Raises TornReply."""
         if self._closed:
             return
@@ -87,6 +87,8 @@ class Requests:
         deadline = time.monotonic() + self._open.settings.timeouts.shutdown_s
         while self.plane.waits_for() and time.monotonic() < deadline:
             time.sleep(_GPU_LOOK_S)
+        for sequence, sent in self._leased.items():
+            self._take_back(sequence, sent)
         self.plane.check()
 
     # Sending
@@ -100,7 +102,7 @@ class Requests:
         self.stopping.heed()
         ring = session.ring
         if self.dropped or self._cancelled:
-            self._free_cancelled(wait=True)
+            self._free_unwanted(wait=True)
         sequence = ring.claim()
         ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
         ring.publish_request(sequence)
@@ -117,7 +119,7 @@ class Requests:
         ring = self._session.ring
         if self.teacher_lost:
             return ring.depth
-        self._free_cancelled(wait=False)
+        self._free_unwanted(wait=False)
         return ring.depth - (ring.requested - ring.released)
 
     # Whole replies
@@ -159,11 +161,14 @@ class Requests:
         except BaseException:
             self._release_slot(sent.sequence)
             raise
-        if not self.plane.keeps:
+        if self.plane.keeps:
+            self._leased[sent.sequence] = sent
+        else:
             self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("lease", sent, sum(tensor.nbytes for tensor in tensors.values()), started)
-        return Reply(tensors, sent.sequence, sent.step, head.composition, lent=self.plane.lends)
+        dropped = self.dropped if self.plane.keeps else None
+        return Reply(tensors, sent.sequence, sent.step, head.composition, lent=self.plane.lends, dropped=dropped)
 
     def head(self, sent: Sent) -> ReplyHead:
         """The head of a published reply. Raises TeacherError."""
@@ -180,30 +185,45 @@ class Requests:
         """A whole reply in the shape of a chunk: its positions in one axis."""
         names = [spec.name for spec in self._outputs if spec.per_token and spec.name in reply]
         flat = {name: _flat(reply[name], sent.extent) for name in names}
-        return Reply(flat, reply.sequence, reply.step, reply.composition)
+        return Reply(flat, reply.sequence, reply.step, reply.composition, lent=self.plane.lends)
 
-    def release(self, sent: Sent, still_used: Sequence[str], since_ns: int) -> None:
-        """Give a reply's slot back; `still_used` names tensors in it that somebody refers to. Raises TornReply."""
-        self._warn_of(still_used, sent)
+    def release(self, sent: Sent, since_ns: int) -> None:
+        """Give a reply's slot back. Raises TornReply."""
+        if self._closed or os.getpid() != self._process:
+            return
         try:
-            self.plane.release(sent.sequence)
+            self._take_back(sent.sequence, sent)
         finally:
-            if self.plane.keeps:
+            if self._leased.pop(sent.sequence, None):
                 self._release_slot(sent.sequence)
         if self._trace:
             self._hand_over("release", sent, 0, since_ns)
 
-    def _warn_of(self, still_used: Sequence[str], sent: Sent) -> None:
-        if still_used and not self._warned:
-            self._warned = True
-            trace.logger.warning(_STILL_USED, sent.sequence, ", ".join(still_used))
+    def _take_back(self, number: int, sent: Sent) -> None:
+        """The reply to `sent`, or its chunk `number`, is not to be read any more. Raises TornReply."""
+        version = self.plane.release(number)
+        if version is not None:
+            self._ended.append((version, sent))
+
+    def explain(self, error: BaseException) -> None:
+        """Add a note to autograd's error about a saved tensor that was lent and whose lease has ended."""
+        found = _CHANGED.search(str(error)) if isinstance(error, RuntimeError) else None
+        if found is None:
+            return
+        sent = next((sent for version, sent in reversed(self._ended) if version == int(found[1])), None)
+        if sent is not None:
+            error.add_note(
+                f"This backward needs the reply to step {sent.step}, sequence {sent.sequence}, whose lease or chunk has ended: "
+                "the teacher writes its memory again. Finish the backward inside the block of `with pending.wait() as reply:` or "
+                "inside the loop over pending.chunks(), or use pending.copy()."
+            )
 
     # Streamed replies
 
     def begin(self, sent: Sent, timeout: float | None) -> bool:
         """Sleep until the first chunk is there. False where no reply will come, and the loop is to go on without. Raises
         RequestRefused unless it is its turn."""
-        self._free_cancelled(wait=False)
+        self._free_unwanted(wait=False)
         first = self._first_unread()
         if sent.sequence != first:
             raise RequestRefused(
@@ -237,8 +257,8 @@ class Requests:
                 try:
                     yield slice(chunk.start, chunk.start + chunk.positions), reply
                 finally:
-                    self._warn_of(reply.forget(), sent)
-                    self.plane.release(chunk.number)
+                    reply.forget()
+                    self._take_back(chunk.number, sent)
                     if self.plane.keeps:
                         self._consume(chunk)
                 taken += chunk.positions
@@ -310,16 +330,22 @@ class Requests:
         """Nobody will read the reply to `sequence`, or what is left of it."""
         if os.getpid() == self._process and not self._closed:
             self._cancelled.add(sequence)
-            self._free_cancelled(wait=False)
+            self._free_unwanted(wait=False)
 
-    def _free_cancelled(self, wait: bool) -> None:
-        """Tell the teacher what nobody reads, and give back the slots of it that the teacher is done with.
+    def _free_unwanted(self, wait: bool) -> None:
+        """Give back what was dropped: the slot of a reply at once; of a request that nobody reads, once the teacher, which is
+        told, is done with it. Raises TornReply.
 
         With `wait`, a ring whose oldest slot is one of them and that is full is waited for: only the teacher can free it."""
         session = self._session
         ring = session.ring
         while self.dropped:
-            self._cancelled.add(self.dropped.pop())
+            sequence = self.dropped.pop()
+            leased = self._leased.get(sequence)
+            if leased:
+                self.release(leased, time.monotonic_ns())
+            else:
+                self._cancelled.add(sequence)
         if not self._cancelled:
             return
         first = self._first_unread()

@@ -19,7 +19,7 @@ FLOORS = [
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
     {"session"},
-    {"owner", "payload", "head", "fingerprint", "loan", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
+    {"owner", "payload", "head", "fingerprint", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
     {"slots", "reply", "shared_head", "encode", "token_ids"},
     {"host_plane", "cuda_plane"},
     {"combine", "parity", "planes", "cuda_probe"},
