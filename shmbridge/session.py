@@ -527,6 +527,12 @@ class TeacherSession(_Attached):
             return None
         return TeacherSession.newest(self.token, self.index)
 
+    def close(self) -> None:
+        """Close this generation's doorbells. Nothing is served from here any more, and nobody is woken."""
+        for bell in (self.bell, *(bell for bells in self.reader_bells for bell in bells)):
+            bell.close()
+        self.lanes = []
+
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""
         peer = self._ranks.get(lane.index)

@@ -73,8 +73,10 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     slabs: Slabs = {}
     following: TeacherSession | None = session
     while following and not stop.asked:
-        _serve_generation(following, forward, encoder, agreed, device, slabs, stop)
-        following = following.next_generation(stop.now) if stays else None
+        served = following
+        _serve_generation(served, forward, encoder, agreed, device, slabs, stop)
+        following = served.next_generation(stop.now) if stays else None
+        served.close()
 
 
 def _serve_generation(

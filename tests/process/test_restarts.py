@@ -429,6 +429,19 @@ def test_the_next_generation_is_served_by_the_same_teacher_and_nothing_of_the_ol
         assert teacher.poll() is None
 
 
+@pytest.mark.one_plane
+def test_a_teacher_keeps_no_doorbell_of_an_earlier_generation():
+    with Run(4, 1, "train.restarts=9") as run:
+        teacher = run.serve(Doubling())
+        run.agree()
+        mapped = []
+        for _ in range(4):
+            run.next_generation()
+            run.agree()
+            mapped.append(doorbells(teacher.pid))
+        assert len(set(mapped)) == 1, mapped
+
+
 def test_a_generation_may_have_more_ranks_than_the_last():
     with Run(2, 1, "train.restarts=2") as run:
         run.serve(Doubling())
@@ -512,6 +525,11 @@ def test_a_failure_ends_the_wait_for_a_new_teacher():
         until(lambda: first.poll() is not None)
         run.owner.fail(Failure("teacher", 0, 1, "forward", None, None, "no more"))
         assert rank.join() == 0
+
+
+def doorbells(pid: int) -> int:
+    """How many semaphores a process has mapped."""
+    return Path(f"/proc/{pid}/maps").read_text().count("/dev/shm/sem.")
 
 
 def switches(pid: int) -> int:
