@@ -25,6 +25,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from shmbridge import parity, shared_head, trace
+from shmbridge.board import Phase
 from shmbridge.config import Config
 from shmbridge.errors import Closed, PeerLost, RequestRefused, TeacherDied
 from shmbridge.head import Head
@@ -182,8 +183,11 @@ class Bridge:
                 return Pending(sending, sending.send(ids, extent, arrays, step))
             except TeacherDied as error:  # while it waited for a cancelled request's slot
                 sending.go_on_without(error)
+        sequence = self._open.ring.requested + self._missing
         self._missing += 1
-        return MissingPending(Sent(self._missing, step, extent, False))
+        self._open.record.at(step, sequence)
+        self._open.record.enter(Phase.TRAINING)  # the loop moves, though it asks nobody
+        return MissingPending(Sent(sequence, step, extent, False))
 
     def exchange(
         self,

@@ -397,9 +397,9 @@ class Requests:
             raise type(error)(f"{at}: {error}") from None
         finally:
             self.meter.waited(time.monotonic() - started)
+            session.record.enter(Phase.TRAINING)
         if found is None:
             raise DeadlineExceeded(self._late(sequence, step, limit))
-        session.record.enter(Phase.TRAINING)
         return found
 
     def _late(self, sequence: int, step: int | None, limit: float) -> str:

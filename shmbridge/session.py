@@ -377,13 +377,15 @@ class TrainerSession(_Attached):
         generation = self.token.generation
         self.record.enter(Phase.BARRIER)
         teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
-        ready = self.wait(
-            lambda: True if all(teacher.ready == generation or teacher.lost for teacher in teachers) else None,
-            time.monotonic() + timeout_s,
-        )
+        try:
+            ready = self.wait(
+                lambda: True if all(teacher.ready == generation or teacher.lost for teacher in teachers) else None,
+                time.monotonic() + timeout_s,
+            )
+        finally:
+            self.record.enter(Phase.TRAINING)
         if not ready:
             raise DeadlineExceeded(self._late_teacher(timeout_s))
-        self.record.enter(Phase.TRAINING)
         text = self.teacher.offer
         if text is None:
             raise AttachError(f"{self.teacher_name(self.teacher_index)} is ready but made no offer: garbled.")

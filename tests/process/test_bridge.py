@@ -457,6 +457,7 @@ def test_deadline_names_the_request_and_wait_may_be_called_again():
             DeadlineExceeded, match=r"step 7, sequence 0 after 0\.05 s; the teacher is in phase forward"
         ):
             pending.wait(timeout=0.05)
+        assert it.owner.lanes[0].records[0].phase is Phase.TRAINING  # for the board, and so for hang reports
         os.write(write, b"x")
         with pending.wait() as reply:
             assert torch.equal(reply["ids"], ids(1, 4))

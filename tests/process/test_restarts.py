@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher.watch import Watch
 from shmbridge import config, teacher_job
-from shmbridge.board import Failure
+from shmbridge.board import Failure, Phase
 from shmbridge.bridge import Bridge
 from shmbridge.errors import AttachError, PeerLost
 from shmbridge.layout import LaneWord
@@ -368,6 +369,29 @@ def test_training_goes_on_with_missing_replies(tmp_path, caplog):
             dropped[0].cancel()
             assert bridge.stats()
         assert caplog.text.count("Replies are missing from now on") == 1
+
+
+@pytest.mark.one_plane
+def test_training_without_a_teacher_is_seen_to_move(tmp_path):
+    """No hang is reported, however long it goes on; and once its loop stands still, one is."""
+    settings = ("teacher.restarts=0", "on_teacher_lost=continue", "timeouts.report_s=20")
+    with Run(1, 1, *settings) as run:
+        teacher = run.serve(Doubling(gate=tmp_path / "never"))
+        run.agree()
+        with run.bridge() as bridge:
+            record, watch, now = run.owner.lanes[0].records[0], Watch(run.owner, run.settings), 0.0
+            pending = bridge.submit(ids(DEADLY))
+            until(lambda: run.owner.control.teachers[0].sequence == 0)
+            lost(run, teacher)
+            assert pending.copy().missing
+            assert record.phase is Phase.TRAINING
+            for step in (None, 7, 8):
+                for _ in range(20):
+                    now += 2
+                    assert bridge.exchange(ids(1), step=step).missing
+                    assert not watch.due(now)
+                assert record.step == step
+            assert any(watch.due(now + 5 * tick) for tick in range(1, 9))
 
 
 def test_a_submit_that_waits_for_a_cancelled_slot_goes_on_without_a_teacher(tmp_path):
