@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
 import time
@@ -16,7 +15,7 @@ from launcher import facts, hang, parsers, registry, sessions, stale, status
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.sessions import LIVE, STALE, Attached, Session
 from launcher.text import size, table
-from shmbridge import owner, peer
+from shmbridge import owner
 from shmbridge.errors import AttachError, ShmbridgeError
 
 _EVERY_S = 1.0
@@ -123,7 +122,8 @@ def _clean(args: argparse.Namespace) -> int:
         print(
             f"{would} {count} objects{_freed(dead.get(session_id, 0))} of the dead session {session_id[: sessions.SHORT]}"
         )
-    names = [name for name in sessions.registered() if _is_free(name, remove=not args.dry_run)]
+    free = registry.is_free if args.dry_run else registry.remove_if_free
+    names = [name for name in registry.entries() if free(name)]
     for name in names:
         print(f"{would} the name {name!r}, which no live launcher holds")
     if not removed and not names:
@@ -146,30 +146,6 @@ def _bytes(session_id: str) -> int:
         except OSError:
             pass
     return total
-
-
-def _is_free(name: str, remove: bool) -> bool:
-    """Whether no process holds the lock of a registry file; it is removed under the lock."""
-    path = registry.directory() / f"{name}.json"
-    entry = sessions.registered().get(name, {})
-    pid = entry.get("pid")
-    if not remove and isinstance(pid, int) and peer.identity(pid) is None:
-        return True
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    else:
-        if remove:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".sock").unlink(missing_ok=True)  # of a keeper
-        return True
-    finally:
-        os.close(file)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,12 +54,37 @@ def claim(name: str, kept: bool = False) -> Iterator[Registration]:
         SessionInUse: a live launcher holds it; names its pid and run directory.
     """
     path = directory() / f"{name}.json"
-    file = _lock(path, name)
+    try:
+        file = _lock(path, os.O_CREAT)
+    except BlockingIOError:
+        raise SessionInUse(_held(name, entries().get(name, {}), kept)) from None
     try:
         yield Registration(file, kept)
     finally:
         path.unlink(missing_ok=True)
         os.close(file)
+
+
+def is_free(name: str) -> bool:
+    """Whether no process holds a name that has a file."""
+    try:
+        os.close(_lock(directory() / f"{name}.json"))
+    except OSError:
+        return False
+    return True
+
+
+def remove_if_free(name: str) -> bool:
+    """Remove the file and the socket of a name that no process holds. False where one does."""
+    path = directory() / f"{name}.json"
+    try:
+        file = _lock(path)
+    except OSError:
+        return False
+    path.with_suffix(".sock").unlink(missing_ok=True)  # of a keeper; first, while nobody can claim the name
+    path.unlink(missing_ok=True)
+    os.close(file)
+    return True
 
 
 @contextmanager
@@ -100,26 +125,28 @@ class Registration:
         os.ftruncate(self._file, len(text))
 
 
-def _lock(path: Path, name: str) -> int:
+def _lock(path: Path, flags: int = 0) -> int:
+    """Open the file that is at `path` and take its lock. The lock on a file that was removed meanwhile is worth nothing: then
+    again. Raises OSError: BlockingIOError where another process has the lock."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(file).st_nlink:
+                return file
         except BlockingIOError:
-            holder = _read(file)
             os.close(file)
-            raise SessionInUse(
-                f"the name {name!r} is held by a live launcher (pid {holder.get('pid', 'unknown')}, run directory "
-                f"{holder.get('run') or 'not made yet'}). Stop it, or choose another --name."
-            ) from None
-        if os.fstat(file).st_nlink:
-            return file
-        os.close(file)  # its last holder removed it in between
+            raise
+        os.close(file)
 
 
-def _read(file: int) -> dict[str, object]:
-    try:
-        found = json.loads(os.pread(file, 64 * 1024, 0))
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _held(name: str, entry: Mapping[str, object], keeps: bool) -> str:
+    """Who holds `name`, and what to do; `keeps`: where it was asked for to keep a teacher under it."""
+    where = f"(pid {entry.get('pid', 'unknown')}, run directory {entry.get('run') or 'not made yet'})"
+    another = "choose another: shmbridge-launch teacher start NAME ..." if keeps else "choose another --name"
+    if not entry.get("kept"):
+        return f"the name {name!r} is held by a live launcher {where}. Stop it, or {another}."
+    return (
+        f"the name {name!r} is held by a kept teacher {where}. Train with it (shmbridge-launch --attach {name} ...), end it "
+        f"(shmbridge-launch teacher stop {name}), or {another}."
+    )

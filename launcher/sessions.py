@@ -76,7 +76,7 @@ def live(session_id: str) -> bool:
 
 def every() -> list[Session]:
     """All sessions that have objects in /dev/shm, the live ones first."""
-    names = {str(entry.get("session")).partition("@")[0]: name for name, entry in registered().items()}
+    names = {str(entry.get("session")).partition("@")[0]: name for name, entry in registry.entries().items()}
     found = [_read(session_id, names.get(session_id, ""), len(left)) for session_id, left in owner.objects().items()]
     return sorted(found, key=lambda one: (one.state != LIVE, one.name, one.session_id))
 
@@ -112,11 +112,6 @@ def _why(session: Session) -> str:
 
 def _listed(those: Sequence[Session]) -> str:
     return listed([f"{one.name} ({one.short})" if one.name else one.short for one in those])
-
-
-def registered() -> dict[str, dict[str, object]]:
-    """What the registry's files tell, by name; of dead launchers too."""
-    return registry.entries()
 
 
 def _read(session_id: str, name: str, objects: int) -> Session:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -13,8 +15,9 @@ import sys
 import msgspec
 import pytest
 
-from launcher import cli, commands, registry
+from launcher import cli, commands, reception, registry
 from shmbridge import owner
+from shmbridge.errors import SessionInUse
 from shmbridge.owner import Owner
 from shmbridge.session import TeacherSession, TrainerSession
 from tests.harness import until
@@ -135,6 +138,27 @@ def test_clean_removes_what_is_dead_and_nothing_else(session, own_world, capsys)
     assert list(owner.objects()) == [session.session_id]
     assert [path.name for path in registry.directory().iterdir()] == ["exp.json"]
     assert run(capsys, "clean")[1].startswith("nothing to remove\n")
+
+
+def test_clean_leaves_a_name_alone_that_was_given_up_and_claimed_again_under_its_eyes(own_world, capsys, monkeypatch):
+    """Between the moment it opens the file and the moment it has the lock; the second holder is a keeper with a socket."""
+    flock, holders = fcntl.flock, contextlib.ExitStack()
+    first = contextlib.ExitStack()
+    first.enter_context(registry.claim("exp"))
+
+    def claimed_anew(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.close()
+        holders.enter_context(registry.claim("exp", kept=True))
+        holders.enter_context(reception.listening("exp"))
+        flock(file, how)
+
+    with holders:
+        monkeypatch.setattr(fcntl, "flock", claimed_anew)
+        assert run(capsys, "clean")[1] == "nothing to remove\n"
+        assert sorted(path.name for path in registry.directory().iterdir()) == ["exp.json", "exp.sock"]
+        with pytest.raises(SessionInUse), registry.claim("exp"):
+            pass
 
 
 @pytest.mark.parametrize("name", ["report", "status"])

@@ -410,7 +410,10 @@ def test_a_name_is_taken_once(kept):
     kept.start()
     second = kept.begin()
     assert second.process.wait(60) == 2
-    assert "the name 'big' is held by a live launcher" in second.text
+    assert re.search(
+        r"'big' is held by a kept teacher \(pid \d+, run directory /.*--attach big.*teacher stop big", second.text
+    )
+    assert "--name" not in second.text
     kept.stop()
 
 
