@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
-from launcher import gpus, replicas, shim
+from launcher import gpus, replicas
 from launcher.stacks_of import Stacks
 from launcher.text import listed
 from shmbridge import peer
@@ -16,7 +17,7 @@ from shmbridge.board import Phase, Record
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.peer import Identity
-from shmbridge.session import Control, Lane
+from shmbridge.session import SESSION_VARIABLE, Control, Lane, Token
 
 TEACHER, TRAINER = "teacher", "trainer"
 GONE = ("gone", "zombie")
@@ -156,32 +157,32 @@ def identities(view: View) -> list[Identity]:
 
 
 def processes_of(view: View) -> dict[int, int]:
-    """Pids by rank, also of ranks that have not attached: torchrun starts them in their order, each the leader of a process
-    session. Empty where that does not fit what is known."""
-    count = len(view.lanes)
-    known = {lane.index: who.pid for lane in view.lanes if (who := lane.records[0].identity)}
-    launcher = view.control.owner_identity.pid
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for pid in shim.descendants(launcher):
-        parent, leader, start = _lineage(pid)
-        if leader == pid and parent not in (0, launcher):
-            groups.setdefault(parent, []).append((start, pid))
-    for parent, group in groups.items():
-        ranks = {rank: pid for rank, (_, pid) in enumerate(sorted(group))}
-        fits = len(ranks) == count and all(ranks[rank] == pid for rank, pid in known.items())
-        if fits and _lineage(parent)[1] == parent:  # torchrun leads the session of its job
-            return ranks
-    return {}
+    """Pids by rank, also of ranks that have not attached, whoever has started them: what this generation of the session was told
+    to, and by torchrun its rank."""
+    everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    found = ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
+    return {rank: who.pid for rank, who in found.items() if rank < len(view.lanes)}
 
 
-def _lineage(pid: int) -> tuple[int, int, int]:
-    """Parent, leader of its process session, start time."""
+def ranks_among(pids: Iterable[int], having: str = "") -> dict[int, Identity]:
+    """Those of `pids` that torchrun has started, by their LOCAL_RANK; `having`: an assignment that must stand in their
+    environment too. A rank's workers inherit its environment: the rank is who started first."""
+    found: dict[int, Identity] = {}
+    for pid in pids:
+        environment = _environment(pid)
+        rank = next((entry[11:] for entry in environment if entry.startswith(b"LOCAL_RANK=")), b"")
+        who = peer.identity(pid) if rank.isdigit() and (not having or having.encode() in environment) else None
+        if who:
+            found[int(rank)] = min(found.get(int(rank), who), who, key=lambda one: (one.start, one.pid))
+    return found
+
+
+def _environment(pid: int) -> list[bytes]:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return 0, 0, 0
-    return int(fields[1]), int(fields[3]), int(fields[19])
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:  # it has ended, or is another user's
+        return []
 
 
 def _teacher(view: View, record: Record, where: dict[str, str], stacks: Mapping[int, Stacks]) -> Participant:

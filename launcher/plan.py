@@ -30,8 +30,8 @@ OF_A_RANK = (
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_*", "TORCHELASTIC_*", "PET_*", "SLURM_*"),
     *("OMPI_COMM_WORLD_*", "PMI_*", "PMIX_*", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
 )
-# Defaults for torchrun's flags; train.torchrun_args is the way to set those.
-_OF_TORCHRUN = ("PET_*",)
+# Of torchrun: defaults for its flags, which train.torchrun_args is the way to set; and what tells its ranks, which it is none of.
+_OF_TORCHRUN = ("PET_*", "LOCAL_RANK")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterable
 
-from launcher import signals
+from launcher import facts, signals
 from launcher.job import Job
 from launcher.steering import Board
 from shmbridge.peer import Identity, identity
@@ -83,12 +83,7 @@ class Ranks:
 
     def _processes(self, training: Job | None) -> dict[int, Identity]:
         """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
-        found: dict[int, Identity] = {}
-        below = training.children() if training else []
-        for pid in below[1:]:  # after torchrun itself; parents come first, so ranks before their workers
-            who, rank = identity(pid), _local_rank(pid)
-            if who and rank is not None:
-                found.setdefault(rank, who)
+        found = facts.ranks_among(training.children() if training else ())
         for rank in range(self.count):
             who = self.identity(rank)
             if who:
@@ -124,12 +119,3 @@ def _send(who: Identity, number: int) -> bool:
     finally:
         os.close(fd)
     return True
-
-
-def _local_rank(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            values = [entry[11:] for entry in file.read().split(b"\0") if entry.startswith(b"LOCAL_RANK=")]
-    except OSError:
-        return None
-    return int(values[0]) if values and values[0].isdigit() else None

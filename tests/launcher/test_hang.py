@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -523,31 +525,31 @@ def spy(tmp_path, monkeypatch, script):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
 
-def test_a_rank_that_has_not_attached_is_found_below_torchrun(tmp_path):
-    def leader():
-        os.setsid()
-        time.sleep(600)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rank_that_has_not_attached_is_found_by_its_environment(tmp_path, ranks):
+    """Whoever started it: this session's launcher, or that of a group beside a kept teacher. Its workers are no ranks, nor is
+    a teacher, nor a rank of another session."""
+    worker = "import subprocess, sys; subprocess.Popen(['sleep', '600']); sys.stdin.read()"
 
-    def torchrun():
-        os.setsid()
-        Child(lambda: time.sleep(600))  # a helper of its own
-        ranks = [Child(leader) for _ in range(2)]
-        (tmp_path / "ranks").write_text(" ".join(str(rank.pid) for rank in ranks))
-        time.sleep(600)
+    def started(token: str, *variables: str) -> subprocess.Popen:
+        environment = {**os.environ, "SHMBRIDGE_SESSION": token, **dict(one.split("=") for one in variables)}
+        command = [sys.executable, "-c", worker]
+        return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 
-    with scene(tmp_path, 2) as on:
-        job = on.bench.start(torchrun)
-        started = tmp_path / "ranks"
-        until(lambda: started.exists() and " " in started.read_text(), "two ranks")
-        pids = [int(pid) for pid in started.read_text().split()]
-        found = until(lambda: facts.processes_of(on.owner), "two leaders")
+    with scene(tmp_path, ranks) as on:
+        token = str(on.bench.token)
+        mine = [started(token, f"LOCAL_RANK={rank}") for rank in reversed(range(ranks))][::-1]
+        others = [started(token), started(f"{'0' * 32}@1", "LOCAL_RANK=0")]
         try:
-            assert found == dict(enumerate(pids))
+            pids = [one.pid for one in mine]
+            until(lambda: len(shim.descendants(os.getpid())) == 2 * len(mine + others), "every worker")
             assert [one.pid for one in facts.look(on.owner).ranks] == pids
+            assert {who.pid for who in facts.identities(on.owner)} == set(pids)
         finally:
-            for pid in shim.descendants(job.pid):
+            for pid in shim.descendants(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
-            job.end()
+            for one in mine + others:
+                one.communicate()
 
 
 def test_where_reports_are_wanted_early_a_short_standstill_is_one(tmp_path):
