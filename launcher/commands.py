@@ -89,7 +89,7 @@ def _list(_: argparse.Namespace) -> int:
     if not found:
         print("no sessions")
         return 0
-    rows = [("SESSION", "NAME", "STATE", "LAUNCHER", "RANKS", "TEACHER", "RUN")]
+    rows = [("SESSION", "NAME", "STATE", "OWNER", "RANKS", "TEACHER", "RUN")]
     print(table([*rows, *map(_line, found)], indent=""))
     for one in found:
         if one.problem:
@@ -104,13 +104,15 @@ def _line(one: Session) -> tuple[str, ...]:
         objects = f"{one.objects} object{'s' if one.objects != 1 else ''} in /dev/shm"
         return one.short, one.name, one.state, "", "", "", objects if one.state == STALE else ""
     ranks, seen = one.facts.ranks, one.facts
+    held_by = f"{'keeper' if seen.kept else 'launcher'} {seen.launcher_pid}"
     attached = sum(rank.attached for rank in ranks)
     share = str(len(ranks)) if attached == len(ranks) else f"{attached} of {len(ranks)}"
     phases = dict.fromkeys(status.phase(rank) for rank in ranks if rank.attached)
     states = f": {', '.join(phases)}" if phases else ""
     teachers = ", ".join(dict.fromkeys(status.phase(teacher) for teacher in seen.teachers))
     again = f" (generation {seen.generation})" if seen.generation > 1 else ""
-    return one.short, one.name, one.state + again, str(seen.launcher_pid), share + states, teachers, one.run
+    training = "no group" if seen.over else share + states
+    return one.short, one.name, one.state + again, held_by, training, teachers, one.run
 
 
 def _clean(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from shmbridge import peer
 from shmbridge.board import Phase, Record
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError
+from shmbridge.layout import ControlWord
 from shmbridge.peer import Identity
 from shmbridge.session import SESSION_VARIABLE, Control, Lane, Token
 
@@ -110,6 +111,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     session_id: str
     generation: int
     launcher_pid: int
+    kept: bool = False  # the teachers are kept across runs: the launcher is their keeper
+    over: bool = False  # the training group of this generation has ended, or none has come yet; its ranks are left out
     model: str = ""
     lockstep: bool = False
     patience_s: float = 5.0  # who has moved within so many seconds does not hang
@@ -128,21 +131,24 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
 def look(view: View, stacks: Mapping[int, Stacks] = {}, *, search: bool = True) -> Facts:
     """The session now, with the stacks that were collected of its processes; `search`: also for the processes of ranks that have
     not attached, through all of /proc."""
-    where = _gpus(view.settings, len(view.control.teachers), len(view.lanes))
-    searched = search and any(lane.records[0].identity is None for lane in view.lanes)
+    kept = view.settings.teacher.keep
+    over = kept and view.control.words[ControlWord.TRAINING_DONE] >= view.generation
+    lanes = [] if over else view.lanes
+    where = _gpus(view.settings, len(view.control.teachers), len(lanes))
+    searched = search and any(lane.records[0].identity is None for lane in lanes)
     unattached = processes_of(view) if searched else {}
     teachers = [_teacher(view, record, where, stacks) for record in view.control.teachers]
-    ranks = [_rank(lane, where, unattached.get(lane.index), stacks) for lane in view.lanes]
+    lost = {i for i, one in enumerate(view.control.teachers) if one.lost}
     return Facts(
         session_id=view.session_id,
         generation=view.generation,
         launcher_pid=view.control.owner_identity.pid,
+        kept=kept,
+        over=over,
         model=view.settings.teacher.model,
         lockstep=view.settings.teacher.collect == "lockstep",
-        participants=(*teachers, *ranks),
-        lanes=tuple(
-            state_of(lane, {i for i, one in enumerate(view.control.teachers) if one.lost}) for lane in view.lanes
-        ),
+        participants=(*teachers, *(_rank(lane, where, unattached.get(lane.index), stacks) for lane in lanes)),
+        lanes=tuple(state_of(lane, lost) for lane in lanes),
     )
 
 

@@ -14,7 +14,7 @@ def head(facts: Facts, name: str, run: str) -> str:
     """One line: which session this is."""
     called = f"{name} ({facts.session_id[:8]})" if name else facts.session_id[:8]
     again = f", generation {facts.generation}" if facts.generation > 1 else ""
-    return f"session {called}{again}, launcher pid {facts.launcher_pid}, run {run}"
+    return f"session {called}{again}, {'keeper' if facts.kept else 'launcher'} pid {facts.launcher_pid}, run {run}"
 
 
 def participants(facts: Facts, suspects: Collection[str] = ()) -> str:

@@ -65,6 +65,9 @@ def train(mode: str, rank: int) -> None:
         signal.signal(signal.SIGUSR1, lambda *_: print("rank 0 saved", flush=True))
     if mode == "workers":
         subprocess.Popen(["sleep", "600"], start_new_session=True)
+    if mode == "absent":
+        print(f"rank {rank}, pid {os.getpid()}, is here without a connection", flush=True)
+        time.sleep(600)
     session = TrainerSession(Token.parse(os.environ[SESSION_VARIABLE]), rank)
     try:
         session.wait_ready(60)

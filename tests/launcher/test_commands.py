@@ -112,7 +112,9 @@ def test_a_report_that_cannot_be_written_is_printed_all_the_same(session, capsys
 def test_ls_has_a_line_for_each_session(session, own_world, capsys):
     dead = dead_session(own_world)
     _, out, _ = run(capsys, "ls")
-    assert re.search(rf"^{session.session_id[:8]}  exp +live +{os.getpid()} +2: starting +starting +/", out, re.M)
+    assert re.search(
+        rf"^{session.session_id[:8]}  exp +live +launcher {os.getpid()} +2: starting +starting +/", out, re.M
+    )
     assert re.search(rf"^{dead[:8]} +stale +\d+ objects in /dev/shm$", out, re.M)
     assert "shmbridge-launch clean" in out
 

@@ -146,6 +146,32 @@ def test_start_status_stop(kept):
     kept.stop()
 
 
+def test_ls_and_status_tell_a_keeper_from_a_launcher_and_find_a_rank_that_has_not_connected(kept):
+    kept.start()
+    keeper = kept.keeper
+    short = kept.status["session"][:8]
+    assert re.search(rf"^{short}  big +live +keeper {keeper} +no group +idle", seen(kept, "ls"), re.M)
+    page = seen(kept, "status", "big")
+    assert f"session big ({short}), keeper pid {keeper}," in page
+    assert "rank" not in page.replace(str(kept.directory), "")
+    with kept.attach("absent", ranks=1) as run:
+        run.says("here without a connection")
+        rank = re.search(r"rank 0, pid (\d+), is here", run.text)[1]
+        assert re.search(rf"^  rank 0 +{rank} +- +not attached", seen(kept, "status", "big"), re.M)
+        assert re.search(rf"^{short}  big +live \(generation 2\) +keeper {keeper} +0 of 1", seen(kept, "ls"), re.M)
+        run.signal(signal.SIGINT)
+        assert ended(run) == 130
+    until(lambda: "no group" in seen(kept, "ls"), "a teacher without a group")
+    kept.stop()
+
+
+def seen(kept: Kept, *words: str) -> str:
+    """What a command prints."""
+    with launch(kept.directory, *words) as run:
+        assert run.process.wait(60) == 0, run.text
+        return run.text
+
+
 def test_groups_follow_each_other_under_one_loaded_teacher(kept):
     """Also with another number of ranks."""
     kept.start()
@@ -493,6 +519,9 @@ def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept):
             assert ended(run) == code, run.text
             assert run.text.count("the right logits\n") >= ranks
     assert kept.teacher == teacher
+    log = next(kept.directory.glob("runs/*/teacher.log")).read_text()
+    assert log.count("this training group is served: ") == 2
+    assert "the teacher ends" not in log
     kept.stop()
 
 
