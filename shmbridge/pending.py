@@ -25,7 +25,7 @@ class Lease:
 
     The tensors may lie in memory that the teacher writes again after the release: finish the backward inside the block.
     `Reply` tells what happens otherwise. A lease that is dropped without a release is released when the bridge is next used,
-    unless its `reply` is still referred to.
+    unless its `reply` is still referred to. With its bridge a lease ends as well.
     """
 
     __slots__ = ("_requests", "_sent", "_since_ns", "reply")
@@ -84,7 +84,9 @@ class Pending:
         return self._requests is None or self._requests.answered(self._sent)
 
     def wait(self, timeout: float | None = None) -> Lease:
-        """Sleep until the teacher has answered; a lease on the reply.
+        """Sleep until the teacher has answered; a lease on the reply: `with pending.wait() as reply:`.
+
+        The reply may be read in place. Finish the backward inside the block; `Reply` tells what happens otherwise.
 
         Args:
             timeout: seconds. None: timeouts.request_s of the config.

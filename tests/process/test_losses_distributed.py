@@ -200,6 +200,9 @@ BODIES = [
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 @pytest.mark.filterwarnings("default")
 def test_two_ranks_give_the_gradient_of_one_process(body, tmp_path):
+    if "sdp" in body.__name__ and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch (2.6) cannot run FSDP2 on the CPU")
+
     def run(rank):
         store = dist.FileStore(str(tmp_path / "store"), RANKS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=50))
