@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.launcher.running import launch
+from tests.launcher.running import launched
 from tests.launcher.test_cli import TEACHER, TRAIN, flags
 
+ROOT = Path(__file__).parent.parent.parent
 VERSION = "shmbridge 0.2.0"
 
 
@@ -33,12 +37,68 @@ def test_a_module_of_the_users_that_is_named_launcher_is_left_alone(tmp_path, fo
     assert (ran.stdout, ran.stderr, ran.returncode) == (f"{VERSION}\n", "", 0)
 
 
-def test_a_whole_run_beside_it(tmp_path):
-    """In the launcher, the teacher and the ranks."""
-    hostile(tmp_path, "package")
-    hostile(tmp_path / "more", "module")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of this checkout, unpacked as an installer does it."""
+    pytest.importorskip("shtab")
+    source, installed = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("shmbridge", "launcher", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (made,) = (source / "dist").glob("shmbridge-*.whl")
+    zipfile.ZipFile(made).extractall(installed)
+    return installed
+
+
+ENTRY = """
+import sys
+from importlib.metadata import distribution
+(command,) = [point for point in distribution("shmbridge").entry_points if point.name == "shmbridge-launch"]
+sys.exit(command.load()())
+"""
+
+
+def of_wheel(wheel: Path, directory: Path, *arguments: str) -> Any:
+    """The command of the wheel, beside modules of the user's own."""
+    hostile(directory, "package")
+    hostile(directory / "more", "module")
+    path = f"{directory / 'more'}:{wheel}"
+    return launched([sys.executable, "-c", ENTRY, *arguments], directory, PYTHONPATH=path)
+
+
+def test_a_wheel_has_one_name_and_what_belongs_to_it(wheel):
+    assert {path.name.split("-")[0] for path in wheel.iterdir()} == {"shmbridge"}
+    names = {str(path.relative_to(wheel / "shmbridge")) for path in (wheel / "shmbridge").rglob("*")}
+    assert {"launcher/cli.py", "launcher/shim.py", "configs/eight-gpus.yaml", "losses/chunked.py", "py.typed"} <= names
+    assert {"completions/bash", "completions/zsh", "completions/fish"} <= names
+
+
+def test_a_wheel_runs_from_any_directory_with_a_ready_configuration(wheel, tmp_path):
     (tmp_path / "toy.py").write_text(TEACHER)
     (tmp_path / "train.py").write_text(TRAIN)
-    with launch(tmp_path, *flags(), "--", "train.py", "ok", PYTHONPATH=str(tmp_path / "more")) as run:
-        assert run.wait() == 0, run.text
+    with of_wheel(wheel, tmp_path, "--config", "cpu", *flags(), "--", "train.py", "ok") as run:
+        assert run.wait() == 0, run.text  # in the launcher, the teacher and the ranks
         assert "rank 1 has a reply: True" in run.text
+        assert str(ROOT) not in run.text
+
+
+def test_the_completion_of_a_wheel_knows_commands_and_flags(wheel, tmp_path):
+    with of_wheel(wheel, tmp_path, "completion", "bash") as run:
+        assert run.wait() == 0
+    script = f"""
+source {run.output}
+complete_line() {{
+    COMP_WORDS=(shmbridge-launch "$@"); COMP_CWORD=$#; COMPREPLY=()
+    $(complete -p shmbridge-launch | sed 's/.*-F \\([^ ]*\\).*/\\1/') shmbridge-launch "${{COMP_WORDS[COMP_CWORD]}}"
+    echo "${{COMPREPLY[@]}}"
+}}
+complete_line comp
+complete_line --teacher-g
+complete_line teacher start big --for
+complete_line status --w
+"""
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.split("\n")[:4] == ["completion", "--teacher-gpu", "--foreground", "--watch"], told.stderr
