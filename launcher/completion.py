@@ -39,7 +39,7 @@ def generate(shell: str) -> str:
 
     parser = parsers.whole()
     _complete_paths(parser, shtab)
-    made: str = shtab.complete(parser, shell=shell)
+    made: str = shtab.complete(parser, shell)
     return made
 
 
