@@ -23,6 +23,7 @@ from shmbridge.errors import (
     DeadlineExceeded,
     PeerLost,
     RequestRefused,
+    RingFull,
     TeacherDied,
     TeacherError,
 )
@@ -96,13 +97,16 @@ class Requests:
     def send(
         self, ids: IntArray, extent: Extent, arrays: Mapping[str, memoryview], step: int | None, probe: bool = False
     ) -> Sent:
-        """Copy a checked request into the ring. Raises RingFull."""
+        """Copy a checked request into the ring. Raises RingFull. Where the oldest slot is a cancelled request's, it sleeps until
+        the teacher is done with that one."""
         started = time.monotonic_ns()
         session = self._session
         self.stopping.heed()
         ring = session.ring
         if self.dropped or self._cancelled:
             self._free_unwanted(wait=True)
+        if ring.free_slots < 1:
+            raise RingFull(self._holders())
         sequence = ring.claim()
         ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
         ring.publish_request(sequence)
@@ -120,7 +124,7 @@ class Requests:
         if self.teacher_lost:
             return ring.depth
         self._free_unwanted(wait=False)
-        return ring.depth - (ring.requested - ring.released)
+        return ring.free_slots
 
     # Whole replies
 
@@ -130,6 +134,8 @@ class Requests:
     def wait(self, sent: Sent, timeout: float | None) -> bool:
         """Sleep until the reply is published. False where none will be, and the loop is to go on without."""
         session = self._session
+        if self.dropped:
+            self._free_unwanted(wait=False)
         if self.streams:
             raise RequestRefused("this session streams its replies; use pending.chunks(), or pending.copy().")
         if session.ring.answered(sent.sequence):
@@ -352,7 +358,7 @@ class Requests:
         if first > ring.abandoned:
             ring.abandon(first - 1, session.reader)
             session.ring_teacher()
-        if wait and ring.requested - ring.released >= ring.depth and self._released in self._cancelled:
+        if wait and ring.free_slots < 1 and self._released in self._cancelled:
             oldest = self._released
             self._sleep(lambda: ring.answered(oldest), oldest, None, None)
         for sequence in sorted(self._cancelled):
@@ -379,6 +385,29 @@ class Requests:
             self._released_early.remove(self._released)
             self._released += 1
         self._open.ring.release(self._released - 1, self._open.reader)
+
+    def _holders(self) -> str:
+        """The message of RingFull: which requests hold slots and why, and how many that hold none wait behind them."""
+        ring = self._open.ring
+        held: dict[str, list[str]] = {"Leased": [], "Answered and not read": [], "Being computed": []}
+        waiting: dict[str, int] = {}  # by the last holder in front of them
+        holder = ""
+        for sequence in range(self._released, ring.requested):
+            if sequence in self._released_early or sequence in self._cancelled:
+                waiting[holder] = waiting.get(holder, 0) + 1
+                continue
+            holder = f"sequence {sequence}"
+            step = ring.read_request(sequence).step
+            why = "Leased" if sequence in self._leased else "Answered and not read"
+            holding = held[why if ring.answered(sequence) else "Being computed"]
+            holding.append(f"{holder} ({'no step' if step is None else f'step {step}'})")
+        told = [f"{ring.depth} requests are in flight and the ring has ring.depth={ring.depth} slots."]
+        told += [f"{why}: {', '.join(holding)}." for why, holding in held.items() if holding]
+        if waiting:
+            behind = ", ".join(f"{count} behind {holder}" for holder, count in waiting.items())
+            told.append(f"Released or cancelled, and waiting because slots come free in order: {behind}.")
+        told.append(f"Read and release sequence {self._released} before you submit again, or raise ring.depth.")
+        return " ".join(told)
 
     # Waiting
 

@@ -161,16 +161,19 @@ class Ring:
 
     # The rank's side
 
+    @property
+    def free_slots(self) -> int:
+        """Requests that can be submitted now."""
+        return self.depth - (self.words[_REQUESTED] - self.released)
+
     def claim(self) -> int:
         """The next sequence to submit. Raises RingFull."""
-        sequence = self.words[_REQUESTED]
-        if sequence - self.released >= self.depth:
+        if self.free_slots < 1:
             raise RingFull(
                 f"{self.depth} requests are in flight and the ring has ring.depth={self.depth} slots; the oldest is "
-                f"sequence {self.released}. Wait for its reply and release the lease before you submit again, or raise "
-                "ring.depth."
+                f"sequence {self.released}."
             )
-        return sequence
+        return self.words[_REQUESTED]
 
     def write_request(
         self,
