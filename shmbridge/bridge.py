@@ -158,12 +158,11 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        if self._prefetches:
-            self._make_room()
-        return self._submit(input_ids, attention_mask, **extras)
+        return self._submit(None, input_ids, attention_mask, **extras)
 
     def _submit(
         self,
+        asking: Prefetch[Any] | None,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
@@ -179,6 +178,7 @@ class Bridge:
             raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
         sending = self._sending
         if not sending.teacher_lost:
+            self._withdraw_prefetched(asking)
             try:
                 return Pending(sending, sending.send(ids, extent, arrays, step))
             except TeacherDied as error:  # while it waited for a cancelled request's slot
@@ -211,21 +211,37 @@ class Bridge:
         """Iterate over (batch, pending) with the teacher ahead of the loop: the next batches are submitted before this one
         is handed out.
 
+            for batch, pending in bridge.prefetch(loader):
+            for batch, pending in bridge.prefetch(loader, "tokens"):
+            for batch, pending in bridge.prefetch(loader, lambda batch: {"input_ids": batch[0], "positions": batch[1]}):
+
         Batches are handed out in their order, each exactly once, and unchanged. At the end, on an exception of `batches`
-        and on a `break`, nothing is lost and nothing stays in flight: see shmbridge.prefetch.
+        and on a `break`, nothing is lost and nothing stays in flight: see shmbridge.prefetch. A loader that accelerate
+        prepared behaves as without prefetch: see shmbridge.integrations.accelerate.
+
+        How deep a ring: ring.depth is the number of replies that the loop holds at a time, plus those that are to be ahead.
+        A loop that has read and released a reply before it asks for the next batch holds one, however many micro-batches it
+        accumulates: depth 2 keeps the teacher busy. A loop that draws all k micro-batches of a step first, or keeps their
+        leases until the step's end, holds k: depth k + 1 has the first of the next step ahead, depth 2 k all of them.
 
         Args:
-            batches: a loader, or any iterable or iterator.
-            tokens: where a batch has its token IDs: a key; a function to input_ids (batch, seq), or to a dict of what `submit`
-                takes. None: the batch itself, or its "input_ids" with "attention_mask" and "position_ids" where they are there.
+            batches: a loader, or any iterable or iterator. Its token IDs must be on the CPU.
+            tokens: where a batch has its token IDs. None: the batch itself where it is a tensor or an array, or its entries
+                "input_ids", "attention_mask" and "position_ids", the last two where they are there. A key: that entry
+                alone. A function of the batch: to input_ids (batch, seq), or to a dict of what `submit` takes, which is how
+                `positions`, `targets`, `candidates` and `step` are sent.
             ahead: batches that are submitted before their turn; fewer while the ring has no room. None: ring.depth - 1.
             state: called after each batch is taken from `batches`, such as loader.state_dict; what it gave for the batch of
                 the loop is the iterator's `state`, so that a checkpoint resumes exactly.
+
+        Raises (in the batch's turn):
+            RequestRefused (a ValueError): it cannot be submitted, or `ahead` is negative.
+            RingFull: the loop itself holds all slots.
         """
         depth = self.settings.ring.depth if self.enabled else 1
         ahead = depth - 1 if ahead is None else ahead
         free_slots = lambda: self.free_slots  # noqa: E731
-        made = Prefetch(self._submit, self._make_room, free_slots, batches, tokens, ahead, state)
+        made = Prefetch(self._submit, free_slots, batches, tokens, ahead, state)
         self._prefetches.add(made)
         return made
 
@@ -290,16 +306,16 @@ class Bridge:
 
     # Within
 
-    def _make_room(self, asking: Prefetch[Any] | None = None) -> None:
-        """Before a request of `asking`, or of none: where it needs the slot, or the turn, of what was prefetched, that is
-        withdrawn."""
-        others = [prefetch for prefetch in self._prefetches if prefetch is not asking]
-        if others and (not self.free_slots or self._sending.streams):
-            for prefetch in others:
+    def _withdraw_prefetched(self, asking: Prefetch[Any] | None) -> None:
+        """Before a request of `asking`, or of none: what others submitted ahead is withdrawn. Slots come free in order, so
+        the request's slot would stay taken until the loop has read what was submitted before it."""
+        for prefetch in list(self._prefetches):
+            if prefetch is not asking:
                 prefetch.withdraw()
 
     def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
+        self._withdraw_prefetched(None)
         pending = Pending(self._sending, self._sending.send(ids, extent, arrays, None, probe=True))
         reply = pending.copy(self._open.settings.timeouts.startup_s)
         if reply.missing:

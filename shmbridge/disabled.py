@@ -58,15 +58,13 @@ class DisabledBridge(Bridge):
 
     def _submit(
         self,
+        asking: Prefetch[Any] | None,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
         self._submitted += 1
         return MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
-
-    def _make_room(self, asking: Prefetch[Any] | None = None) -> None:
-        """There is no ring."""
 
     def on_stop(self, save: Callable[[], object]) -> None:
         """Signals end this rank as they always did."""

@@ -8,9 +8,9 @@ On a fixed data set this costs no staleness, because it is the same batch that t
     break, or an error    what was submitted and not handed out is cancelled: the teacher drops it, its slots are free again
       in the loop         (as soon as no variable holds the iterator; a `with` block does it at its end)
 
-Other requests come first. Where `exchange` or another prefetch finds no free slot, or replies are streamed, which is in the
-order of their requests, what was submitted ahead is withdrawn, and submitted again before its turn. Slots come free in order,
-so this holds once the loop has read its own reply.
+Other requests come first. Before a request of `submit`, `exchange` or another prefetch is sent, what was submitted ahead is
+withdrawn, and it is submitted again before its turn: slots come free in order, so the request's slot would stay taken until the
+loop has read everything in front of it. The teacher computes a withdrawn request twice if it had begun with it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from shmbridge.errors import RequestRefused, ShmbridgeError
+from shmbridge.integrations.accelerate import LoaderState, ReadAhead
 from shmbridge.pending import Pending
 
 T = TypeVar("T")
@@ -37,52 +38,74 @@ class _Taken(Generic[T]):
 
     batch: T
     state: Any
+    loaders: list[LoaderState]
     pending: Pending | None = None  # None: still to be submitted, or withdrawn
+    error: Exception | None = None  # why it could not be submitted
 
 
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
-    """Made by `Bridge.prefetch`. An iterator, and a context manager that closes it."""
+    """Made by `Bridge.prefetch`. An iterator, and a context manager that closes it.
+
+    A Prefetch that is dropped is cancelled when the bridge is next used: each Pending notes that it was dropped, in whatever
+    thread that happens, and no cursor moves there."""
 
     def __init__(
         self,
         submit: Callable[..., Pending],
-        make_room: Callable[[Prefetch[T]], None],
         free_slots: Callable[[], int],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
         state: Callable[[], Any] | None,
     ) -> None:
-        """`submit` is the bridge's without its `make_room`, which makes other prefetches withdraw."""
+        """`submit` is the bridge's, with the Prefetch that asks as its first argument."""
         if ahead < 0:
             raise RequestRefused(f"ahead is {ahead}; 0 submits each batch in its turn.")
         self._submit = submit
-        self._make_room = make_room
         self._free_slots = free_slots
         self._batches: Iterator[T] | None = iter(batches)
+        self._reading = ReadAhead()
         self._tokens = tokens
         self._ahead = ahead
         self._take_state = state
         self._taken: deque[_Taken[T]] = deque()  # in order; the first `_submitted` of them have a pending
         self._submitted = 0
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # of the loader, behind what was taken
         self.state: Any = None
         """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
 
     def __next__(self) -> tuple[T, Pending]:
-        while self._has_room() and self._submit_next():
-            pass
-        if self._submitted:
+        self._fill()
+        if self._taken and self._taken[0].pending:
             first = self._taken.popleft()
             self._submitted -= 1
             self.state = first.state
+            for loader in first.loaders:
+                loader.restore()
             assert first.pending
             return first.batch, first.pending
-        error, self._error = self._error, None
+        error = self._taken[0].error if self._taken else self._error
+        self.close()
         try:
             raise error or StopIteration
         finally:
             del error  # whose traceback holds this frame
+
+    def _fill(self) -> None:
+        """Submit the loop's own batch, and those ahead of it that the ring has room for."""
+        while self._has_room() and (self._submitted < len(self._taken) or self._take()):
+            following = self._taken[self._submitted]
+            if not following.error:
+                try:
+                    following.pending = self._submit(self, **self._request(following.batch))
+                except Exception as error:
+                    following.error = _without_frames(error)
+            if following.error:
+                break
+            self._submitted += 1
+        # Where taking is a collective, each call takes as many as in every other rank, whatever its ring has room for.
+        while self._reading.collective and len(self._taken) <= self._ahead and self._take():
+            pass
 
     def _has_room(self) -> bool:
         """For one more; the loop's own batch is submitted even where the ring will refuse it."""
@@ -90,33 +113,19 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             return True
         return self._submitted <= self._ahead and self._free_slots() > 0
 
-    def _submit_next(self) -> bool:
-        """Submit the oldest batch that is not. False where there is none, or it raised, which is told in its turn."""
+    def _take(self) -> bool:
+        """Take a batch from the loader. False where it is at its end, has raised, or may not be asked yet."""
+        if self._batches is None or (self._taken and self._reading.at_end):
+            return False
         try:
-            if self._submitted == len(self._taken) and not self._take():
-                return False
-            first = self._taken[self._submitted]
-            self._make_room(self)
-            first.pending = self._submit(**self._request(first.batch))
+            batch, loaders = self._reading.next(self._batches)
+            state = self._take_state() if self._take_state else None
         except Exception as error:
             self._batches = None
-            while len(self._taken) > self._submitted:
-                self._taken.pop()
-            self._error = _without_frames(error)
+            if not isinstance(error, StopIteration):
+                self._error = _without_frames(error)
             return False
-        self._submitted += 1
-        return True
-
-    def _take(self) -> bool:
-        """Take a batch from the loader. False at its end."""
-        if self._batches is None:
-            return False
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            self._batches = None
-            return False
-        self._taken.append(_Taken(batch, self._take_state() if self._take_state else None))
+        self._taken.append(_Taken(batch, state, loaders))
         return True
 
     def withdraw(self) -> None:
@@ -160,10 +169,6 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_taken"):
-            self.close()
 
 
 def _without_frames(error: Exception) -> Exception:

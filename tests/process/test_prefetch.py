@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -307,6 +308,21 @@ def test_what_a_left_loop_had_submitted_is_not_computed():
         assert bridge.exchange(wanted[0]).composition.forward <= before + 2
 
 
+def test_a_loop_that_is_dropped_in_another_thread_moves_no_cursor_there():
+    """A collector runs finalisers in whatever thread it likes; the rank's own thread may be in the middle of a move."""
+    with running("ring.depth=4") as (it, bridge):
+        ring = it.owner.lanes[0].ring
+        dropped = [bridge.prefetch(batches(9))]
+        dropped.append(next(dropped[0])[1])
+        until(lambda: ring.replied == 4, "all answered")
+        other = threading.Thread(target=dropped.clear)
+        other.start()
+        other.join()
+        assert (ring.released, ring.abandoned) == (0, 0)
+        assert bridge.free_slots == 4, "noted, and done when the bridge is used"
+        nothing_in_flight(bridge)
+
+
 def test_a_new_loop_over_the_rest_loses_and_doubles_nothing_that_was_handed_out():
     """`state` is that of the batch in the loop's hands, not of the loader, which is ahead."""
 
@@ -387,13 +403,85 @@ def test_two_loops_by_turns_on_one_ring():
         nothing_in_flight(bridge)
 
 
-def test_a_prefetch_that_fits_beside_an_exchange_is_not_computed_twice():
-    with running("ring.depth=2") as (_, bridge):
-        compositions = []
-        for _batch, pending in bridge.prefetch(batches(4)):
-            compositions.append(pending.copy().composition.forward)
-            compositions.append(bridge.exchange(batches(1)[0]).composition.forward)
-        assert sorted(compositions) == list(range(1, 9))
+def test_a_request_of_the_loops_own_does_not_queue_behind_what_was_prefetched():
+    """Slots come free in order: behind a prefetched request its slot would stay taken until the loop has read that one."""
+    with running("ring.depth=4") as (_, bridge):
+        ahead = bridge.prefetch(batches(4), ahead=1)
+        _, pending = next(ahead)
+        assert pending.sequence == 0
+        pending.cancel()
+        own = bridge.submit(batches(1)[0])
+        assert own.sequence == 2, "batch 1 was ahead"
+        with pytest.raises(RequestRefused):
+            bridge.submit("nothing is withdrawn for what is not sent")
+        _, pending = next(ahead)
+        assert pending.sequence == 3, "batch 1 again, behind the loop's own"
+        assert next(ahead)[1].sequence == 4, "which no other request withdrew"
+        ahead.close()
+
+
+HELD = 4  # micro-batches
+
+
+@pytest.mark.parametrize(
+    "depth", [1, 5, 7, *(pytest.param(depth, marks=pytest.mark.matrix) for depth in (2, 3, 4, 6, 8))]
+)
+def test_an_evaluation_of_any_length_between_steps_that_hold_four_micro_batches(depth):
+    """All four replies of a step are held at once, as far as the ring is deep enough for that."""
+    held = min(HELD, depth)
+    wanted = batches(4 * HELD * (depth + 2))
+    with running(f"ring.depth={depth}") as (_, bridge):
+        ahead = bridge.prefetch(wanted)
+        turn = iter(wanted)
+        for step in range(4 * (depth + 2)):
+            for count in [held] * (HELD // held) + [1] * (HELD % held):
+                if step % 2:
+                    for batch, pending in [next(ahead) for _ in range(count)]:
+                        assert torch.equal(batch, next(turn))
+                        right(pending, batch)
+                else:
+                    leases = []
+                    for batch, pending in (next(ahead) for _ in range(count)):
+                        assert torch.equal(batch, next(turn))
+                        leases.append((pending.wait(), batch))
+                    for lease, batch in leases:
+                        assert torch.equal(lease.reply["ids"], batch)
+                        lease.release()
+            held_out = batches(step // 4, seed=step + 1)
+            if step % 4 < 2:
+                for batch in held_out:
+                    assert torch.equal(bridge.exchange(batch)["ids"], batch)
+            else:
+                for batch, pending in bridge.prefetch(held_out):
+                    right(pending, batch)
+        assert next(turn, None) is None
+        nothing_in_flight(bridge)
+
+
+def test_a_full_ring_tells_who_holds_it():
+    gate, opening = os.pipe()
+    with running("ring.depth=6", teacher=Gated(gate)) as (_, bridge):
+        waits = batches(1)[0]
+        waits[0, 0] = WAITS
+        given = [*batches(4), waits, waits]
+        pendings = [bridge.submit(batch, step=step) for step, batch in enumerate(given[:5], 7)]
+        pendings.append(bridge.submit(given[5]))
+        lease = pendings[0].wait()
+        for released in (1, 3):
+            right(pendings[released], given[released])
+        with pytest.raises(RingFull) as caught:
+            bridge.submit(given[0])
+        assert str(caught.value) == (
+            "6 requests are in flight and the ring has ring.depth=6 slots. Leased: sequence 0 (step 7). Answered and not "
+            "read: sequence 2 (step 9). Being computed: sequence 4 (step 11), sequence 5 (no step). Released or cancelled, "
+            "and waiting because slots come free in order: 1 behind sequence 0, 1 behind sequence 2. Read and release "
+            "sequence 0 before you submit again, or raise ring.depth."
+        )
+        os.write(opening, b"xx")
+        lease.release()
+        for kept in (2, 4, 5):
+            right(pendings[kept], given[kept])
+        nothing_in_flight(bridge)
 
 
 def test_gradient_accumulation_over_micro_batches():

@@ -41,7 +41,8 @@ def imports(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name.split(".")[0] in ("shmbridge", "launcher", "torch", "transformers")}
+    ours = ("shmbridge", "launcher", "torch", "transformers", "accelerate")
+    return {name for name in found if name.split(".")[0] in ours}
 
 
 def test_every_module_has_a_floor():
@@ -61,6 +62,11 @@ def test_losses_stand_alone():
         others = {name for name in imports(file) if name.startswith("shmbridge.")}
         allowed = ("shmbridge.losses", "shmbridge.head", "shmbridge.errors")
         assert all(name.startswith(allowed) for name in others), f"{file} imports {others}"
+
+
+def test_integrations_import_nothing_and_use_what_the_process_has_imported():
+    for file in Path("shmbridge/integrations").glob("*.py"):
+        assert not imports(file), file
 
 
 def test_transformers_is_imported_in_one_module():
