@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from launcher import expected, plane, remedy, replicas
 from launcher.gpus import Gpu
 from launcher.machine import Machine
 from launcher.model_card import ModelCard
 from launcher.text import size, table
 from shmbridge import layout
-from shmbridge.config import Config
+from shmbridge.config import Config, HiddenConfig, TopkConfig, is_builder
 from shmbridge.errors import PlanError
 from shmbridge.offer import HeadSpec, Offer, OutputSpec
 from shmbridge.session import Shape
@@ -56,6 +58,7 @@ class MemoryPlan(NamedTuple):
     outputs: tuple[OutputSpec, ...] | None  # of a reply
     replicas: int
     trained: frozenset[str] = frozenset()  # places that training needs too, nobody knows how much of
+    instead: tuple[tuple[str, MemoryPlan], ...] = ()  # smaller payloads than logits, as overrides, and their plans
 
     def needed(self, place: str, without: Sequence[Kind] = ()) -> int:
         """Known bytes that `place` must hold. Shared memory is held by RAM."""
@@ -72,6 +75,21 @@ class MemoryPlan(NamedTuple):
                 )
 
     def _remedy(self, place: str) -> str:
+        smaller = self._smaller_payloads(place)
+        return f"{smaller} {self._other_remedy(place)}" if smaller else self._other_remedy(place)
+
+    def _smaller_payloads(self, place: str) -> str:
+        """Where logits are what does not fit: the payloads that need less of `place`, the smallest first."""
+        if "logits" not in self.config.payload.named or self.needed(place, without=[Kind.REPLIES]) > self.free[place]:
+            return ""
+        if is_builder(self.config.teacher.model):
+            return ""
+        if not self.instead:  # the teacher has loaded, and only what it offers is known
+            return remedy.payloads({"payload.logits=null payload.hidden={}": "many times smaller"})
+        sizes = sorted((planned.needed(place), override) for override, planned in self.instead)
+        return remedy.payloads({override: size(needed) for needed, override in sizes if needed < self.needed(place)})
+
+    def _other_remedy(self, place: str) -> str:
         if place.startswith(_GPU):
             return self._gpu_remedy(place)
         on_gpu = self.config.plane == "cuda_ipc"
@@ -137,6 +155,36 @@ def plan(
     Raises:
         PlanError: the payload is not one that this model can give.
     """
+    planned = _plan(config, ranks, card, teachers, machine, train)
+    instead = [
+        (override, _plan(smaller, ranks, card, teachers, machine, train))
+        for override, smaller in _smaller(config, card).items()
+    ]
+    return planned._replace(instead=tuple(instead))
+
+
+def _smaller(config: Config, card: ModelCard) -> dict[str, Config]:
+    """The config with other payloads than the logits of a language model, by the overrides that choose them."""
+    if config.payload.named != ("logits",) or is_builder(config.teacher.model):
+        return {}
+    found = {"payload.topk={}": msgspec.structs.replace(config.payload, logits=None, topk=TopkConfig())}
+    if card.vocab_size and card.hidden_size and card.dtype:
+        found["payload.hidden={}"] = msgspec.structs.replace(config.payload, logits=None, hidden=HiddenConfig())
+    return {
+        f"payload.logits=null {override}": msgspec.structs.replace(config, payload=payload)
+        for override, payload in found.items()
+        if not payload.topk or payload.topk.k < (card.vocab_size or 0)
+    }
+
+
+def _plan(
+    config: Config,
+    ranks: int,
+    card: ModelCard,
+    teachers: Sequence[Sequence[Gpu]],
+    machine: Machine,
+    train: Sequence[Gpu],
+) -> MemoryPlan:
     shape = Shape.of(config, ranks, len(teachers))
     outputs, head = expected.outputs(config, card), expected.head(config, card)
     slot = None if outputs is None else shape.slot_bytes(outputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launcher.text import listed
 from shmbridge.config import Config
@@ -11,6 +11,23 @@ from shmbridge.offer import OutputSpec
 _MORE_SHM = "give /dev/shm more (docker run --shm-size; Docker and Kubernetes give 64 MB unless told otherwise)."
 
 _ON_HOST = "keep the replies in host memory (plane=host)."
+
+
+_INSTEAD = {
+    "hidden": "hidden states and the output head, which are as exact",
+    "topk": "the most likely words and the rest's mass",
+}
+
+
+def payloads(sizes: Mapping[str, str]) -> str:
+    """Payloads that are smaller than logits; `sizes` tells by their override what the run would need with each."""
+    words = [
+        f"{what} ({override}: {needed})"
+        for override, needed in sizes.items()
+        for name, what in _INSTEAD.items()
+        if f"payload.{name}=" in override
+    ]
+    return f"In place of logits send {listed(words, 'or')}." if words else ""
 
 
 def lanes(config: Config) -> str:

@@ -283,6 +283,28 @@ def test_a_head_too_large_for_the_pool_has_a_remedy_of_its_own():
         plan(LLAMA, HIDDEN, machine=MACHINE._replace(shm_free=1025 * 2**20)).check()
 
 
+def test_logits_that_do_not_fit_name_smaller_payloads_with_their_sizes():
+    """The issue's own numbers: seven ranks, two slots of 32,768 positions, 128,256 words."""
+    settings = config.load(overrides=["teacher.model=m", "ring.max_tokens=32768"])
+    planned = memory.plan(settings, 7, LLAMA, [EIGHT[7:]], MACHINE)
+    with pytest.raises(PlanError) as caught:
+        planned.check()
+    assert "needs 110 GiB of /dev/shm, and 8.0 GiB are free" in str(caught.value)
+    remedy = str(caught.value).rpartition("\n\n")[2]
+    assert remedy.startswith(
+        "In place of logits send the most likely words and the rest's mass (payload.logits=null payload.topk={}: 234 MiB) "
+        "or hidden states and the output head, which are as exact (payload.logits=null payload.hidden={}: 4.5 GiB). Lower"
+    )
+    for override in ("payload.topk={}", "payload.hidden={}"):  # what it says can be done
+        chosen = config.load(overrides=["teacher.model=m", "ring.max_tokens=32768", "payload.logits=null", override])
+        memory.plan(chosen, 7, LLAMA, [EIGHT[7:]], MACHINE).check()
+
+
+@pytest.mark.parametrize("overrides", [[HIDDEN], [TOPK], ["teacher.model=toy:build", "payload={logits: {}}"]])
+def test_other_payloads_are_named_for_the_logits_of_a_language_model_alone(overrides):
+    assert plan(LLAMA, *overrides).instead == ()
+
+
 OUTPUTS = "teacher.outputs={x: {dtype: int64, shape: [1000000]}, y: {dtype: int64, shape: [seq, 1000]}}"
 
 
@@ -327,6 +349,7 @@ def test_replies_known_only_after_loading_are_checked_too(machine, message):
     memory.check_replies(settings, 2, agreed, MACHINE)
     with pytest.raises(PlanError, match=message) as caught:
         memory.check_replies(settings, 2, agreed, machine)
+    assert "(payload.logits=null payload.hidden={}: many times smaller)" in str(caught.value)
     assert "Lower ring.max_tokens (now 8192)" in str(caught.value)
 
 
