@@ -206,7 +206,7 @@ class Attachment:
         """Of this group; the teacher stays."""
         self.end_training()
 
-    def ask_to_save(self) -> None:
+    def ask_to_stop(self) -> None:
         self.line.lines.send(lease.Save())
 
     def fail(self, failure: Failure) -> None:
@@ -244,7 +244,6 @@ class KeptTeachers:
     def __init__(self, attachment: Attachment, console: Console) -> None:
         self._attachment = attachment
         self._console = console
-        self._draining = False
         self._told_ready = 0
 
     @property
@@ -275,7 +274,7 @@ class KeptTeachers:
         return [line.lines.fd] if line.lines.open else []
 
     def serve(self, ranks: Ranks) -> None:
-        self._draining = False
+        """Nothing here depends on the ranks."""
 
     def agree(self) -> str:
         return ""
@@ -286,10 +285,8 @@ class KeptTeachers:
     def survives(self, found: object) -> bool:
         return False  # that it has ended is the keeper's last word
 
-    def drain(self) -> None:
-        if not self._draining:
-            self._draining = True
-            self._attachment.end_training()
+    def end(self, failed: int | None = None) -> None:
+        self._attachment.end_training()
 
     def show_progress(self) -> None:
         generation = self._attachment.generation

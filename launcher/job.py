@@ -72,9 +72,9 @@ class Job:
                 self.first_pid = next(iter(self.children()), 0)
         return self.exit
 
-    def terminate(self) -> None:
-        """SIGTERM for the job's first process."""
-        self._send(signal.SIGTERM)
+    def stop(self, number: signal.Signals) -> None:
+        """Have torchrun send SIGINT or SIGTERM to each rank, once, and wait for them."""
+        self._send(shim.STOP_SIGNALS[number])
 
     def kill(self) -> None:
         """SIGKILL for all of the job."""
@@ -102,16 +102,16 @@ def adopt_orphans() -> None:
     shim.become_subreaper()
 
 
-def sweep(jobs: Iterable[Job]) -> int:
-    """Kill what the launcher has inherited from a shim that was killed. Returns how many processes there were."""
+def sweep(jobs: Iterable[Job], and_trackers: bool = False) -> int:
+    """Kill what the launcher has inherited from a shim that was killed; multiprocessing's resource trackers, which end by
+    themselves, only with `and_trackers`. Returns how many processes there were."""
     orphans = shim.descendants(os.getpid())
     guarded: set[int] = set()
     for job in jobs:
         if job.alive:
             guarded.update([job.pid, *job.children()])
     orphans = [pid for pid in orphans if pid not in guarded]
-    for pid in orphans:
-        shim.kill(pid, signal.SIGKILL)
+    shim.kill_all(orphans, and_trackers)
     return len(orphans)
 
 
@@ -136,7 +136,7 @@ def clear(jobs: Collection[Job]) -> str:
     deadline = time.monotonic() + _CLEAR_S
     while time.monotonic() < deadline:
         ended = [job.poll() for job in jobs]
-        if not sweep(jobs) and all(ended):
+        if not sweep(jobs, and_trackers=time.monotonic() > deadline - _CLEAR_S / 2) and all(ended):
             return ""
         reap(jobs)
         time.sleep(0.01)
@@ -152,15 +152,25 @@ def _spawn(spec: JobSpec, base: Mapping[str, str]) -> int:
     """Start the shim in a session of its own: Ctrl-C on the terminal reaches the launcher alone."""
     argv = shimmed(spec.argv)
     write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    reads_terminal = spec.reads_terminal and _has_terminal()
     return os.posix_spawn(
         sys.executable,
         argv,
         spec.environment(base),
         file_actions=[
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            *(() if reads_terminal else ((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),)),
             (os.POSIX_SPAWN_OPEN, 1, str(spec.log), write, 0o644),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
         setsid=True,
         setsigmask=[],
     )
+
+
+def _has_terminal() -> bool:
+    """Whether stdin is a terminal, and this process in its foreground: one in the background would take what is typed for the
+    shell."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False

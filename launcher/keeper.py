@@ -322,7 +322,7 @@ class Keeper:
                 self._ended_well = True
                 self._owner.end_training()
             case Save():
-                self._owner.ask_to_save()
+                self._owner.ask_to_stop()
             case Fail():
                 self._ended_well = True
                 self._owner.fail_generation(message.failure)
@@ -438,15 +438,16 @@ class Keeper:
 
     def _end(self) -> None:
         self._leave_at = float("inf")
-        self._owner.end_session()
-        self._teardown.begin(after_s=0.0)
+        self._teachers.end()
+        self._teardown.begin()
 
     def _fail(self, found: Cause) -> None:
         self._ending = Ending.FAILED
         self._cause = found
         self._console.say(f"{found.sentence}; stopping")
         self._owner.fail(found.as_failure())
-        self._teardown.begin(after_s=0.0)
+        self._teachers.end(found.rank if found.role == TEACHER else None)
+        self._teardown.begin()
 
     def _conclude(self) -> int:
         elapsed_s = time.monotonic() - self._started

@@ -45,6 +45,7 @@ class JobSpec:
     set: Mapping[str, str]
     removed: tuple[str, ...]  # patterns of variable names
     log: Path  # stdout and stderr of the job's first process
+    reads_terminal: bool = False  # has the launcher's stdin where that is a terminal; all others read /dev/null
     exports: bool = False  # CUDA memory, so that the allocator must be one whose memory others can open
 
     def within(self, token: Token) -> JobSpec:
@@ -96,15 +97,17 @@ class Plan:
         who = replicas.called(replica, len(self.teachers))
         name = who.replace(" ", "")
         log = run / f"{name}.log"
-        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, self.config.plane == "cuda_ipc")
+        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, exports=self.config.plane == "cuda_ipc")
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)
-        record, patience_s = run / "train" / "failures.json", self.config.timeouts.save_s
+        timeouts, record = self.config.timeouts, run / "train" / "failures.json"
+        patience_s = timeouts.save_s + timeouts.shutdown_s  # the launcher ends the ranks earlier
         command = torchrun.command(args, self.ranks, self.script, run / "train", record, patience_s)
         variables = _variables(session, self.visible[1], self.threads[1])
         argv = (sys.executable, *command)
-        return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, run / "torchrun.log")
+        log, alone = run / "torchrun.log", self.ranks == 1  # a debugger in one of several ranks would read for all
+        return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, log, reads_terminal=alone)
 
 
 def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice | None = None) -> Plan:

@@ -7,11 +7,17 @@ Ranks are sessions of their own, so killing torchrun's process group misses them
 launcher would leave them behind. The shim is a child subreaper: whatever loses its parent below it becomes its child. It
 is told by the kernel when the launcher dies, and its own direct child is killed by the kernel when the shim dies.
 
-    SIGTERM                 goes on to the direct child alone
+    STOP_SIGNALS            go on to the direct child alone
     KILL_SIGNAL             SIGKILL for everything below
     the launcher dies       the same
     the direct child ends   SIGKILL for everything that is left, then the same exit code, or death by the same signal
-    other signals           ignored; SIGUSR1 and SIGUSR2 are ignored in the direct child too, until it handles them
+    other signals           ignored; those of a user or a scheduler are ignored in the direct child too, until it handles them
+
+Slurm sends a signal to every process of a step at once. The launcher is among them and decides what follows, so its own
+requests to a job are signals that nobody else sends.
+
+multiprocessing's resource trackers are killed a second later than the rest: one unlinks the semaphores of its dead parent
+from /dev/shm, and then ends by itself.
 
 Run by path, `python -I -S shim.py LAUNCHER_PID COMMAND...`, with the standard library alone: it is up in 30 ms.
 """
@@ -23,10 +29,15 @@ import os
 import resource
 import signal
 import sys
+import time
 from typing import NoReturn
 
 KILL_SIGNAL = signal.SIGRTMIN + 7
+# Stop the training group with SIGINT or with SIGTERM; elastic.py has the same numbers.
+STOP_SIGNALS = {signal.SIGINT: signal.SIGRTMIN + 8, signal.SIGTERM: signal.SIGRTMIN + 9}
 
+_IGNORED_BY_CHILD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_TRACKERS_S = 1.0  # what resource trackers take to unlink names: milliseconds
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _CANNOT_EXECUTE = 127
@@ -73,15 +84,21 @@ def kill(pid: int, number: int) -> None:
         pass
 
 
+def kill_all(pids: list[int], and_trackers: bool) -> None:
+    """SIGKILL for each of `pids`; for multiprocessing's resource trackers only with `and_trackers`."""
+    for pid in pids:
+        if and_trackers or not _is_tracker(pid):
+            kill(pid, signal.SIGKILL)
+
+
 def _guard(child: int) -> int:
     """Serve signals until `child` has ended; its wait status. Orphans are reaped on the way."""
     while True:
         number = signal.sigwait(signal.valid_signals())
-        if number == signal.SIGTERM:
-            kill(child, signal.SIGTERM)
+        if number in STOP_SIGNALS.values():
+            kill(child, number)
         elif number == KILL_SIGNAL:
-            for pid in descendants(os.getpid()):
-                kill(pid, signal.SIGKILL)
+            kill_all(descendants(os.getpid()), and_trackers=False)
         elif number == signal.SIGCHLD:
             for pid, status in _ended():
                 if pid == child:
@@ -103,13 +120,16 @@ def _ended() -> list[tuple[int, int]]:
 
 def _clear() -> None:
     """Kill and reap until nothing is left: what a dying process forked meanwhile arrives here as an orphan."""
+    trackers_until = time.monotonic() + _TRACKERS_S
     while True:
-        for pid in descendants(os.getpid()):
-            kill(pid, signal.SIGKILL)
+        left_s = trackers_until - time.monotonic()
+        kill_all(descendants(os.getpid()), and_trackers=left_s <= 0)
         try:
-            os.waitpid(-1, 0)
+            reaped, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
+        if not reaped:
+            signal.sigtimedwait((signal.SIGCHLD,), left_s if left_s > 0 else _TRACKERS_S)
 
 
 def _end_like(status: int) -> NoReturn:
@@ -129,10 +149,9 @@ def _execute(command: list[str], shim: int) -> NoReturn:
     """In the forked child: become `command`, in a session of its own, which dies with the shim."""
     os.setsid()
     _die_with_parent(signal.SIGKILL, shim)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
+    for number in _IGNORED_BY_CHILD:
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGPIPE, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
         os.execvp(command[0], command)
@@ -164,6 +183,15 @@ def _parent(pid: int) -> int:
         return 0
     state, parent = text[text.rindex(b")") + 2 :].split()[:2]
     return 0 if state in (b"Z", b"X") else int(parent)
+
+
+def _is_tracker(pid: int) -> bool:
+    """Whether a process is a resource tracker of multiprocessing, or of joblib's copy of it."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return b"resource_tracker import main" in file.read()
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ class Steering(Board, Protocol):
     def end_session(self) -> None:
         """The same, and no generation follows."""
 
-    def ask_to_save(self) -> None:
-        """Ranks with a save hook save at their next call of the bridge."""
+    def ask_to_stop(self) -> None:
+        """The user, or the scheduler, stops the run: ranks with a save hook save at their next call of the bridge."""
 
     def fail(self, failure: Failure) -> None:
         """Every wait of this run's processes stops with it."""
@@ -103,8 +103,9 @@ class Serving(Protocol):
     def survives(self, found: Cause) -> bool:
         """Whether the run goes on although a teacher has died."""
 
-    def drain(self) -> None:
-        """Training has been told to end: what it has submitted is still answered."""
+    def end(self, failed: int | None = None) -> None:
+        """Nobody is left to serve. Teachers that serve end by themselves, and those that load are killed, but for the replica
+        that has `failed` and may be writing its traceback. Kept ones stay."""
 
     def show_progress(self) -> None: ...
     def ended_early(self) -> Job | None:

@@ -5,9 +5,10 @@ at everything again. A run ends in one of three ways, and whichever comes first 
 
     training ends with 0      the teachers are told, drain and end by themselves
     something fails           the cause goes on the board, so that everyone stops with it; then the jobs are ended
-    the user stops it         SIGINT, SIGTERM or SIGHUP: the jobs are ended; after the last teacher all waits for one
+    the user stops it         SIGINT or SIGTERM goes on to each rank (SIGHUP as SIGTERM), so that the script's own handlers
+                              save; the teachers serve until the last rank has ended
 
-Ending a job is SIGTERM, then one grace (timeouts.shutdown_s) for all, then SIGKILL.
+Whatever still runs one grace (timeouts.shutdown_s) after the ranks were sent their signal is killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Supervisor:
         self._ranks = Ranks(owner, plan.ranks)
         self._record = run / "train" / "failures.json"
         self._oom_kills_before = cgroup.oom_kills()
-        self._told_stop = False
+        self._told_stop = self._told_teachers = False
         self._jobs: dict[str, Job] = {}
         self._reruns = Reruns(plan.config.train.restarts)
         self._crashed = False  # training has, and is to start again
@@ -154,7 +155,7 @@ class Supervisor:
             self._look_out()
         elif self._ending is Ending.STOPPED:
             self._end_savers()
-            self._stop_waits()
+            self._end_teachers_after_training()
         self._teardown.advance()
         self._tick_ms = _TICK_MS if shown else min(2 * self._tick_ms, self._longest_tick_ms)
 
@@ -273,7 +274,7 @@ class Supervisor:
         self._ending = Ending.DONE
         if self._owner:
             self._owner.end_session()
-        self._teardown.begin(after_s=self._grace_s)
+        self._teardown.begin()  # and not Teachers.end: one that still loads may show now that it cannot
 
     def _fail(self, found: Cause) -> None:
         """Tell everyone, and let those who will stop by themselves do so."""
@@ -285,14 +286,8 @@ class Supervisor:
         of_teacher = found.role in (TEACHER, LAUNCHER)
         grace_s = self._plan.config.timeouts.save_s if self._ranks.with_save_hook else self._grace_s
         self._teardown.begin(after_s=grace_s if self._ranks.all_signed_in or not of_teacher else 0.0)
-        if found.role != LAUNCHER:
-            self._end_teachers(found)
-
-    def _end_teachers(self, found: Cause) -> None:
-        """Those that did not fail have nothing left to do; they may still be loading."""
-        for teacher in self._teachers.jobs if self._teachers else ():
-            if found.role != TEACHER or teacher.spec.replica != found.rank:
-                self._teardown.terminate(teacher.name)
+        if self._teachers:
+            self._teachers.end(found.rank if found.role == TEACHER else None)
 
     def _take_signals(self) -> None:
         for number in self._signals.take():
@@ -307,39 +302,42 @@ class Supervisor:
         elif self._ending in (None, Ending.DONE):
             self._ending = Ending.STOPPED
             self._stopped_by = number
-            self._console.say(f"{number.name}: stopping; Ctrl-C kills at once")
-            self._stop()
+            self._stop(number)
         elif number == signal.SIGINT:
             self._teardown.kill()
 
-    def _stop(self) -> None:
-        """Ranks with a save hook save first; the rest is ended now."""
-        saving = self._ranks.with_save_hook
+    def _stop(self, number: signal.Signals) -> None:
+        """Ranks with a save hook save first; the rest is sent its signal now."""
         if self._owner:
-            self._owner.ask_to_save()  # before any teacher ends: its end is then known to be no death
-        if not saving:
-            self._teardown.begin(after_s=0.0)
-            return
-        self._saving = True
-        self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
-        self._teardown.begin(after_s=self._plan.config.timeouts.save_s)
+            self._owner.ask_to_stop()  # before any rank ends: its end is then known to be no failure
+        grace = f"ranks have {seconds(self._grace_s)} (timeouts.shutdown_s) to save and end"
+        self._console.say(f"{number.name}: stopping; {grace}; Ctrl-C kills at once")
+        saving = self._ranks.with_save_hook
+        if saving:
+            self._saving = True
+            self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
+        self._signal_ranks(after_s=self._plan.config.timeouts.save_s if saving else 0.0)
+
+    def _signal_ranks(self, after_s: float = 0.0) -> None:
+        interrupted = self._stopped_by == signal.SIGINT
+        self._teardown.begin(after_s, signal.SIGINT if interrupted else signal.SIGTERM)
 
     def _end_savers(self) -> None:
         """Once the ranks have saved, nothing is waited for."""
         if self._saving and not self._ranks.with_save_hook:
             self._saving = False
-            self._teardown.begin(after_s=0.0)
+            self._signal_ranks()
 
-    def _stop_waits(self) -> None:
-        """Once every teacher has ended, end the waits of ranks that handle SIGTERM themselves.
-
-        Not before: they drain, so that a rank whose handler only took note can finish its step and save.
-        """
+    def _end_teachers_after_training(self) -> None:
+        """Not before, so that a rank whose handler only took note can finish its step and save. Where the teachers have ended
+        all the same, the ranks' waits for them are ended."""
         if not self._owner or not self._teachers:
             return
-        if self._jobs[TRAIN].asked:
-            self._teachers.drain()
-        if self._teachers.ended and not self._told_stop:
+        if not self._jobs[TRAIN].alive:
+            if not self._told_teachers:
+                self._told_teachers = True
+                self._teachers.end()
+        elif self._teachers.ended and not self._told_stop:
             self._told_stop = True
             assert self._stopped_by is not None
             self._owner.fail(

@@ -11,11 +11,14 @@ from launcher.job import Job
 from launcher.progress import Progress
 from launcher.ranks import Ranks
 from launcher.revival import Revival, Start
+from shmbridge.board import Phase
 from shmbridge.config import Config
 from shmbridge.errors import PlanError
 from shmbridge.layout import ControlWord
 from shmbridge.owner import Owner
 from shmbridge.session import Lane
+
+_LOADING = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING)  # and does not look at the board
 
 
 class Teachers:
@@ -60,8 +63,13 @@ class Teachers:
         """Whether the run goes on although the teacher that was `found` has died."""
         return self.revival.survives(found, self.jobs[found.rank])
 
-    def drain(self) -> None:
-        """SIGTERM, which they get with training, has them do it."""
+    def end(self, failed: int | None = None) -> None:
+        """Nobody is left to serve: those that serve end by themselves, those that load are killed."""
+        self._owner.end_session()
+        for job in self.jobs:
+            replica = _replica(job)
+            if self._owner.control.teachers[replica].phase in _LOADING and replica != failed:
+                job.kill()
 
     def serve(self, ranks: Ranks) -> None:
         """Training starts again; these are its ranks."""

@@ -1,12 +1,17 @@
-"""How jobs are ended: a time to stop by themselves, SIGTERM, one shared grace, SIGKILL."""
+"""How jobs are ended: a time to stop by themselves, a signal to the ranks, one shared grace, SIGKILL.
+
+Teachers are sent no signal: they end when the session says so, or with SIGKILL.
+"""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Mapping
 
 from launcher.console import Console
 from launcher.job import Job
+from launcher.plan import TRAIN
 from launcher.text import listed, seconds
 
 _NEVER = float("inf")
@@ -20,21 +25,15 @@ class Teardown:
         self._jobs = jobs
         self._grace_s = grace_s
         self._console = console
-        self._terminate_at: dict[str, float] = {}  # monotonic seconds
-        self._kill_at = _NEVER
-        self._give_up_at = _NEVER
+        self._number = signal.SIGTERM
+        self._stop_at = self._kill_at = self._give_up_at = _NEVER  # monotonic seconds
 
-    def begin(self, after_s: float) -> None:
-        """SIGTERM for what still runs in `after_s`, and SIGKILL one grace later."""
-        at = time.monotonic() + after_s
-        self._terminate_at = dict.fromkeys(self._jobs, at)
-        self._kill_at = at + self._grace_s
-
-    def terminate(self, name: str) -> None:
-        """SIGTERM for one job now, where there is such a job."""
-        self._terminate_at.pop(name, None)
-        if name in self._jobs:
-            self._jobs[name].terminate()
+    def begin(self, after_s: float = 0.0, number: signal.Signals = signal.SIGTERM) -> None:
+        """In `after_s` the ranks that still run are sent `number`, SIGINT or SIGTERM; one grace later whatever still runs is
+        killed."""
+        self._number = number
+        self._stop_at = time.monotonic() + after_s
+        self._kill_at = self._stop_at + self._grace_s
 
     def kill(self) -> None:
         """SIGKILL for all of every job."""
@@ -42,14 +41,15 @@ class Teardown:
         self._console.say(f"SIGKILL for {listed([f'{job.name} (pid {job.first_pid})' for job in left])}")
         for job in left:
             job.kill()
-        self._terminate_at = {}
-        self._kill_at = _NEVER
+        self._stop_at = self._kill_at = _NEVER
         self._give_up_at = time.monotonic() + _UNKILLABLE_S
 
     def advance(self) -> None:
         now = time.monotonic()
-        for name in [name for name, at in self._terminate_at.items() if now >= at]:
-            self.terminate(name)
+        if now >= self._stop_at:
+            self._stop_at = _NEVER
+            if TRAIN in self._jobs:
+                self._jobs[TRAIN].stop(self._number)
         if now >= self._kill_at:
             self._console.say(f"the grace of {seconds(self._grace_s)} (timeouts.shutdown_s) is over")
             self.kill()

@@ -128,7 +128,7 @@ def _moving(facts: Facts) -> Verdict | None:
 
 
 def _slow(facts: Facts) -> Verdict | None:
-    waiting = _lanes_in(facts, Phase.FORWARD, Phase.DRAINING)
+    waiting = _lanes_in(facts, Phase.FORWARD)
     if not waiting:
         return None
     slow = _teachers_of(facts, waiting)
@@ -316,9 +316,9 @@ def _key(place: Place | None) -> str:
     return str(place) if place and place.kind in (places.COLLECTIVE, places.BACKWARD) else ""
 
 
-def _lanes_in(facts: Facts, *phases: Phase) -> list[LaneState]:
-    """Lanes whose rank waits for a reply, and whose teacher is in one of `phases`."""
-    there = {one.rank for one in facts.teachers if one.phase in map(str, phases)}
+def _lanes_in(facts: Facts, phase: Phase) -> list[LaneState]:
+    """Lanes whose rank waits for a reply, and whose teacher is in `phase`."""
+    there = {one.rank for one in facts.teachers if one.phase == str(phase)}
     return [lane for lane in facts.lanes if lane.unanswered and not lane.closed and lane.teacher in there]
 
 

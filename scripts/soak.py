@@ -127,9 +127,11 @@ def soak(requests: int, each: int) -> Iterator[Sample]:
                 until(lambda record=record: str(record.phase) == "idle" or _ended(teacher), "the teacher's drain")
                 token = session.start_generation()
             session.end_session()
-        finally:
-            os.kill(teacher, signal.SIGTERM)
             _join(teacher)
+        finally:
+            if not _ended(teacher):
+                os.kill(teacher, signal.SIGKILL)
+                _join(teacher)
 
 
 def _generation(token: Token, number: int, each: int) -> int:

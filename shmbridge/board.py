@@ -45,9 +45,8 @@ class Phase(enum.IntEnum):
     BARRIER = 7  # rank: waits for the teacher's model
     TRAINING = 8  # rank: outside the bridge
     WAITING = 9  # rank: waits for a reply
-    DRAINING = 10  # teacher: answers what was submitted, then ends
-    CLOSED = 11
-    IDLE = 12  # teacher: loaded, between two generations
+    CLOSED = 10
+    IDLE = 11  # teacher: loaded, between two generations
 
     def __str__(self) -> str:
         return self.name.lower()

@@ -27,7 +27,7 @@ import torch
 from shmbridge import parity, shared_head, trace
 from shmbridge.board import Phase
 from shmbridge.config import Config
-from shmbridge.errors import Closed, PeerLost, RequestRefused, TeacherDied
+from shmbridge.errors import Closed, PeerLost, RequestRefused, RunStopped, TeacherDied
 from shmbridge.head import Head
 from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
@@ -198,7 +198,12 @@ class Bridge:
         **extras: Unpack[Extras],
     ) -> Reply:
         """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
-        return self.submit(input_ids, attention_mask, **extras).copy(timeout)
+        pending = self.submit(input_ids, attention_mask, **extras)
+        try:
+            return pending.copy(timeout)
+        except BaseException:
+            pending.cancel()  # an exception that is being handled, such as a KeyboardInterrupt, would keep its slot
+            raise
 
     def prefetch(
         self,
@@ -250,7 +255,8 @@ class Bridge:
         the launcher, the loss of the teacher or of another rank. It runs in the thread and at the place of the next call of
         the bridge, which then raises a PeerLost; the launcher gives all ranks timeouts.save_s for it.
 
-        Without a hook, and where the script handles SIGTERM itself, signals do what they always did.
+        Without a hook the launcher sends each rank SIGINT for a Ctrl-C and SIGTERM for a SIGTERM, once. What the script's own
+        handlers, or its `except KeyboardInterrupt:`, do has timeouts.shutdown_s, and the teacher serves them.
         """
         self._stopping.set(save)
 
@@ -355,10 +361,20 @@ class Bridge:
             return self._barrier()
         return self._offer
 
-    def _fail(self, error: BaseException) -> None:
-        """Tell the session that this rank ends by an exception. A clean SystemExit is a close."""
+    def _fail(self, error: BaseException) -> bool:
+        """Tell the session that this rank ends by an exception. False where that is no failure: a clean SystemExit, and the
+        end of a rank in a run that was stopped."""
         clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
-        if not self._closed and not clean_exit and os.getpid() == self._process:
+        if clean_exit or self._was_stopped(error):
+            return False
+        if not self._closed and os.getpid() == self._process:
             if self._requests:
                 self._requests.explain(error)
             self._open.record.fail_with(error)
+        return True
+
+    def _was_stopped(self, error: BaseException) -> bool:
+        """Whether `error` is how a rank ends in a run that the user, or the scheduler, has stopped."""
+        if isinstance(error, KeyboardInterrupt) and not self._closed and os.getpid() == self._process:
+            return self._open.is_told_to_stop()
+        return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._open.asked_to_stop

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from shmbridge.board import Phase
 from shmbridge.combine import Answer
 from shmbridge.session import Lane, TeacherSession
 from shmbridge.streams import Streams
@@ -44,12 +43,6 @@ class Collector:
         self._gone: set[int] = set()  # own lanes whose rank has ended
         self._last_round: set[int] = set()  # its lanes
         self._last_round_s = 0.0
-        self._stopping = False
-        self._last: dict[int, int] | None = None  # by lane, once stopping: sequences below it are still answered
-
-    def stop(self) -> None:
-        """Hand out what has been submitted, then nothing. Safe in a signal handler."""
-        self._stopping = True
 
     def answered(self, answers: Sequence[Answer]) -> None:
         """Take note of a round that is over; on a GPU, that has been launched."""
@@ -88,13 +81,10 @@ class Collector:
         return [] if ended and not self._streams else None
 
     def _take(self) -> list[Answer]:
-        if self._stopping and self._last is None:
-            self._last = {lane.index: lane.ring.requested for lane in self._lanes}
-            self._session.record.enter(Phase.DRAINING)
         answers = []
         for lane in self._lanes:
             sequence = None if lane.index in self._streams else self._next_wanted(lane)
-            if sequence is not None and (self._last is None or sequence < self._last.get(lane.index, 0)):
+            if sequence is not None:
                 answers.append(Answer(lane, lane.ring.read_request(sequence)))
         return answers
 
@@ -141,7 +131,7 @@ class Collector:
                 self._session.yield_lane(lane)
 
     def _ended(self) -> bool:
-        if self._stopping or self._session.training_done:
+        if self._session.training_done:
             return True
         return all(lane.ring.closed or lane.index in self._gone for lane in (*self._session.own, *self._lanes))
 

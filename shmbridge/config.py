@@ -222,7 +222,8 @@ class TimeoutsConfig(_Section, frozen=True):
     save_s: Seconds = 60.0
     """From the stop of a run to the end of saving, for ranks that have a save hook (bridge.on_stop)."""
     shutdown_s: Seconds = 10.0
-    """One grace for all processes that were asked to end, before they are killed."""
+    """One grace for all processes that were asked to end, before they are killed. Ranks save within it in their own handlers of
+    SIGINT and SIGTERM."""
 
 
 class LogConfig(_Section, frozen=True):

@@ -75,8 +75,8 @@ def _report_exit(bridge: Bridge) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         failing = latest()
-        if failing is not None:
-            failing._fail(error)
+        if failing is not None and not failing._fail(error):
+            return  # the launcher tells of the stop once; tracebacks of all ranks would hide it
         previous(kind, error, trace)
 
     def at_exit() -> None:

@@ -79,5 +79,5 @@ class DisabledBridge(Bridge):
     def close(self) -> None:
         self._closed = True
 
-    def _fail(self, error: BaseException) -> None:
-        pass
+    def _fail(self, error: BaseException) -> bool:
+        return True

@@ -16,7 +16,8 @@
     └── PeerLost                              somebody else ended or failed: theirs
         ├── TeacherDied
         ├── TrainerDied
-        └── LauncherDied
+        ├── LauncherDied
+        └── RunStopped                        the user, or the scheduler, has stopped the run: nobody died
 
 `Closed` and `PeerLost` are kept apart on purpose: the first is something the caller did, the second is something that
 happened to it. A `PeerLost` is always the consequence of a failure elsewhere, so a report never names it as the cause.
@@ -94,4 +95,8 @@ class TrainerDied(PeerLost):
 
 
 class LauncherDied(PeerLost):
-    """The owner of the session is gone, or was asked to stop."""
+    """The owner of the session is gone, or has ended the session."""
+
+
+class RunStopped(PeerLost):
+    """The run was stopped with Ctrl-C or a signal. The rank saves, if it has anything to save, and ends."""

@@ -263,9 +263,9 @@ class Owner:
         self.control.words[ControlWord.SESSION_ENDING] = 1
         self.end_training()
 
-    def ask_to_save(self) -> None:
-        """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge, and a teacher that ends
-        has not died."""
+    def ask_to_stop(self) -> None:
+        """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge, and the end of a rank
+        or a teacher is no failure."""
         self.control.words[ControlWord.STOPPING] = 1
         self.ring_all()
 

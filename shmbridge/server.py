@@ -86,12 +86,8 @@ class Server:
         self._collector = Collector(session, self._streams, self._skip, self._adopt, self._publisher.check)
         self._trace = Trace.of("teacher", session.index)
 
-    def stop(self) -> None:
-        """Answer what has been submitted, then end. Safe in a signal handler."""
-        self._collector.stop()
-
     def serve(self) -> None:
-        """Open the startup barrier and answer until every lane is closed, training is done, or `stop` was called.
+        """Open the startup barrier and answer until every lane is closed, or training is done.
 
         Raises:
             PeerLost: the session has failed, or its launcher is gone.

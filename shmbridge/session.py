@@ -28,6 +28,7 @@ from shmbridge.errors import (
     DeadlineExceeded,
     LauncherDied,
     PeerLost,
+    RunStopped,
     TeacherDied,
     TrainerDied,
 )
@@ -39,6 +40,7 @@ from shmbridge.segment import Segment
 
 _SPIN_US = 50
 _OWNER_SPEAKS_S = 2.0
+_STOP_IS_TOLD_S = 0.5
 SESSION_VARIABLE = "SHMBRIDGE_SESSION"
 OFF = "off"
 
@@ -321,21 +323,31 @@ class TrainerSession(_Attached):
         self._teacher_bells[self.teacher_index].ring()
 
     @property
-    def asked_to_save(self) -> bool:
-        """The run is to end: a rank that has a save hook saves now."""
+    def asked_to_stop(self) -> bool:
+        """The user, or the scheduler, has stopped the run."""
         return self.control.words[ControlWord.STOPPING] != 0
+
+    def is_told_to_stop(self) -> bool:
+        """`asked_to_stop`, which this rank's own signal may be ahead of by a moment."""
+        told = self.bell.wait(lambda: self.asked_to_stop or None, lambda: None, time.monotonic() + _STOP_IS_TOLD_S)
+        return told is not None
 
     def check(self) -> None:
         """Raise a PeerLost if the session has failed, or its owner or this lane's teacher is gone.
 
         Where a teacher may be started again, its end is told and waited out: whether one comes is the owner's word."""
         if self.stop():
-            raise LauncherDied("the run is to stop.")
+            raise RunStopped("the run is to stop.")
         teacher = self.teacher
         failure = teacher.failure
         if failure and not failure.consequence and not self._outlives_teacher:
             raise lost(failure)
-        super().check()
+        try:
+            super().check()
+        except LauncherDied as error:
+            if self.asked_to_stop and self._owner.alive():
+                raise RunStopped(str(error)) from None
+            raise
         who = teacher.identity
         if teacher.lost and teacher is self.teacher:  # the lane may have gone to another before
             raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
@@ -346,7 +358,7 @@ class TrainerSession(_Attached):
         if self._teacher_peer.alive():
             return
         gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
-        if self.asked_to_save and self._owner_is_to_speak():
+        if self.asked_to_stop and self._owner_is_to_speak():
             return
         if not self._outlives_teacher:
             raise TeacherDied(gone)
@@ -372,20 +384,26 @@ class TrainerSession(_Attached):
 
         Raises:
             DeadlineExceeded: it is still loading; says how far it is.
+            RunStopped: the run was stopped while it loaded.
             TeacherDied, LauncherDied, TrainerDied: see `check`.
         """
         generation = self.token.generation
         self.record.enter(Phase.BARRIER)
         teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
+
+        def ready_or_stopped() -> bool | None:
+            if all(teacher.ready == generation or teacher.lost for teacher in teachers):
+                return True
+            return False if self.asked_to_stop else None
+
         try:
-            ready = self.wait(
-                lambda: True if all(teacher.ready == generation or teacher.lost for teacher in teachers) else None,
-                time.monotonic() + timeout_s,
-            )
+            ready = self.wait(ready_or_stopped, time.monotonic() + timeout_s)
         finally:
             self.record.enter(Phase.TRAINING)
-        if not ready:
+        if ready is None:
             raise DeadlineExceeded(self._late_teacher(timeout_s))
+        if not ready:
+            raise RunStopped("the run was stopped while the teacher was loading.")
         text = self.teacher.offer
         if text is None:
             raise AttachError(f"{self.teacher_name(self.teacher_index)} is ready but made no offer: garbled.")
@@ -510,9 +528,8 @@ class TeacherSession(_Attached):
         bell.ring()
         bell.close()
 
-    def next_generation(self, stop: Callable[[], bool]) -> TeacherSession | None:
-        """Sleep until training starts again; this teacher's side of that generation. None where none follows, or once `stop`
-        gives True.
+    def next_generation(self) -> TeacherSession | None:
+        """Sleep until training starts again; this teacher's side of that generation. None where none follows.
 
         Raises:
             PeerLost: the session has failed, or its launcher is gone.
@@ -521,7 +538,7 @@ class TeacherSession(_Attached):
         words, own = self.control.words, self.token.generation
 
         def follows() -> bool | None:
-            if stop() or words[ControlWord.SESSION_ENDING]:
+            if words[ControlWord.SESSION_ENDING]:
                 return False
             return True if words[ControlWord.CURRENT_GENERATION] > own else None
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from shmbridge import trace
-from shmbridge.errors import LauncherDied
+from shmbridge.errors import RunStopped
 from shmbridge.session import TrainerSession
 
 Hook = Callable[[], object]
@@ -36,10 +36,10 @@ class Stopping:
         self._hook = hook
 
     def heed(self) -> None:
-        """Save and raise LauncherDied where the run is to stop."""
+        """Save and raise RunStopped where the run is to stop."""
         if self._hook and self._asked():
             self.save()
-            raise LauncherDied("the run is to stop, and this rank has saved (bridge.on_stop).")
+            raise RunStopped("the run is to stop, and this rank has saved (bridge.on_stop).")
 
     def save(self) -> None:
         """Call the hook, unless it was called before. What it raises is raised."""
@@ -63,7 +63,7 @@ class Stopping:
         return self._hook is not None and self._told()
 
     def _told(self) -> bool:
-        return self._signalled or self._session.asked_to_save
+        return self._signalled or self._session.asked_to_stop
 
     def _take_note(self) -> None:
         if os.getpid() == self._process:

@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--teacher-index", type=int, default=0)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this process's own, cuda:0 and on; 0: the CPU")
     args = parser.parse_args()
+    _outlive_signals()
     session = TeacherSession.newest(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     trace.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
@@ -69,13 +70,12 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     again."""
     agreed, encoder = offering.make(forward, session.settings, device)
     stays = session.settings.teacher.keep or session.settings.train.restarts > 0
-    stop = _Stop()
     slabs: Slabs = {}
     following: TeacherSession | None = session
-    while following and not stop.asked:
+    while following:
         served = following
-        _serve_generation(served, forward, encoder, agreed, device, slabs, stop)
-        following = served.next_generation(stop.now) if stays else None
+        _serve_generation(served, forward, encoder, agreed, device, slabs)
+        following = served.next_generation() if stays else None
         served.close()
 
 
@@ -86,7 +86,6 @@ def _serve_generation(
     agreed: Offer,
     device: torch.device,
     slabs: Slabs,
-    stop: _Stop,
 ) -> None:
     session.offer(agreed)
     if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
@@ -101,36 +100,23 @@ def _serve_generation(
         if session.training_done:  # meanwhile, and its memory is gone
             return
         raise
-    stop.reaches(server)
     server.serve()
-    stop.reaches(None)
     server.close()
 
 
-class _Stop:
-    """SIGTERM: the server answers what was submitted, and no generation follows."""
+def _outlive_signals() -> None:
+    """SIGINT, SIGTERM and SIGHUP do nothing: Slurm sends them to every process of a step, and the ranks are to be served while
+    they save. The launcher gets them too, and tells the teacher when to end. Processes that the teacher starts take them as
+    usual."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in stops:
+        signal.signal(number, lambda *_: None)
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._handled = False
-        self._server: Server | None = None
+    def take_again() -> None:
+        for number in stops:
+            signal.signal(number, signal.SIG_DFL)
 
-    def now(self) -> bool:
-        return self.asked
-
-    def reaches(self, server: Server | None) -> None:
-        """`server` is what answers from now on; None: nothing does, until the next generation."""
-        if not self._handled:  # until now there was nothing to answer, and SIGTERM ended the process
-            self._handled = True
-            signal.signal(signal.SIGTERM, lambda *_: self._ask())
-        self._server = server
-        if self.asked and server:
-            server.stop()
-
-    def _ask(self) -> None:
-        self.asked = True
-        if self._server:
-            self._server.stop()
+    os.register_at_fork(after_in_child=take_again)
 
 
 def build(session: TeacherSession, settings: Config, device: torch.device, gpus: int) -> Forward:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -54,14 +53,12 @@ def answer(session: TeacherSession, lane: Lane) -> None:
 
 def main(index: int) -> int:
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]), index)
-    asked: list[int] = []
     try:
         load(session, os.environ.get("FAKE_KEPT", ""))
-        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
         following: TeacherSession | None = session
         while following:
             serve(following)
-            following = following.next_generation(lambda: bool(asked))
+            following = following.next_generation()
     except PeerLost as error:
         session.record.fail_with(error)
         return 1

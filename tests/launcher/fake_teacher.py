@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 from shmbridge.board import Phase
 from shmbridge.errors import PeerLost
@@ -31,7 +30,7 @@ def serve(session: TeacherSession, mode: str) -> None:
     if mode == "early":
         return
     session.wait(lambda: True if session.training_done or closed(session) else None, None)
-    if mode == "lingering":
+    if mode in ("lingering", "stubborn"):
         time.sleep(600)
     if mode == "crashes late":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -43,21 +42,8 @@ def closed(session: TeacherSession) -> bool:
     return all(lane.ring.closed for lane in session.lanes)
 
 
-def drain(session: TeacherSession, mode: str) -> None:
-    if mode == "drains":
-        Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
-    session.record.enter(Phase.CLOSED)
-    os._exit(0)
-
-
 def main(mode: str, index: int) -> int:
-    if mode in ("stubborn", "lingering"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]), index)
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, lambda *_: drain(session, mode))
     try:
         serve(session, mode)
     except PeerLost as error:

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from launcher import shim
+from shmbridge import peer
 from shmbridge.errors import PeerLost
 from shmbridge.offer import Extent
 from shmbridge.session import SESSION_VARIABLE, Token, TrainerSession
@@ -22,6 +24,8 @@ RANKS = int(os.environ.get("FAKE_RANKS", "2"))
 
 
 def torchrun(mode: str, record: Path) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):  # the shim has them ignored, which the ranks would inherit
+        signal.signal(number, lambda *_: None)
     ranks = [
         subprocess.Popen(
             [sys.executable, __file__, mode, str(record), str(rank)],
@@ -30,17 +34,22 @@ def torchrun(mode: str, record: Path) -> int:
         )
         for rank in range(RANKS)
     ]
-    if mode == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    elif mode == "notes":  # as torchrun: SIGTERM goes on to the ranks, which have time
-        signal.signal(signal.SIGTERM, lambda *_: [rank.terminate() for rank in ranks])
-    else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stopped: list[int] = []
+
+    def stop(number: int) -> None:
+        stopped.append(number)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    for sent, own in shim.STOP_SIGNALS.items():  # as elastic.py
+        signal.signal(own, lambda *_, sent=sent: stop(sent))
     while any(rank.poll() is None for rank in ranks):
         for number, rank in enumerate(ranks):
-            if rank.poll():
+            if rank.poll() and not stopped:
                 return fail(record, ranks, number)
         time.sleep(0.02)
+    if stopped:
+        return 128 + stopped[0]
     return next((fail(record, ranks, i) for i, rank in enumerate(ranks) if rank.poll()), 0)
 
 
@@ -57,10 +66,11 @@ def fail(record: Path, ranks: list[subprocess.Popen[bytes]], number: int) -> int
 
 
 def train(mode: str, rank: int) -> None:
-    if mode == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if mode == "notes":
-        signal.signal(signal.SIGTERM, lambda *_: print(f"rank {rank} takes note", flush=True))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if mode == "stubborn":
+            signal.signal(number, signal.SIG_IGN)
+        if mode in ("notes", "waits"):
+            signal.signal(number, lambda number, _: take_note(rank, number))
     if mode == "usr1" and rank == 0:
         signal.signal(signal.SIGUSR1, lambda *_: print("rank 0 saved", flush=True))
     if mode == "workers":
@@ -79,6 +89,14 @@ def train(mode: str, rank: int) -> None:
         raise
 
 
+noted: list[int] = []
+
+
+def take_note(rank: int, number: int) -> None:
+    noted.append(number)
+    print(f"rank {rank} takes note of {number}", flush=True)
+
+
 def end(mode: str, rank: int, session: TrainerSession) -> None:
     if mode in ("asks", "crashes once"):
         ask(session)
@@ -92,12 +110,19 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "leaves" and rank == 1:
         Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
-    if mode not in ("ok", "late", "leaves", "asks", "crashes once"):
+    if mode == "notes":
+        assert session.wait(lambda: True if noted else None, time.monotonic() + 120)
+        gate = Path(os.environ["FAKE_GATE"] + str(rank))
+        while not gate.exists():
+            session.check()
+            time.sleep(0.02)
+        print(f"rank {rank} saves beside {peer.state(session.teacher.identity.pid)} teacher", flush=True)
+    elif mode not in ("ok", "late", "leaves", "asks", "crashes once"):
         try:
             session.wait(lambda: None, time.monotonic() + 120)
         except PeerLost as error:
-            if mode == "notes":
-                print(f"rank {rank} saves: {error}", flush=True)
+            if mode == "waits":
+                print(f"rank {rank} saves: {type(error).__name__}: {error}", flush=True)
                 return
             if mode != "stubborn":
                 raise

@@ -371,6 +371,26 @@ def test_a_teacher_that_dies_under_a_group_is_started_again(kept):
     kept.stop()
 
 
+def test_a_stopped_group_is_served_until_its_ranks_have_saved_and_the_teacher_stays(kept):
+    """Row 23."""
+    kept.start()
+    gate = kept.directory / "gate"
+    with kept.attach("notes", FAKE_GATE=str(gate)) as run:
+        run.says("up", times=2)
+        run.signal(signal.SIGINT)
+        run.says("takes note of 2", times=2)
+        gate.with_name("gate0").touch()
+        run.says("rank 0 saves beside sleeping teacher")
+        assert kept.status["state"] == "held"
+        gate.with_name("gate1").touch()
+        assert ended(run) == 130, run.text
+        assert "rank 1 saves beside sleeping teacher" in run.text
+        assert run.text.count("takes note") == 2
+    with kept.attach("asks") as run:
+        assert ended(run) == 0, run.text
+    kept.stop()
+
+
 def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kept):
     """Row 13."""
     start = kept.start()

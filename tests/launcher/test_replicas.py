@@ -227,22 +227,6 @@ def test_replicas_that_offer_different_things_are_refused(tmp_path):
         assert "replicas load the same model" in run.text
 
 
-def test_a_stop_ends_the_waits_for_a_replica_once_it_has_drained(tmp_path):
-    """Teacher 0 has nothing to answer; teacher 1 still has."""
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    with supervised(tmp_path, teacher="ok,drains", training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
-        run.says("up", times=4)
-        run.signal(signal.SIGTERM)
-        run.says("rank 0 saves: teacher 0")
-        assert replica(run, 0) == []
-        run.says("rank 1 takes note")
-        assert "rank 1 saves" not in run.text
-        gate.write_bytes(b"")
-        assert run.wait() == 143
-        assert "rank 1 saves: launcher 0" in run.text
-
-
 def test_all_that_do_not_end_are_killed_after_one_grace(tmp_path):
     with supervised(tmp_path, teacher="stubborn,stubborn", training="stubborn", grace_s=0.3) as run:
         run.says("up", times=4)

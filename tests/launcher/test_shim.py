@@ -39,7 +39,7 @@ def test_it_exits_with_the_code_of_its_child(code):
     assert start("sh", "-c", f"exit {code}").wait() == code
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
 def test_it_dies_by_the_signal_that_ended_its_child(number):
     assert start("sh", "-c", f"kill -{int(number)} $$").wait() == -number
 
@@ -57,12 +57,18 @@ def test_what_the_child_leaves_is_killed_when_it_ends(tmp_path):
     assert gone(read_pid(path))
 
 
-def test_sigterm_reaches_the_child_alone(tmp_path):
-    path = tmp_path / "pid"
-    script = f"{orphan(path)} trap 'exit 5' TERM; touch {tmp_path}/up; while :; do sleep 0.01; done"
-    shim_process = start("sh", "-c", script)
-    until((tmp_path / "up").exists, "the trap")
-    shim_process.terminate()
+@pytest.mark.parametrize("number", shim.STOP_SIGNALS.values())
+def test_a_stop_reaches_the_child_alone(tmp_path, number):
+    child = f"""
+import os, signal, subprocess, time
+subprocess.Popen(["sleep", "600"])
+signal.signal({int(number)}, lambda *_: os._exit(5))
+open("{tmp_path}/up", "w").close()
+time.sleep(600)
+"""
+    shim_process = start(sys.executable, "-c", child)
+    until((tmp_path / "up").exists, "the handler")
+    shim_process.send_signal(number)
     assert shim_process.wait() == 5
 
 
@@ -79,8 +85,9 @@ def test_other_signals_do_nothing(tmp_path):
     path = tmp_path / "pid"
     shim_process = start("sh", "-c", f"{orphan(path)} wait")
     read_pid(path)
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         shim_process.send_signal(number)
+        os.kill(shim.descendants(shim_process.pid)[0], number)
     assert shim_process.poll() is None
     shim_process.send_signal(shim.KILL_SIGNAL)
     assert shim_process.wait() == -signal.SIGKILL

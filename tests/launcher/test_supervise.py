@@ -177,18 +177,38 @@ def test_a_signal_stops_both_jobs(tmp_path, number, code):
         assert "SIGKILL" not in run.text
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_rank_that_handles_sigterm_gets_its_grace_and_is_told_why_no_reply_comes(tmp_path, number, code):
-    with supervised(tmp_path, training="notes", grace_s=60) as run:
+@pytest.mark.parametrize(
+    ("number", "code", "taken"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 15), (signal.SIGHUP, 129, 15)]
+)
+def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_saves(tmp_path, number, code, taken):
+    """Row 23. One rank ends at once; the teacher waits for the other."""
+    gate = tmp_path / "gate"
+    with supervised(tmp_path, training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
         run.says("up", times=3)
         run.signal(number)
+        run.says(f"takes note of {taken}", times=2)
+        (tmp_path / "gate0").touch()
+        run.says("rank 0 saves beside sleeping teacher")
+        until(lambda: len(run.processes("fake_training.py")) == 3, "the end of rank 0")
+        (tmp_path / "gate1").touch()
         assert run.wait() == code
-        for rank in (0, 1):
-            assert f"rank {rank} takes note" in run.text
-            assert f"rank {rank} saves: launcher 0" in run.text
-        assert run.text.count(f": stopped by {number.name}") == 2
+        assert "rank 1 saves beside sleeping teacher" in run.text
+        assert run.text.count("takes note") == 2
+        assert run.text.count(f": stopped by {number.name}") == 0
         assert "The run failed" not in run.text
         assert not (tmp_path / "run" / "report.txt").exists()
+
+
+def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
+    with supervised(tmp_path, training="waits", grace_s=60) as run:
+        run.says("up", times=3)
+        run.signal(signal.SIGTERM)
+        run.says("takes note", times=2)
+        os.kill(first_below_shim(run, "fake_teacher.py"), signal.SIGKILL)
+        assert run.wait() == 143
+        for rank in (0, 1):
+            assert f"rank {rank} saves: RunStopped: launcher 0" in run.text
+        assert run.text.count(": stopped by SIGTERM") == 2
 
 
 def test_a_job_that_ignores_sigterm_is_killed_after_one_grace(tmp_path):
@@ -223,12 +243,13 @@ def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
         assert run.wait() == 143
 
 
-def test_sigusr1_sent_to_everything_ends_neither_teacher_nor_shims(tmp_path):
-    """As Slurm sends it with --signal to every process of a step."""
+def test_signals_sent_to_everything_end_neither_teacher_nor_shims(tmp_path):
+    """As Slurm sends them to every process of a step."""
     with supervised(tmp_path, training="wait") as run:
         run.says("up", times=3)
         for pid in [*run.processes("shim.py"), *run.processes("fake_teacher.py")]:
-            os.kill(pid, signal.SIGUSR1)
+            for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+                os.kill(pid, number)
         run.signal(signal.SIGTERM)
         assert run.wait() == 143
 

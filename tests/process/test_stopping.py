@@ -12,7 +12,7 @@ import torch
 
 from shmbridge.board import Failure, Phase
 from shmbridge.bridge import Bridge
-from shmbridge.errors import LauncherDied, TeacherDied
+from shmbridge.errors import RunStopped, TeacherDied
 from shmbridge.heartbeat import Heartbeat
 from tests.harness import Child, Echo, bench, until
 
@@ -47,7 +47,7 @@ def saved(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def training(path: Path, waits_for_ever: bool = True, kind: type[Exception] = LauncherDied):
+def training(path: Path, waits_for_ever: bool = True, kind: type[Exception] = RunStopped):
     """A rank with a hook that writes a line; it ends with `kind`."""
 
     def train(bridge: Bridge) -> None:
@@ -75,7 +75,7 @@ def test_a_hook_runs_once_when_the_run_stops(tmp_path, how, waiting):
         until(lambda: (record.sequence or 0) > 0 and (record.phase is Phase.WAITING or not waiting))
         assert record.saves
         if how == "launcher":
-            it.owner.ask_to_save()
+            it.owner.ask_to_stop()
         else:
             rank.kill(signal.SIGTERM)
         assert rank.join() == 0
@@ -100,7 +100,7 @@ def test_what_a_hook_raises_is_raised(tmp_path):
         def train(bridge: Bridge) -> None:
             bridge.on_stop(lambda: 1 / 0)
             bridge.wait_ready()
-            it.owner.ask_to_save()
+            it.owner.ask_to_stop()
             bridge.exchange(IDS)
 
         assert it.rank(0, train).join() == 1
@@ -121,8 +121,8 @@ def test_a_hook_may_use_the_bridge_as_long_as_the_teacher_lives(tmp_path):
 
             bridge.on_stop(save)
             bridge.wait_ready()
-            it.owner.ask_to_save()
-            with pytest.raises(LauncherDied):
+            it.owner.ask_to_stop()
+            with pytest.raises(RunStopped):
                 bridge.exchange(IDS)
 
         rank = it.rank(0, train)
@@ -189,14 +189,14 @@ def test_a_teacher_that_ends_in_a_run_that_stops_is_no_death(tmp_path):
         def train(bridge: Bridge) -> None:
             bridge.exchange(IDS)
             (tmp_path / "up").touch()
-            with pytest.raises(LauncherDied, match="stopped by SIGTERM"):
+            with pytest.raises(RunStopped, match="stopped by SIGTERM"):
                 bridge._open.wait(lambda: None, None)
 
         rank = it.rank(0, train)
         until((tmp_path / "up").exists)
-        it.owner.ask_to_save()
-        teacher.kill(signal.SIGTERM)
-        assert teacher.join() == 0
+        it.owner.ask_to_stop()
+        teacher.kill()
+        assert teacher.join() == -signal.SIGKILL
         sleeps_on(rank.pid, 2)
         assert rank.poll() is None
         it.owner.fail(Failure("launcher", 0, 1, "unknown", None, None, "stopped by SIGTERM"))
