@@ -1,7 +1,8 @@
-"""Rows 14 to 16 and 22: stops, what is kept, what goes on, the end."""
+"""Rows 14 to 16 and 22 to 24: stops, what is kept, what goes on, the end."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 
@@ -77,6 +78,49 @@ def unlike_lengths(stage: Stage) -> None:
     stage.ends(run, last, 2.0 + GRACE_S)
     stage.ends_with(run, 0)
     stage.says("5 and 50 batches; the teacher ended after the last rank had closed; exit 0")
+
+
+def ranks_save(stage: Stage) -> None:
+    run = stage.launch("interrupted")
+    _trains(run)
+    fault = run.signal(signal.SIGINT)
+    _saves(stage, run, "Ctrl-C", fault, 130)
+    for path in stage.directory.glob("note-*"):
+        path.unlink()
+    run = stage.launch("terminated")
+    _trains(run)
+    fault = time.monotonic()
+    for pid in [run.process.pid, *run.processes()]:  # as Slurm does it
+        os.kill(pid, signal.SIGTERM)
+    _saves(stage, run, "SIGTERM to every process", fault, 143)
+    for rank in (0, 1):
+        stage.expect(run.note(f"told-{rank}")[1] == "1", f"rank {rank} was not told once")
+    stage.says(
+        "both ranks saved, with replies, after Ctrl-C (exit 130) and SIGTERM to every process (exit 143, told once)"
+    )
+
+
+def _saves(stage: Stage, run: Run, what: str, fault: float, code: int) -> None:
+    saved = max(run.note(f"saved-{rank}")[0] for rank in (0, 1))
+    stage.took(f"the save after {what}", saved - fault, GRACE_S)
+    stage.ends(run, fault, GRACE_S)
+    stage.ends_with(run, code)
+    for text in ("Traceback", "Died", "The run failed"):
+        stage.expect(text not in run.text, f"{text!r} is told after {what}")
+
+
+def never_connects(stage: Stage) -> None:
+    for teacher, code in (("plain", 0), ("failing_late", 1)):
+        run = stage.launch("alone", teacher=teacher)
+        ended = max(run.note(f"alone-{rank}")[0] for rank in (0, 1))
+        stage.ends(run, ended, 2 * GRACE_S)
+        stage.ends_with(run, code)
+        if code == 0:
+            stage.expect("no rank connected to the bridge" in run.text, "it is not told that no rank connected")
+        for path in stage.directory.glob("note-alone-*"):
+            path.unlink()
+    stage.expect("the weights are made of cheese" in run.text, "the teacher's failure is not told")
+    stage.says("'no rank connected to the bridge', exit 0; with a teacher that fails: its traceback, exit 1")
 
 
 def _trains(run: Run) -> None:

@@ -177,5 +177,21 @@ ROWS = {
             ending.unlike_lengths,
             True,
         ),
+        Row(
+            23,
+            "Ctrl-C, or SIGTERM as Slurm sends it, and the script saves in its own handler",
+            "ranks get that signal once and are served until they have saved; exit 130 or 143, no traceback",
+            "grace",
+            ending.ranks_save,
+            False,
+        ),
+        Row(
+            24,
+            "a script that never connects",
+            "'no rank connected to the bridge'; exit 0 only where nothing else failed",
+            "at the end",
+            ending.never_connects,
+            False,
+        ),
     )
 }

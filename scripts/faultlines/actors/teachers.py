@@ -43,6 +43,12 @@ def raising(settings):
     raise RuntimeError("the weights are made of cheese")
 
 
+def failing_late(settings):
+    """When the ranks have all but ended, without having connected."""
+    wait_for("alone-0", "alone-1")
+    raise RuntimeError("the weights are made of cheese")
+
+
 def loading(settings):
     """For longer than anybody waits."""
     note("loading", os.getpid())

@@ -74,6 +74,42 @@ def deaf(bridge) -> None:
         time.sleep(600)
 
 
+def interrupted(bridge) -> None:
+    """Saves when Ctrl-C comes, with three more replies of the teacher; rank 0 ends first."""
+    try:
+        loop(bridge)
+    except KeyboardInterrupt:
+        save_what_was_learnt(bridge)
+        raise
+
+
+def terminated(bridge) -> None:
+    """Its handler of SIGTERM takes note; the loop finishes its step, and saves."""
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    bridge.wait_ready()
+    step = 0
+    while not told:
+        learn(bridge, range(step, step + 1))
+        step += 1
+        if step == 5:
+            note(f"trains-{RANK}", os.getpid())
+    save_what_was_learnt(bridge)
+    note(f"told-{RANK}", len(told))
+
+
+def save_what_was_learnt(bridge) -> None:
+    if RANK == 1:
+        wait_for("saved-0")
+    learn(bridge, range(3))
+    note(f"saved-{RANK}")
+
+
+def alone() -> None:
+    """Never connects."""
+    note(f"alone-{RANK}")
+
+
 def half_written(bridge) -> None:
     """Rank 1 is killed with half of its IDs in the slot."""
     bridge.wait_ready()
@@ -255,6 +291,9 @@ def idle(bridge) -> None:
 def main() -> None:
     part = globals()[sys.argv[1]]
     torch.set_num_threads(1)
+    if part is alone:
+        alone()
+        return
     if part in (late, holds_the_gil, skips_an_exchange):
         dist.init_process_group("gloo")
     if part is late and RANK == 1:
@@ -269,6 +308,7 @@ def main() -> None:
 
 try:
     main()
-except BaseException:
-    traceback.print_exc()
+except BaseException as error:
+    if not isinstance(error, KeyboardInterrupt):
+        traceback.print_exc()
     raise
