@@ -28,7 +28,12 @@ class Ranks:
 
     @property
     def all_signed_in(self) -> bool:
-        return all(self.identity(rank) for rank in range(self.count))
+        return self._owner is not None and not self.absent
+
+    @property
+    def absent(self) -> list[int]:
+        """Those that have not connected to the bridge; empty where it is off."""
+        return [rank for rank in range(self.count) if not self.identity(rank)] if self._owner else []
 
     def finished(self, ranks: Iterable[int]) -> bool:
         """Each of `ranks` has closed its bridge, or is gone: their teacher has nobody left to serve."""

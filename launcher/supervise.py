@@ -263,8 +263,11 @@ class Supervisor:
         return cgroup.oom_kills_since(self._oom_kills_before)
 
     def _tolerate_late_crash(self, teachers: Serving) -> None:
-        """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training."""
+        """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training. Where no rank has
+        connected, its failure is the run's."""
         training = self._jobs[TRAIN].exit
+        if len(self._ranks.absent) == self._ranks.count:
+            return
         for teacher in teachers.crashed_late(training is not None and not training.failed):
             assert teacher.exit
             late = cause.of_exit(teacher, teacher.exit, self._oom_kills)
@@ -358,11 +361,23 @@ class Supervisor:
         if self._stopped_by is not None:
             self._console.say(f"stopped by {self._stopped_by.name} after {seconds(elapsed_s)}")
             return 128 + self._stopped_by
+        if self._ending is Ending.DONE:
+            self._tell_who_did_not_connect()
         found = self._root_cause()
         if found:
             return self._report(found, elapsed_s)
         self._console.say(f"done in {seconds(elapsed_s)}")
         return 0
+
+    def _tell_who_did_not_connect(self) -> None:
+        absent = self._ranks.absent
+        if len(absent) == self._ranks.count:
+            self._console.say(
+                "no rank connected to the bridge, so the teacher answered nothing: call shmbridge.connect() in the training "
+                "script, or run it with --no-teacher"
+            )
+        elif absent:
+            self._console.say(f"rank {listed([str(rank) for rank in absent])} did not connect to the bridge")
 
     def _report(self, found: Cause, elapsed_s: float) -> int:
         replica = found.rank if found.role == TEACHER else None

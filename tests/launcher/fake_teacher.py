@@ -16,7 +16,9 @@ from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
 def serve(session: TeacherSession, mode: str) -> None:
     session.record.enter(Phase.LOADING)
     session.record.progress(1, 4)
-    if mode == "raise":
+    if mode == "raises after training":
+        session.wait(lambda: session.training_done or None, None)
+    if mode in ("raise", "raises after training"):
         raise ValueError("no such weights")
     if mode == "killed":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -78,6 +78,8 @@ def train(mode: str, rank: int) -> None:
     if mode == "absent":
         print(f"rank {rank}, pid {os.getpid()}, is here without a connection", flush=True)
         time.sleep(600)
+    if mode == "alone" or (mode == "half" and rank == 1):
+        return
     session = TrainerSession(Token.parse(os.environ[SESSION_VARIABLE]), rank)
     try:
         session.wait_ready(60)
@@ -117,7 +119,7 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
             session.check()
             time.sleep(0.02)
         print(f"rank {rank} saves beside {peer.state(session.teacher.identity.pid)} teacher", flush=True)
-    elif mode not in ("ok", "late", "leaves", "asks", "crashes once"):
+    elif mode not in ("ok", "half", "late", "leaves", "asks", "crashes once"):
         try:
             session.wait(lambda: None, time.monotonic() + 120)
         except PeerLost as error:

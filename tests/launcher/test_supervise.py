@@ -20,6 +20,22 @@ def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
         assert not (tmp_path / "run" / "report.txt").exists()
 
 
+@pytest.mark.parametrize(("teacher", "code"), [("ok", 0), ("raises after training", 1)])
+def test_a_script_that_never_connects_is_told_so_and_hides_no_failure(tmp_path, teacher, code):
+    """Row 24. The teacher may fail after the script has ended."""
+    with supervised(tmp_path, teacher=teacher, training="alone") as run:
+        assert run.wait() == code
+        assert "no rank connected to the bridge" in run.text
+        assert "shmbridge.connect()" in run.text
+        assert ("teacher failed: ValueError: no such weights" in run.text) == (code == 1)
+
+
+def test_ranks_that_did_not_connect_are_named(tmp_path):
+    with supervised(tmp_path, training="half") as run:
+        assert run.wait() == 0
+        assert "rank 1 did not connect to the bridge" in run.text
+
+
 def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path):
     """Row 22: training goes on alone afterwards, and that is no failure."""
     gate = tmp_path / "gate"
