@@ -14,6 +14,15 @@ from shmbridge.launch import folder
 _FILES = ("config", "teacher")
 _FOLDERS = ("run_dir",)
 
+# The training script and its arguments follow `--`: files, which shtab does not know. Bash and zsh run the first line of
+# shtab's function; fish reads a line of its own.
+_FUNCTION = "\n_shtab_shmbridge_launch() {\n"
+_AFTER_SEPARATOR = {
+    "bash": '  [[ " ${COMP_WORDS[*]:0:COMP_CWORD} " == *" -- "* ]] && { COMPREPLY=(); compopt -o default; return; }\n',
+    "zsh": "  (( ${words[(I)--]} && ${words[(i)--]} < CURRENT )) && { _files; return; }\n",
+}
+_FISH = "\ncomplete -c shmbridge-launch -n 'contains -- -- (commandline -opc)' -F\n"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print a completion script; the exit code."""
@@ -40,7 +49,10 @@ def generate(shell: str) -> str:
     parser = parsers.whole()
     _complete_paths(parser, shtab)
     made: str = shtab.complete(parser, shell)
-    return made
+    if shell == "fish":
+        return made + _FISH
+    assert made.count(_FUNCTION) == 1
+    return made.replace(_FUNCTION, _FUNCTION + _AFTER_SEPARATOR[shell])
 
 
 def _complete_paths(parser: argparse.ArgumentParser, shtab: object) -> None:

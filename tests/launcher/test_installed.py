@@ -99,6 +99,7 @@ complete_line comp
 complete_line --teacher-g
 complete_line teacher start big --for
 complete_line status --w
+complete_line --cpu 2 -- comp 2>/dev/null # a training script's name: the shell completes files
 """
     told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert told.stdout.split("\n")[:4] == ["completion", "--teacher-gpu", "--foreground", "--watch"], told.stderr
+    assert told.stdout.split("\n")[:5] == ["completion", "--teacher-gpu", "--foreground", "--watch", ""], told.stderr
