@@ -1,4 +1,4 @@
-# make demo      environment, install, model, then distillation on two ranks; see runs/demo
+# make demo      environment, install, model, then distillation on two ranks beside a control; see runs/demo
 # make test      the checks, then the tests of every promise: 6 minutes at most on two slow cores
 # make test-all  the checks, then every test: with the matrix and the slow ones, 25 minutes at most there
 # make check     ruff and mypy
@@ -39,4 +39,4 @@ $(INSTALLED): pyproject.toml constraints.txt scripts/install.py
 
 # A VENV of your own is left alone.
 clean:
-	rm -rf .venv runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .cache runs build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -4,33 +4,33 @@
 #   two or more GPUs   the teacher on the last, one rank on each of the others
 #   one GPU            the teacher on it, two ranks on the CPU
 #   none               the teacher and two ranks on the CPU
+#
+# Arguments go to scripts/demo/train.py: `scripts/demo.sh --minutes 5`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-model=$(python scripts/demo_model.py)
+export XDG_CACHE_HOME="$PWD/.cache" # for the converted model: `make clean` removes it
+model=$(python scripts/demo/model.py)
 gpus=$(python -c "import torch; print(torch.cuda.device_count())") # of this torch: a CPU build sees none
-steps=60
 
+# bfloat16 is several times faster where the processor computes in it, and several times slower where it does not.
+# ATEN_CPU_CAPABILITY=avx2 is how torch is told to do without.
+if grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo && [[ ${ATEN_CPU_CAPABILITY:-} != avx2 ]]; then
+  dtype=bfloat16 training=(--bf16 --seq 64)
+else
+  dtype=float32 training=(--seq 32)
+fi
 if ((gpus >= 2)); then
   devices=(--teacher-gpu $((gpus - 1)) --train-gpus "0-$((gpus - 2))")
-  steps=400
+  dtype=bfloat16 training=(--bf16 --seq 256 --batch 8 --layers 8 --characters 20000000)
 elif ((gpus == 1)); then
   devices=(--teacher-gpu 0 --cpu 2)
+  dtype=bfloat16
 else
   devices=(--cpu 2)
 fi
-
-# bfloat16 halves the time where the processor computes in it, and multiplies it where it does not.
-if ((gpus >= 2)) || grep -qwE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then
-  bf16=(--bf16)
-  dtype=bfloat16
-else
-  bf16=()
-  dtype=float32
-  steps=40
-fi
-if ((gpus == 1)); then
-  dtype=bfloat16
+if [[ -t 1 ]]; then
+  training+=(--terminal)
 fi
 
 # The loss works in chunks of many megabytes. By default glibc gives each back to the system and faults it in again, which
@@ -38,4 +38,4 @@ fi
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 exec shmbridge-launch --config configs/demo.yaml "${devices[@]}" --teacher "$model" "teacher.dtype=$dtype" -- \
-  scripts/train_student.py --steps "$steps" --out runs/demo "${bf16[@]}" "$@"
+  scripts/demo/train.py --out runs/demo "${training[@]}" "$@"

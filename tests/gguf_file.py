@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGUFWriter, TokenType
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-VOCAB, WIDTH, INNER, LAYERS, HEADS, POSITIONS = 300, 32, 64, 2, 2, 64
+VOCAB, WIDTH, INNER, LAYERS, HEADS, POSITIONS = 300, 32, 64, 2, 2, 128
 
 
 def write(path: Path) -> None:

@@ -1,9 +1,10 @@
-"""What a person runs: the smoke test, the training script, the template of a teacher of one's own."""
+"""The scripts that people run: the smoke test, the demo, the examples."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,18 +41,36 @@ def test_the_smoke_test_finds_every_reply_bit_equal():
 
 
 @pytest.mark.slow
-def test_the_training_script_distils_a_gguf_teacher(tmp_path):
+def test_the_demo_distils_a_student_and_trains_another_on_the_text_alone(tmp_path):
+    """For the time that it was given; then the control takes the same steps. One line of progress, one picture."""
     teacher = tmp_path / "tiny.gguf"
     gguf_file.write(teacher)
     out = tmp_path / "out"
-    launch = ["-m", "shmbridge.launch", "--cpu", "2", "--run-dir", str(tmp_path / "runs"), "--teacher", str(teacher)]
-    script = "scripts/train_student.py --steps 30 --batch 2 --seq 32 --layers 1 --lr 1e-2 --eval-batches 2 --out"
-    run(*launch, "ring.max_tokens=128", "--", *script.split(), str(out), XDG_CACHE_HOME=str(tmp_path / "cache"))
+    launch = [
+        "-m",
+        "shmbridge.launch",
+        "--config",
+        "configs/demo.yaml",
+        "--cpu",
+        "2",
+        "--run-dir",
+        str(tmp_path / "runs"),
+    ]
+    script = "scripts/demo/train.py --minutes 0.05 --batch 2 --seq 32 --layers 1 --lr 1e-2 --characters 500000 --out"
+    output = run(*launch, "--teacher", str(teacher), "--", *script.split(), str(out), XDG_CACHE_HOME=str(tmp_path))
+    assert re.search(
+        r"distilled +[█░]+ step \d+ +\d+ tokens/s  loss +[\d.]+ +\d+% of the teacher's time hidden", output
+    )
+    assert "KL to the teacher, nats" in output
     summary = json.loads((out / "summary.json").read_text())
-    assert 0 < summary["kl_after"] < 0.7 * summary["kl_before"]
-    assert {"perplexity_before", "perplexity_after", "steps", "seconds"} <= set(summary)
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == list(range(30))
+    distilled, control = summary["students"]["distilled"], summary["students"]["text alone"]
+    assert 1 < distilled["seconds"] < 10, "3 s were given"
+    assert [score["step"] for score in control["held_out"]] == [score["step"] for score in distilled["held_out"]]
+    assert 0 < distilled["held_out"][-1]["kl"] < 0.7 * distilled["held_out"][0]["kl"]
+    assert 0 < control["held_out"][-1]["perplexity"] < 0.7 * control["held_out"][0]["perplexity"]
+    for name in ("distilled", "text alone"):
+        lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 

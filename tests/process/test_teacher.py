@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -13,7 +17,7 @@ from shmbridge.offer import OutputSpec
 from shmbridge.payload import Batch
 from shmbridge.teacher_job import build
 from tests import gguf_file
-from tests.harness import bench
+from tests.harness import Child, bench
 from tests.process.test_bridge import ids, tiny_model
 
 CPU = torch.device("cpu")
@@ -74,6 +78,22 @@ def test_a_gguf_file_is_converted_once_and_tells_its_progress(tmp_path, monkeypa
     with torch.inference_mode():
         batch = Batch(ids(1, 7) % gguf_file.VOCAB, None)
         assert torch.equal(again(batch)["hidden"], first(batch)["hidden"])
+
+
+def test_a_conversion_that_was_killed_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    gguf_file.write(file)
+
+    def convert_and_die():
+        """The weights are saved, the tokenizer is not."""
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        teacher.local_copy(str(file))
+
+    assert Child(convert_and_die).join() == -signal.SIGKILL
+    path = Path(teacher.local_copy(str(file)))
+    assert load(str(file)).tokenizer is not None
+    assert {each.name for each in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
 
 @pytest.mark.parametrize("model", ["/nowhere/model", "./nowhere", "nowhere.gguf"])

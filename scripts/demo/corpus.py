@@ -1,7 +1,7 @@
 """Text that every machine with Python has: the standard library's own source, as windows of token IDs.
 
-Whole files are held out, chosen by the hash of their path, so no window of the held-out text overlaps one of training.
-Left out are tests, and folders whose files are tables or near copies of each other, which would leak.
+Files come in the order of their names' hashes. Every tenth is held out as a whole, so no held-out window overlaps one of
+training. Tests are left out, and so are folders whose files are tables or near copies of each other, which would leak.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 HELD_OUT_ONE_IN = 10
-CHARACTERS = 4_000_000  # about a million tokens, tokenised in a few seconds
 SKIPPED = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "dist-packages"}
 
 
-def build(tokenizer: Any, cache: Path) -> None:
-    """Tokenise the corpus into `cache`, unless this tokenizer's tokens are there. One rank calls it; the others wait."""
+def build(tokenizer: Any, characters: int, cache: Path) -> None:
+    """Tokenise `characters` of text at most into `cache`, unless the file is there. One rank calls it; the others wait."""
     if cache.exists():
         return
-    train, held_out = split(sources())
+    train, held_out = split(sources(), characters)
     tokens = {"train": tokenise(tokenizer, train), "held_out": tokenise(tokenizer, held_out)}
     cache.parent.mkdir(parents=True, exist_ok=True)
     partial = cache.with_suffix(".partial")
@@ -31,10 +30,14 @@ def build(tokenizer: Any, cache: Path) -> None:
     partial.rename(cache)
 
 
-def load(cache: Path, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Training and held-out windows, (windows, seq) int64 each, that do not overlap."""
-    tokens = torch.load(cache, weights_only=True)
-    return windows(tokens["train"], seq), windows(tokens["held_out"], seq)
+def train(cache: Path, seq: int) -> torch.Tensor:
+    """Windows to train on, (windows, seq) int64, that do not overlap."""
+    return windows(torch.load(cache, weights_only=True)["train"], seq)
+
+
+def held_out(cache: Path, seq: int) -> torch.Tensor:
+    """Windows of files that are not trained on, (windows, seq) int64, that do not overlap."""
+    return windows(torch.load(cache, weights_only=True)["held_out"], seq)
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -45,17 +48,17 @@ def sources() -> list[tuple[str, Path]]:
     return sorted(named, key=lambda each: _digest(each[0]))
 
 
-def split(files: Iterable[tuple[str, Path]]) -> tuple[list[str], list[str]]:
-    """The texts to train on and the texts held out, CHARACTERS in all."""
+def split(files: Iterable[tuple[str, Path]], characters: int) -> tuple[list[str], list[str]]:
+    """The texts to train on and the texts held out, `characters` in all at most."""
     train: list[str] = []
     held_out: list[str] = []
-    room = CHARACTERS
-    for name, file in files:
+    room = characters
+    for i, (_, file) in enumerate(files):
         text = file.read_text(encoding="utf-8", errors="replace")
         room -= len(text)
         if room < 0:
             break
-        (held_out if _digest(name) % HELD_OUT_ONE_IN == 0 else train).append(text)
+        (train if i % HELD_OUT_ONE_IN else held_out).append(text)
     return train, held_out
 
 
@@ -73,9 +76,15 @@ def windows(tokens: torch.Tensor, seq: int) -> torch.Tensor:
     return tokens[: count * seq].view(count, seq).long()
 
 
-def shuffled(rows: torch.Tensor, batch: int, rank: int, world: int, seed: int) -> Iterator[torch.Tensor]:
-    """Batches of this rank without end; every epoch is a new order, and no two ranks see the same window in it."""
-    generator = torch.Generator().manual_seed(seed)
+def shuffled(rows: torch.Tensor, batch: int, rank: int, world: int) -> Iterator[torch.Tensor]:
+    """Batches of this rank without end; every epoch is a new order, and no two ranks see the same window in it.
+
+    Two calls give the same batches.
+
+    Raises:
+        ValueError: there are too few windows for one batch of every rank.
+    """
+    generator = torch.Generator().manual_seed(0)
     steps = len(rows) // (batch * world)
     if not steps:
         raise ValueError(f"{len(rows)} windows are fewer than {world} ranks x batch {batch}; take a smaller --batch")
@@ -85,15 +94,13 @@ def shuffled(rows: torch.Tensor, batch: int, rank: int, world: int, seed: int) -
             yield rows[step[rank]]
 
 
-def spread(rows: torch.Tensor, batches: int, batch: int, rank: int, world: int) -> list[torch.Tensor]:
-    """This rank's share of `batches` fixed batches for each rank, spread evenly over `rows`; fewer where those are few."""
-    batches = min(batches, len(rows) // (batch * world))
-    if not batches:
-        raise ValueError(
-            f"{len(rows)} held-out windows are fewer than {world} ranks x batch {batch}; take a smaller --batch"
-        )
-    chosen = torch.arange(batches * world * batch) * len(rows) // (batches * world * batch)
-    return list(rows[chosen.view(batches, world, batch)[:, rank]])
+def spread(rows: torch.Tensor, count: int, rank: int, world: int) -> torch.Tensor:
+    """This rank's share of `count` fixed rows for each rank, spread evenly over `rows`; fewer where those are few."""
+    count = min(count, len(rows) // world)
+    if not count:
+        raise ValueError(f"{len(rows)} held-out windows are fewer than {world} ranks; give more --characters")
+    chosen = torch.arange(count * world) * len(rows) // (count * world)
+    return rows[chosen.view(world, count)[rank]]
 
 
 def _digest(name: str) -> int:

