@@ -10,7 +10,8 @@ On a fixed data set this costs no staleness, because it is the same batch that t
 
 Other requests come first. Before a request of `submit`, `exchange` or another prefetch is sent, what was submitted ahead is
 withdrawn, and it is submitted again before its turn: slots come free in order, so the request's slot would stay taken until the
-loop has read everything in front of it. The teacher computes a withdrawn request twice if it had begun with it.
+loop has read everything in front of it. The teacher computes a withdrawn request twice if it had begun with it. Make such
+requests where the loop holds no reply that is still to be read: behind that one no slot comes free, and a full ring is an error.
 """
 
 from __future__ import annotations
@@ -76,34 +77,34 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
 
     def __next__(self) -> tuple[T, Pending]:
         self._fill()
-        if self._taken and self._taken[0].pending:
-            first = self._taken.popleft()
+        first = self._taken[0] if self._taken else None
+        if first and first.pending:
+            self._taken.popleft()
             self._submitted -= 1
             self.state = first.state
             for loader in first.loaders:
                 loader.restore()
-            assert first.pending
             return first.batch, first.pending
-        error = self._taken[0].error if self._taken else self._error
+        error = first.error if first else self._error
         self.close()
         try:
             raise error or StopIteration
         finally:
-            del error  # whose traceback holds this frame
+            del error, first  # the traceback holds this frame
 
     def _fill(self) -> None:
-        """Submit the loop's own batch, and those ahead of it that the ring has room for."""
+        """Submit the loop's own batch, then up to `ahead` more while the ring has room."""
         while self._has_room() and (self._submitted < len(self._taken) or self._take()):
             following = self._taken[self._submitted]
-            if not following.error:
-                try:
-                    following.pending = self._submit(self, **self._request(following.batch))
-                except Exception as error:
-                    following.error = _without_frames(error)
             if following.error:
                 break
+            try:
+                following.pending = self._submit(self, **self._request(following.batch))
+            except Exception as error:
+                following.error = _without_frames(error)
+                break
             self._submitted += 1
-        # Where taking is a collective, each call takes as many as in every other rank, whatever its ring has room for.
+        # Where taking is a collective, every rank must take the same number in each call, whatever its ring has room for.
         while self._reading.collective and len(self._taken) <= self._ahead and self._take():
             pass
 

@@ -210,7 +210,7 @@ def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
         if value.device.type != "cpu":
             raise RequestRefused(
                 f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
-                "from the GPU would make the training stream wait."
+                "from the GPU would make the training stream wait. (accelerate: prepare_data_loader(loader, device_placement=False).)"
             )
         try:
             return value.detach().numpy() if value.requires_grad else value.numpy()

@@ -1,11 +1,12 @@
-"""Reads a loader that accelerate prepared ahead of its loop, without accelerate noticing.
+"""Reading ahead of a loop over a loader that accelerate prepared, unnoticed by accelerate.
 
-accelerate asks the loader itself whether the loop is at the end of an epoch: `end_of_dataloader` decides whether
-`accumulate()` steps, and `remainder` how many rows `gather_for_metrics()` keeps of the last batch. The loader sets both in
-next(), for the batch that next() returns. A reader that is three batches ahead would end the epoch three batches early.
+accelerate asks the loader whether the loop is at the end of an epoch: `end_of_dataloader` decides whether `accumulate()` steps,
+and `remainder` how many rows `gather_for_metrics()` keeps of the last batch. The loader sets both in next(), for the batch that
+next() returns. A reader that is three batches ahead would therefore end the epoch three batches early.
 
-So what next() changes is undone at once, and done again when the loop is given that batch. This holds for each loader that
-the iterator draws from, also behind a progress bar or a generator, and for no other one: an evaluation's loader, say.
+So the loader's state is kept with each batch that next() returns, the loop's state is put back, and the batch's state is restored
+when the loop is given the batch. This is done for every loader that the iterator draws from, also behind a progress bar or a
+generator, and for no other loader, such as that of an evaluation inside the loop.
 
 accelerate is used only where the process has imported it.
 """
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 
 class LoaderState(NamedTuple):
-    """What a prepared loader says about the batch that it returned last."""
+    """What a loader that accelerate prepared says about a batch."""
 
     loader: Any
     end_of_dataloader: bool
@@ -28,11 +29,11 @@ class LoaderState(NamedTuple):
     position: dict[str, Any] | None  # its state_dict, where it is a StatefulDataLoader
 
     def differs(self, other: LoaderState | None) -> bool:
-        """From `other` of the same loader; every next() of a StatefulDataLoader makes a new state_dict."""
+        """Whether it is not `other`, of the same loader. Every next() of a StatefulDataLoader makes a new state_dict."""
         return other is None or self[1:3] != other[1:3] or self.position is not other.position
 
     def restore(self) -> None:
-        """Make the loader say this."""
+        """Set the loader's attributes to this state."""
         self.loader.end_of_dataloader = self.end_of_dataloader
         self.loader.remainder = self.remainder
         if self.position is not None:
@@ -40,23 +41,23 @@ class LoaderState(NamedTuple):
 
 
 class ReadAhead:
-    """next() of one iterator, for a loop that is given the batches later."""
+    """Reads one iterator ahead of its loop."""
 
     def __init__(self) -> None:
-        self._loaders: list[Any] = []  # that the iterator draws from
-        self._left: list[LoaderState] = []  # as the iterator left them
+        self._loaders: list[Any] = []  # those that the iterator draws from
+        self._left: list[LoaderState] = []  # their states when next() returned last
         self.at_end = False
-        """The batch that was read last ends an epoch. accelerate takes the loader off its list in the next next()."""
+        """Whether the batch that was read last ends an epoch. Another next() would take the loader off accelerate's list."""
 
     @property
     def collective(self) -> bool:
-        """next() is a collective (dispatch_batches=True): every rank must call it as often between two other collectives."""
+        """Whether next() is a collective (dispatch_batches=True), so that all ranks must call it at the same places."""
         return any(
             isinstance(each, sys.modules["accelerate.data_loader"].DataLoaderDispatcher) for each in self._loaders
         )
 
     def next(self, batches: Iterator[T]) -> tuple[T, list[LoaderState]]:
-        """The next batch, and what is to be restored before the loop is given it. Raises what next() raises."""
+        """The next batch, and the states to restore when the loop is given it. Raises what next() raises."""
         seen_by_loop = _states()
         for state in self._left:
             state.restore()
@@ -74,7 +75,7 @@ class ReadAhead:
         return batch, self._left
 
     def _find_loaders(self, before: list[LoaderState], after: list[LoaderState]) -> None:
-        """The iterator draws from each loader that its next() registered or changed."""
+        """Note the loaders that next() registered or changed: the iterator draws from them."""
         known = {id(state.loader): state for state in before}
         for place, state in enumerate(after):
             moved = place >= len(before) or state.differs(known.get(id(state.loader)))
@@ -86,7 +87,7 @@ class ReadAhead:
 
 
 def _states() -> list[LoaderState]:
-    """Of each loader that accelerate knows to be iterated over; the innermost loop's is the last."""
+    """The state of each loader that accelerate has on its list; the innermost loop's is the last."""
     module = sys.modules.get("accelerate.state")
     if module is None:
         return []
