@@ -1,9 +1,47 @@
-"""How the requests of several ranks become forwards, and which rows of each belong to whom. Pure."""
+"""How the requests of several ranks become forwards, how large one may be, and which rows of each belong to whom. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+_GROWS_AFTER = 16  # forwards
+
+
+class TokenLimit:
+    """How many padded tokens a forward may have: teacher.max_batch_tokens, or less after it has run out of memory.
+
+    It falls to half of a forward that failed. It doubles after 16 forwards that succeeded and had more than half of it,
+    because what took the memory may be gone. Where that fails again, it falls again, and the number of forwards until the next
+    attempt doubles: 32, 64, and so on. A teacher's process has one, over all generations.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.tokens = most
+        self._most = most
+        self._grows_after = _GROWS_AFTER
+        self._succeeded = 0
+        self._has_grown = False  # since it last fell
+
+    def failed(self, padded: int) -> None:
+        """A forward of `padded` tokens ran out of memory."""
+        self.tokens = min(self.tokens, max(1, padded // 2))
+        if self._has_grown:
+            self._grows_after *= 2
+        self._has_grown = False
+        self._succeeded = 0
+
+    def succeeded(self, padded: int) -> bool:
+        """A forward of `padded` tokens came to its end. Gives True where the limit grew."""
+        if self.tokens == self._most or 2 * padded <= self.tokens:
+            return False
+        self._succeeded += 1
+        if self._succeeded < self._grows_after:
+            return False
+        self.tokens = min(self._most, 2 * self.tokens)
+        self._has_grown = True
+        self._succeeded = 0
+        return True
 
 
 class Piece(NamedTuple):

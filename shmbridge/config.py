@@ -86,7 +86,8 @@ class TeacherConfig(_Section, frozen=True):
     """How long a greedy forward waits for ranks that have not submitted yet; for ranks of the forward before, up to half as
     long as that forward took. 0: no wait."""
     max_batch_tokens: Tokens = 16384
-    """Largest forward, padding included. A larger batch is split by rank and row."""
+    """Largest forward, padding included. A larger batch is split by rank and row. A forward that runs out of memory is
+    halved, and later ones are smaller until larger ones are found to fit again."""
     max_padding: Share = 0.25
     """Largest share of a combined forward that may be padding. Requests whose lengths differ by more run in separate
     forwards."""

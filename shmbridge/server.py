@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from shmbridge import batching, combine, encode, planes, stopwatch
-from shmbridge.batching import Piece
+from shmbridge.batching import Piece, TokenLimit
 from shmbridge.board import Phase
 from shmbridge.collect import Collector
 from shmbridge.combine import Answer
@@ -54,9 +54,10 @@ class Server:
         agreed: Offer,
         device: torch.device,
         slabs: Slabs | None = None,
+        limit: TokenLimit | None = None,
     ) -> None:
-        """Map the reply memory, which the owner has created for `agreed`; `slabs` are those of this process's earlier
-        generations. Raises AttachError."""
+        """Map the reply memory, which the owner has created for `agreed`; `slabs` and `limit` are those of this process's
+        earlier generations. Raises AttachError."""
         self._session = session
         self._forward = forward
         self._encoder = encoder
@@ -64,7 +65,7 @@ class Server:
         self._device = device
         self._settings = session.settings.teacher
         self._with_targets = session.settings.payload.logprobs is not None
-        self._max_tokens = self._settings.max_batch_tokens
+        self._limit = limit or TokenLimit(self._settings.max_batch_tokens)
         self._watch = stopwatch.of(device)
         self._forwards = 0
         self._tokens = self._padded_tokens = 0
@@ -129,7 +130,7 @@ class Server:
         for kind in {combine.packed(answer.request) for answer in answers}:
             alike = [answer for answer in answers if combine.packed(answer.request) is kind]
             shapes = [answer.request.extent[:2] for answer in alike]
-            for pieces in batching.compose(shapes, self._max_tokens, self._settings.max_padding):
+            for pieces in batching.compose(shapes, self._limit.tokens, self._settings.max_padding):
                 self._run(alike, pieces)
 
     def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:
@@ -137,12 +138,14 @@ class Server:
 
         The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
         """
-        if batching.padded_tokens(pieces) > self._max_tokens:  # it fell since they were composed
+        if batching.padded_tokens(pieces) > self._limit.tokens:  # it fell since they were composed
             halves = batching.halve(pieces)
             if len(halves) == 2:
                 self._run_each(answers, halves)
                 return
         trouble = self._try(answers, pieces)
+        if trouble is None and self._limit.succeeded(batching.padded_tokens(pieces)):
+            logger.info("forwards take %d tokens at most again", self._limit.tokens)
         if trouble is None or not self._retry(answers, pieces, trouble):
             self._finish(answers, pieces, trouble)
 
@@ -150,8 +153,8 @@ class Server:
         """Halve a forward that ran out of memory; try any other request by request. False where there is nothing to divide."""
         halves = batching.halve(pieces)
         if trouble.out_of_memory and len(halves) == 2:
-            self._max_tokens = min(self._max_tokens, max(1, batching.padded_tokens(pieces) // 2))
-            logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._max_tokens)
+            self._limit.failed(batching.padded_tokens(pieces))
+            logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._limit.tokens)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             self._run_each(answers, halves)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from shmbridge import offering, shared_head, stacks, trace
+from shmbridge.batching import TokenLimit
 from shmbridge.board import Phase
 from shmbridge.config import Config, is_builder
 from shmbridge.encode import Encoder
@@ -71,10 +72,11 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     agreed, encoder = offering.make(forward, session.settings, device)
     stays = session.settings.teacher.keep or session.settings.train.restarts > 0
     slabs: Slabs = {}
+    limit = TokenLimit(session.settings.teacher.max_batch_tokens)
     following: TeacherSession | None = session
     while following:
         served = following
-        _serve_generation(served, forward, encoder, agreed, device, slabs)
+        _serve_generation(served, forward, encoder, agreed, device, slabs, limit)
         following = served.next_generation() if stays else None
         served.close()
 
@@ -86,6 +88,7 @@ def _serve_generation(
     agreed: Offer,
     device: torch.device,
     slabs: Slabs,
+    limit: TokenLimit,
 ) -> None:
     session.offer(agreed)
     if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
@@ -95,7 +98,7 @@ def _serve_generation(
     if agreed.head and head and session.index == 0:
         shared_head.write(session.token, agreed.head, head)
     try:
-        server = Server(session, forward, encoder, agreed, device, slabs)
+        server = Server(session, forward, encoder, agreed, device, slabs, limit)
     except AttachError:
         if session.training_done:  # meanwhile, and its memory is gone
             return

@@ -466,6 +466,50 @@ def test_a_teacher_keeps_no_doorbell_of_an_earlier_generation():
         assert len(set(mapped)) == 1, mapped
 
 
+class Cramped(Doubling):
+    """Runs out of memory over more than two rows, until `freed` is there. `failures`: a byte for each time."""
+
+    def __init__(self, freed: Path, failures: Path) -> None:
+        super().__init__()
+        self.freed, self.failures = freed, failures
+
+    def __call__(self, batch):
+        if len(batch.input_ids) > 2 and batch.input_ids.shape[1] == 8 and not self.freed.exists():
+            with self.failures.open("ab") as file:
+                file.write(b".")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+        return super().__call__(batch)
+
+
+@pytest.mark.one_plane
+def test_the_size_that_a_forward_may_have_outlives_a_generation_and_grows_again(tmp_path):
+    freed, failures = tmp_path / "freed", tmp_path / "failures"
+    wide = ids(1).repeat(8, 1)
+
+    def rows(bridge: Bridge) -> int:
+        """Of the last forward of a request of eight rows."""
+        reply = bridge.exchange(wide)
+        assert torch.equal(reply["answer"], 2 * wide)
+        return reply.composition.rows
+
+    with Run(1, 1, "train.restarts=1") as run:
+        run.serve(Cramped(freed, failures))
+        run.agree()
+        with run.bridge() as bridge:
+            assert rows(bridge) == 2
+            failed = len(failures.read_bytes())
+        run.next_generation()
+        run.agree()
+        with run.bridge() as bridge:
+            assert rows(bridge) == 2
+            assert len(failures.read_bytes()) == failed, "what one generation learnt, the next need not"
+            for _ in range(50):
+                assert rows(bridge) == 2
+            assert failed < len(failures.read_bytes()) < failed + 6, "it is tried again, and more and more rarely"
+            freed.touch()
+            until(lambda: rows(bridge) == 8)
+
+
 def test_a_generation_may_have_more_ranks_than_the_last():
     with Run(2, 1, "train.restarts=2") as run:
         run.serve(Doubling())
