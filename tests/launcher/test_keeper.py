@@ -306,7 +306,14 @@ def test_a_group_for_which_dev_shm_has_no_room_is_refused_and_the_next_one_is_se
     kept.stop()
 
 
-@pytest.mark.parametrize(("training", "code"), [("killed", 137), ("exit7", 7), ("raise", 1)])
+@pytest.mark.parametrize(
+    ("training", "code"),
+    [
+        ("killed", 137),
+        pytest.param("exit7", 7, marks=pytest.mark.matrix),
+        pytest.param("raise", 1, marks=pytest.mark.matrix),
+    ],
+)
 def test_a_crash_of_training_leaves_the_teacher_loaded(kept, training, code):
     """Row 15."""
     kept.start()

@@ -156,7 +156,6 @@ def undisturbed() -> dict[int, str]:
 # Training
 
 
-@pytest.mark.slow
 def test_crashed_training_starts_again_under_the_loaded_teacher_and_learns_the_same(directory, undisturbed):
     """Row 15, with each way to crash; what it learns is the same bit for bit."""
     with run_of(directory, "--train-restarts", "4", mode="killed boom torchrun") as run:
@@ -184,7 +183,7 @@ def test_training_that_comes_no_further_is_not_started_for_ever(directory):
 
 @pytest.mark.parametrize(
     ("script", "more"),
-    [("def broken(:\n", []), (TRAIN, ["--torchrun=--no-such-flag"])],
+    [("def broken(:\n", []), pytest.param(TRAIN, ["--torchrun=--no-such-flag"], marks=pytest.mark.matrix)],
     ids=["syntax", "flag"],
 )
 def test_training_that_never_gets_a_reply_is_not_started_again(directory, script, more):
@@ -198,23 +197,14 @@ def test_training_that_never_gets_a_reply_is_not_started_again(directory, script
 # The teacher
 
 
-@pytest.mark.slow
-def test_a_teacher_that_fails_for_good_in_a_forward_is_followed_and_nothing_is_lost(directory, undisturbed):
-    """Row 7, by an exception that its process cannot go on after."""
-    order(directory, "forward", "raise")
-    with run_of(directory, "--teacher-restarts", "1") as run:
-        assert run.wait() == 0
-        assert losses(run) == undisturbed
-        assert run.text.count("training waits for a new one (restart 1 of 1)") == 1
-        assert "CUDA error" in run.text
-
-
-@pytest.mark.slow
-def test_a_second_death_while_it_loads_again_counts_as_another(directory, undisturbed):
-    order(directory, "forward", "load")
+def test_a_teacher_that_fails_for_good_is_followed_by_others_and_nothing_is_lost(directory, undisturbed):
+    """Row 7: first an exception that its process cannot go on after, then a death while the next one loads."""
+    order(directory, "forward", "raise", "load")
     with run_of(directory, "--teacher-restarts", "2") as run:
         assert run.wait() == 0
         assert losses(run) == undisturbed
+        assert run.text.count("training waits for a new one (restart 1 of 2)") == 1
+        assert "CUDA error" in run.text
         assert "(restart 2 of 2)" in run.text
         assert run.text.count("is back after") == 1
 
@@ -327,6 +317,7 @@ def test_a_hook_that_takes_too_long_is_killed(directory):
         assert "the grace of 0.3 s (timeouts.shutdown_s) is over" in run.text
 
 
+@pytest.mark.matrix
 def test_a_hook_that_raises_changes_nothing_about_ctrl_c(directory):
     with run_of(directory, steps=1_000_000, mode="hook raising") as run:
         run.says("loss 9 ")

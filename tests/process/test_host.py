@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.harness import until
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -44,7 +42,6 @@ def logs(run_dir: Path) -> str:
     return "\n".join(file.read_text(errors="replace") for file in sorted(run_dir.rglob("*.log")))
 
 
-@pytest.mark.slow
 def test_collectives_of_the_default_group_never_wait_for_the_teacher(tmp_path):
     finish(
         tmp_path,
@@ -53,16 +50,21 @@ def test_collectives_of_the_default_group_never_wait_for_the_teacher(tmp_path):
         f"teacher.args={{directory: {tmp_path}}}",
         "teacher.collect=lockstep",  # one round a step, so that the teacher's gates are the steps
         "parity=false",  # the gates count forwards
+        "log.level=debug",
         "--",
         "default_group.py",
         str(tmp_path),
     )
-    assert logs(tmp_path).count("every collective returned") == 2
+    text = logs(tmp_path)
+    assert text.count("every collective returned") == 2
     moments = {"loading", "closing", "after", *(f"{m}-{i}" for m in ("waiting", "computing") for i in range(3))}
     assert moments <= set(os.listdir(tmp_path))
+    for event in ("submit", "lease", "release"):
+        assert re.search(rf"trainer 1 {event} +lane=1 step=1 sequence=1 slot=1 shape=\S* bytes=\d+ us=\d", text), event
+    for event in ("collect", "reply"):
+        assert re.search(rf"teacher 0 {event} +lane=0 step=1 sequence=1 slot=1 shape=2x5 bytes=\d+ us=\d", text), event
 
 
-@pytest.mark.slow
 def test_a_loop_like_linguas_with_usr2_and_a_root_logger_at_notset(tmp_path):
     """SIGUSR2 to the launcher reaches the ranks alone; they save and end; no debug line of ours is printed."""
     with launch(tmp_path, "--teacher", "teachers:build", "--", "host_loop.py", str(tmp_path), "1000000") as job:
@@ -75,17 +77,3 @@ def test_a_loop_like_linguas_with_usr2_and_a_root_logger_at_notset(tmp_path):
     assert saved["step"] >= 3
     assert saved["position"] == 2 * saved["step"]
     assert "DEBUG" not in logs(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_same_script_runs_without_a_teacher_and_with_debug_logs(tmp_path):
-    script = ["--", "host_loop.py", str(tmp_path), "2"]
-    finish(tmp_path / "off", "--no-teacher", *script)
-    assert "teacher False" in logs(tmp_path / "off")
-    finish(tmp_path / "on", "--teacher", "teachers:build", "log.level=debug", *script)
-    text = logs(tmp_path / "on")
-    assert "teacher True" in text
-    for event in ("submit", "lease", "release"):
-        assert re.search(rf"trainer 1 {event} +lane=1 step=1 sequence=3 slot=1 shape=\S* bytes=\d+ us=\d", text), event
-    for event in ("collect", "reply"):
-        assert re.search(rf"teacher 0 {event} +lane=0 step=0 sequence=1 slot=1 shape=2x8 bytes=\d+ us=\d", text), event
