@@ -173,6 +173,7 @@ def test_crashed_training_starts_again_under_the_loaded_teacher_and_learns_the_s
         print("attached again after", [later - crash for crash, later in zip(crashes, attached, strict=True)], "s")
 
 
+@pytest.mark.slow
 def test_training_that_comes_no_further_is_not_started_for_ever(directory):
     with run_of(directory, "--train-restarts", "9", mode="killed always") as run:
         assert run.wait() == 137
@@ -220,6 +221,7 @@ def test_teacher_and_training_may_both_start_again(directory, undisturbed):
         assert at == sorted(at)
 
 
+@pytest.mark.slow
 def test_with_restarts_used_up_each_rank_saves_and_the_run_ends(directory):
     order(directory, "forward", "load")
     with run_of(directory, "--teacher-restarts", "1", mode="hook", ranks=2) as run:
@@ -240,6 +242,7 @@ def test_training_goes_on_without_a_teacher(directory):
         assert run.text.count("has no teacher") + len(losses(run)) == 40
 
 
+@pytest.mark.slow
 def test_a_new_teacher_that_offers_something_else_is_refused(directory):
     order(directory, "forward", "other")
     with run_of(directory, "--teacher-restarts", "3") as run:
@@ -279,6 +282,7 @@ def steps_of(run: Launched, rank: int) -> int:
 # Save hooks
 
 
+@pytest.mark.slow
 def test_a_stop_lets_the_ranks_save(directory):
     with run_of(directory, steps=1_000_000, mode="hook", ranks=2) as run:
         run.says("loss 9 ", times=2)
@@ -308,6 +312,7 @@ def test_a_sigterm_to_every_process_at_once_lets_the_ranks_save(directory):
         assert (directory / "saved0").exists() and (directory / "saved1").exists()
 
 
+@pytest.mark.slow
 def test_a_hook_that_takes_too_long_is_killed(directory):
     with run_of(directory, "timeouts.save_s=0.3", "timeouts.shutdown_s=0.3", steps=1_000_000, mode="hook gated") as run:
         run.says("loss 9 ")
@@ -317,7 +322,7 @@ def test_a_hook_that_takes_too_long_is_killed(directory):
         assert "the grace of 0.3 s (timeouts.shutdown_s) is over" in run.text
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 def test_a_hook_that_raises_changes_nothing_about_ctrl_c(directory):
     with run_of(directory, steps=1_000_000, mode="hook raising") as run:
         run.says("loss 9 ")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,6 +48,7 @@ def test_overlap(tmp_path):
         assert title in found
 
 
+@pytest.mark.slow
 def test_replicas(tmp_path):
     found = bench("replicas", "--quick", "--json", str(tmp_path / "replicas.json"))
     figures = json.loads((tmp_path / "replicas.json").read_text())
@@ -60,6 +63,7 @@ def test_replicas(tmp_path):
     assert "throughput of the whole group" in found
 
 
+@pytest.mark.slow
 def test_roundtrip_measures_this_bridge():
     found = bench("roundtrip", "--quick", "--sizes", "1KB", "--placement", "same", "--requests", "20")
     assert "failed: shmbridge" not in found

@@ -197,8 +197,16 @@ BODIES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def loaded_compiler() -> None:
+    """Compile before the ranks are forked: the modules that this imports take each rank a second and a half."""
+    torch.compile(nn.Linear(2, 2), backend="aot_eager")(torch.ones(1, 2)).sum().backward()
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 @pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("loaded_compiler")
 def test_two_ranks_give_the_gradient_of_one_process(body, tmp_path):
     if "sdp" in body.__name__ and not hasattr(torch.cpu.Stream, "record_event"):
         pytest.skip("this torch (2.6) cannot run FSDP2 on the CPU")
