@@ -12,7 +12,7 @@ import msgspec
 
 from launcher.lease import Fingerprint
 from launcher.text import table
-from shmbridge import config, layout
+from shmbridge import config, layout, model_path
 from shmbridge.config import Config, is_builder
 from shmbridge.errors import ConfigError
 
@@ -37,9 +37,10 @@ def _tokenizer(model: str) -> str:
 def located(settings: Config) -> Config:
     """A local model by its absolute path: the keeper and a group may run in different directories."""
     model = settings.teacher.model
-    if not model or is_builder(model) or not Path(model).exists():
+    path = model_path.local(model) if model and not is_builder(model) else None
+    if path is None:
         return settings
-    teacher = msgspec.structs.replace(settings.teacher, model=str(Path(model).resolve()))
+    teacher = msgspec.structs.replace(settings.teacher, model=str(path.resolve()))
     return msgspec.structs.replace(settings, teacher=teacher)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from shmbridge import model_path
 from shmbridge.config import TeacherConfig, TorchDtype, is_builder
 from shmbridge.errors import ConfigError
 
@@ -47,15 +48,12 @@ def read(teacher: TeacherConfig) -> ModelCard:
         raise ConfigError("teacher.model is not set: give --teacher MODEL, or --no-teacher to train without one.")
     if is_builder(model):
         return ModelCard(teacher.vocab_size)
-    path = Path(model).expanduser()
-    if path.is_file():
-        return _of_gguf(path, teacher.dtype) if path.suffix == ".gguf" else ModelCard()
+    path = model_path.local(model) or model_path.cached(model, teacher.revision)
+    if path is None:
+        return ModelCard()
     if path.is_dir():
         return _of_directory(path, teacher.dtype)
-    if model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf"):
-        raise ConfigError(f"teacher.model is {model!r}: no such file or directory.")
-    cached = _in_hub_cache(model, teacher.revision)
-    return _of_directory(cached, teacher.dtype) if cached else ModelCard()
+    return _of_gguf(path, teacher.dtype) if path.suffix == ".gguf" else ModelCard()
 
 
 def _of_directory(path: Path, wanted: str) -> ModelCard:
@@ -90,16 +88,6 @@ def _weight_bytes(path: Path, stored: TorchDtype | None, loaded: TorchDtype | No
         if size:
             return size * _DTYPE_BYTES[loaded] // _DTYPE_BYTES[stored] if stored and loaded else size
     return None
-
-
-def _in_hub_cache(model: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache  # takes 0.2 s
-
-    try:
-        found: Any = try_to_load_from_cache(model, "config.json", revision=revision or None)
-    except ValueError:  # not a name that a hub model can have; transformers will say so
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 def _of_gguf(path: Path, wanted: str) -> ModelCard:

@@ -91,7 +91,10 @@ def _tolerance(dtype: str, probe: Probe) -> float:
 
 
 def _vocabulary(agreed: Offer, student: Student) -> list[str]:
-    if student.tokenizer is not None and agreed.tokenizer is not None:
+    passed = []
+    if student.tokenizer is not None and agreed.tokenizer is None:
+        passed.append("(no tokenizer: the teacher has no tokenizer files, nothing was compared)")
+    elif student.tokenizer is not None and agreed.tokenizer is not None:
         table = fingerprint.of_tokenizer(student.tokenizer)
         if table != agreed.tokenizer:
             raise ParityError(
@@ -99,14 +102,15 @@ def _vocabulary(agreed: Offer, student: Student) -> list[str]:
                 f"{agreed.tokenizer.digest[:12]}; student: {table.entries} entries, {table.digest[:12]}). A word of one is not "
                 "the same word of the other; train with the teacher's tokenizer."
             )
+        passed.append("tokenizer")
     if student.vocab_size is None or agreed.words is None:
-        return [] if student.tokenizer is None or agreed.tokenizer is None else ["tokenizer"]
+        return passed
     if student.vocab_size != agreed.words:
         raise ParityError(
             f"parity check, vocabulary: the teacher's distribution has {agreed.words} words, the student's "
             f"{student.vocab_size}. {_remedy(agreed, student.vocab_size)}"
         )
-    return [f"vocabulary of {agreed.words}"]
+    return [*passed, f"vocabulary of {agreed.words}"]
 
 
 def _remedy(agreed: Offer, vocab_size: int) -> str:

@@ -252,7 +252,7 @@ class _Attached:
         """Raise a PeerLost if the session has failed or its owner is gone."""
         failure = self.control.owner.failure
         if failure and self._ended_by(failure):
-            raise lost(failure)
+            raise lost(failure, self.settings.run_dir)
         if not self._owner.alive():
             raise LauncherDied(
                 f"the launcher (pid {self._owner.identity.pid}) is gone without a word: killed? Everything of this session ends."
@@ -341,7 +341,7 @@ class TrainerSession(_Attached):
         teacher = self.teacher
         failure = teacher.failure
         if failure and not failure.consequence and not self._outlives_teacher:
-            raise lost(failure)
+            raise lost(failure, self.settings.run_dir)
         try:
             super().check()
         except LauncherDied as error:
@@ -567,7 +567,10 @@ class TeacherSession(_Attached):
         return self.control.words[ControlWord.TRAINING_DONE] >= self.token.generation
 
 
-def lost(failure: Failure) -> PeerLost:
-    """The exception of whoever learns of a failure elsewhere."""
+def lost(failure: Failure, run: str = "") -> PeerLost:
+    """The exception of whoever learns of a failure elsewhere: one line, and where the traceback is; `run` is the directory of
+    the run."""
     kind = {"teacher": TeacherDied, "trainer": TrainerDied, "torchrun": TrainerDied}.get(failure.role, LauncherDied)
-    return kind(str(failure) + (f"\n\n{failure.traceback}" if failure.traceback else ""))
+    first, *more = str(failure).strip().splitlines()
+    whole = f" ({'its traceback' if failure.traceback else 'the whole of it'}: {run}/report.txt)"
+    return kind(first + (whole if run and (more or failure.traceback) else ""))

@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shmbridge import fingerprint
+from shmbridge import fingerprint, model_path
 from shmbridge.config import Config, TeacherConfig
 from shmbridge.errors import ConfigError
 from shmbridge.head import Head
@@ -44,12 +44,12 @@ class HuggingFaceTeacher:
         weights load.
 
         Raises:
-            ConfigError: the path does not exist, or payload.vocab cuts words that the tokenizer has.
+            ConfigError: the model is neither here nor on the hub, or payload.vocab cuts words that the tokenizer has.
             Exception: whatever transformers raises for a model it cannot load.
         """
         teacher = settings.teacher
         _watch_progress(progress)
-        self.path = local_copy(teacher.model)
+        self.path = local_copy(teacher)
         self.model = _load(teacher, self.path, device, gpus)
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self.max_seq: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -167,6 +167,8 @@ def _tokenizer(path: str, teacher: TeacherConfig, vocab: int | None) -> Tokens |
         found = AutoTokenizer.from_pretrained(
             path, revision=teacher.revision or "main", trust_remote_code=teacher.trust_remote_code
         )
+        if not _has_files(path, found):
+            return None  # transformers 5 makes an empty tokenizer of the class that the model's type tells
         table = fingerprint.of_tokenizer(found)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None
@@ -176,6 +178,13 @@ def _tokenizer(path: str, teacher: TeacherConfig, vocab: int | None) -> Tokens |
             f"padding may be cut: set payload.vocab to {table.entries} or more."
         )
     return table
+
+
+def _has_files(path: str, tokenizer: Any) -> bool:
+    """Whether a local directory holds a file that the tokenizer is made of; some kinds need none."""
+    names = set(tokenizer.vocab_files_names.values())
+    known = (*names, "tokenizer.json", "tokenizer.model")
+    return not names or not Path(path).is_dir() or any(Path(path, name).is_file() for name in known)
 
 
 def _watch_progress(progress: Progress) -> None:
@@ -202,18 +211,17 @@ class _Nowhere:
         pass
 
 
-def local_copy(model: str) -> str:
-    """What from_pretrained takes: the model itself, or the converted copy of a .gguf file. Raises ConfigError."""
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ConfigError(f"teacher.model is {model!r}; there is no such file.")
-        return str(_convert(path.resolve()))
-    if path.is_dir():
-        return str(path.resolve())
-    if path.is_absolute() or model.startswith(("./", "../", "~")):
-        raise ConfigError(f"teacher.model is {model!r}; there is no such directory.")
-    return model
+def local_copy(teacher: TeacherConfig) -> str:
+    """What from_pretrained takes: a local directory, the converted copy of a .gguf file, or the id of a model on the hub.
+
+    Raises:
+        ConfigError: there is no such file or directory, nor such a model on the hub.
+    """
+    path = model_path.local(teacher.model)
+    if path is None:
+        model_path.require_on_hub(teacher.model, teacher.revision)
+        return teacher.model
+    return str(_convert(path.resolve()) if path.suffix == ".gguf" else path.resolve())
 
 
 def _convert(file: Path) -> Path:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -326,3 +330,62 @@ def test_kill_9_of_torchrun_takes_the_ranks_along(directory):
 
 def cmdline(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@contextmanager
+def hub() -> Iterator[tuple[str, list[str]]]:
+    """The address of a hub that has no model at all, and which files of one it was asked for."""
+    asked: list[str] = []
+
+    class Empty(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.extend([self.path] if "gpt2" in self.path else [])
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Empty)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_model_that_the_hub_does_not_give_is_asked_for_once_and_told_once(directory):
+    with (
+        hub() as (address, asked),
+        launch(
+            directory,
+            *flags(teacher="held/gpt2"),
+            "--",
+            "train.py",
+            "none",
+            HF_ENDPOINT=address,
+            HF_HOME=str(directory),
+            HF_HUB_OFFLINE="0",
+            HF_TOKEN="",
+        ) as run,
+    ):
+        assert run.wait() == 1
+        assert asked == ["/held/gpt2/resolve/main/config.json"]
+        report = next(directory.glob("runs/*/report.txt")).read_text()
+    for told in (f"there is no directory {directory}/held/gpt2", "the model held/gpt2", address, "set HF_TOKEN"):
+        assert told in report
+    assert report.count("Traceback") == report.count("in require_on_hub") == 1
+
+
+@pytest.mark.parametrize("model", ["held/gpt2", "./held/gpt2", "held/distil/weights", "hald.gguf", "~/nowhere", "a b"])
+def test_what_can_only_be_a_path_is_refused_with_what_was_tried_and_what_is_near(directory, model):
+    (directory / "held" / "distilgpt2").mkdir(parents=True)
+    (directory / "held.gguf").touch()
+    text = refused(directory, *flags(teacher=model), "--", "train.py", HOME=str(directory))
+    assert f"there is no file or directory {directory}/{model.removeprefix('./').removeprefix('~/')}." in text
+    near = {"hald.gguf": "held.gguf", "~/nowhere": "", "a b": ""}.get(model, "held/distilgpt2")
+    assert f"Did you mean {directory}/{near}?" in text or not near

@@ -325,6 +325,18 @@ def test_a_model_without_a_tokenizer_has_no_table(saved):  # noqa: F811
     assert load(saved()).tokenizer is None
 
 
+def test_a_directory_without_tokenizer_files_is_no_other_tokenizer(saved, messages):  # noqa: F811
+    """transformers 5 makes an empty one of the class that the model's type tells."""
+    with serving(saved("GPT2"), "parity=true") as it:
+        bridge = it.bridge()
+        bridge.wait_ready(tokenizer=tokenizer(*TABLE), vocab_size=1000)
+        assert (
+            "(no tokenizer: the teacher has no tokenizer files, nothing was compared), vocabulary of 1000"
+            in messages[0]
+        )
+        bridge.close()
+
+
 def test_tokenizers_with_one_table_pass_and_others_are_named(with_tokenizer, messages):
     swapped = [TABLE[0], TABLE[2], TABLE[1], *TABLE[3:]]
     with serving(with_tokenizer, "payload.vocab=950", "parity=true") as it:

@@ -15,7 +15,7 @@ from shmbridge import errors
 FLOORS = [
     {"errors", "launch", "layout", "peer", "stacks"},
     {"schema"},
-    {"config", "batching", "trace"},
+    {"config", "batching", "trace", "model_path"},
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
     {"session"},

@@ -433,6 +433,21 @@ def test_lost_keeps_the_role_apart():
         assert type(lost(Failure(role, 0, 1, "p", None, None, "r"))) is kind
 
 
+def test_a_rank_learns_of_a_failure_elsewhere_in_one_line_that_says_where_the_traceback_is():
+    """Not with the teacher's traceback in front of each rank's own."""
+    failure = Failure(
+        "teacher", 0, 7, "loading", None, None, "OSError: no model\nlook here\nand there", "Traceback ...\nend"
+    )
+    told = "teacher 0 (pid 7) in phase loading: OSError: no model (its traceback: /runs/x/report.txt)"
+    assert str(lost(failure, "/runs/x")) == told
+    with bench() as it:
+        session = TrainerSession(it.token, 0)
+        it.owner.fail(failure)
+        with pytest.raises(TeacherDied) as caught:
+            session.wait_ready(30)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_training_that_ends_without_connecting_ends_the_teacher():
     with bench(2) as it:
         teacher = it.teacher(Echo())

@@ -1,0 +1,93 @@
+"""Where a teacher's model is: in a local directory or file, or on the hub. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from shmbridge.errors import ConfigError
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
+
+
+def local(model: str) -> Path | None:
+    """The directory or file that `model` names; None where it names a model on the hub.
+
+    Raises:
+        ConfigError: it can only be a path, and nothing is there. Names the absolute path and the nearest name that exists.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    first = path.parts[0] if len(path.parts) > 1 else ""
+    is_path = model.startswith((".", "/", "~")) or model.endswith(("/", *_FILES)) or not _HUB_ID.fullmatch(model)
+    if is_path or (Path(first).is_dir() and first and cached(model) is None):
+        hub = "" if is_path else " If the hub's model of that name is meant, start where no such directory is."
+        raise ConfigError(
+            f"teacher.model is {model!r}: there is no file or directory {os.path.abspath(path)}.{_nearest(path)}{hub}"
+        )
+    return None
+
+
+def cached(model: str, revision: str = "") -> Path | None:
+    """The snapshot of a hub's model on this machine, where its config.json was loaded before."""
+    from huggingface_hub import try_to_load_from_cache  # takes 0.2 s
+
+    try:
+        found: Any = try_to_load_from_cache(model, "config.json", revision=revision or None)
+    except ValueError:  # not a name that a hub's model can have
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def require_on_hub(model: str, revision: str = "") -> None:
+    """Ask the hub once whether it has a model, where this machine has none of it: transformers would retry for most of a
+    minute and then tell the host without the id. Raises ConfigError."""
+    if cached(model, revision):
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        huggingface_hub.get_hf_file_metadata(
+            huggingface_hub.hf_hub_url(model, "config.json", revision=revision or None)
+        )
+    except EntryNotFoundError:
+        return  # there is such a model, without that file; transformers knows whether it can load it
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if status == 429 or status >= 500:
+            return  # it may pass, and transformers waits for that
+        reason = (str(error).strip() or "no answer").splitlines()[0]
+        at = f" (revision {revision})" if revision else ""
+        raise ConfigError(
+            f"teacher.model is {model!r}: there is no directory {os.path.abspath(model)}, and the model {model}{at} was not "
+            f"found on the hub {huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {reason}). {_hub_remedy()}"
+        ) from None
+
+
+def _hub_remedy() -> str:
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return (
+            "HF_HUB_OFFLINE is set, and the model is not in the cache: unset it, or give the path of a local directory."
+        )
+    token = "the one in HF_TOKEN may lack access" if os.environ.get("HF_TOKEN") else "set HF_TOKEN"
+    return (
+        f"Correct the path or the id; for a private or gated model {token}; without a network give a local directory."
+    )
+
+
+def _nearest(path: Path) -> str:
+    """` Did you mean ...?`, of what is beside the first part that does not exist; empty where nothing is like it."""
+    path = Path(os.path.abspath(path))
+    missing = next((part for part in reversed((path, *path.parents)) if not part.exists()), path)
+    try:
+        beside = sorted(os.listdir(missing.parent))
+    except OSError:
+        return ""
+    like = difflib.get_close_matches(missing.name, beside, 1) or [name for name in beside if missing.name in name]
+    return f" Did you mean {missing.parent / like[0]}?" if like else ""
