@@ -123,7 +123,8 @@ class RingConfig(_Section, frozen=True):
     """The requests of each rank."""
 
     depth: Requests = 2
-    """How many requests one rank may have in flight."""
+    """How many requests one rank may have in flight: the replies that its loop holds at a time, plus those that the teacher
+    computes ahead."""
     max_tokens: Tokens = 8192
     """Largest request: batch x seq token IDs."""
     max_positions: Positions | None = None
