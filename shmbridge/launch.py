@@ -28,6 +28,8 @@ def main() -> int:
 def load_launcher() -> None:
     """Make `import launcher` in this process mean the launcher of this installation."""
     home = folder("launcher")
+    if getattr(sys.modules.get("launcher"), "__path__", None) == [str(home)]:
+        return  # its modules are loaded, and keep their package
     spec = spec_from_file_location("launcher", home / "__init__.py", submodule_search_locations=[str(home)])
     assert spec is not None and spec.loader is not None
     sys.modules["launcher"] = module = module_from_spec(spec)
