@@ -192,20 +192,34 @@ def whole() -> argparse.ArgumentParser:
 
 def refuse_missing_separator(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Raises ConfigError where a training script follows without `--`, or a word is no command."""
+    own = _length_of_own(parser, argv)
+    if own == len(argv):
+        return
+    word, script = argv[own], list(argv[own:])
+    near = [] if own or word.endswith(".py") else difflib.get_close_matches(word, COMMANDS, n=1)
+    if near:
+        raise ConfigError(f"unknown command {word!r}; did you mean `{PROGRAM} {near[0]}`?")
+    if word in ("python", "python3"):  # torchrun starts it
+        script = script[1:]
+    before = list(argv[:own])
+    if not own:  # the flags stand behind the script
+        flags = _length_of_own(parser, script[1:])
+        script, before = [*script[:1], *script[1 + flags :]], script[1 : 1 + flags]
+    raise ConfigError(
+        f"found {word!r} where a flag or a setting (a.b=c) was expected. The training script and its arguments follow `--`:"
+        f"\n\n  {shlex.join([PROGRAM, *before, '--', *script])}"
+    )
+
+
+def _length_of_own(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """How many words at the beginning are flags with their values, or settings."""
     takes_value = False
     for at, word in enumerate(argv):
         option = parser._option_string_actions.get(word)
-        if takes_value or option or word.startswith("--") or (word[:1] != "-" and "=" in word):
-            takes_value = option is not None and option.nargs != 0 and not takes_value
-            continue
-        near = [] if at or word.endswith(".py") else difflib.get_close_matches(word, COMMANDS, n=1)
-        if near:
-            raise ConfigError(f"unknown command {word!r}; did you mean `{PROGRAM} {near[0]}`?")
-        corrected = shlex.join([PROGRAM, *argv[:at], "--", *argv[at:]])
-        raise ConfigError(
-            f"found {word!r} where a flag or a setting (a.b=c) was expected. The training script and its arguments follow "
-            f"`--`:\n\n  {corrected}"
-        )
+        if not (takes_value or option or word.startswith("--") or (word[:1] != "-" and "=" in word)):
+            return at
+        takes_value = option is not None and option.nargs != 0 and not takes_value
+    return len(argv)
 
 
 def refuse_unknown_flag(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:

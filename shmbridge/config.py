@@ -331,13 +331,14 @@ def from_json(text: bytes) -> Config:
 
 def _read(source: str) -> dict[str, Any]:
     path, _, section = source.partition("#")
-    shipped = folder("configs") / f"{path}.yaml"
+    ready = {file.stem: file for file in sorted(folder("configs").glob("*.yaml"))}
+    file = Path(path)
     try:
-        text = (shipped if shipped.is_file() and not Path(path).exists() else Path(path)).read_text()
+        text = (file if file.exists() else ready.get(path, file)).read_text()
     except OSError as error:
-        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.yaml")))
         raise ConfigError(
-            f"config file {path!r}: {error.strerror}; give a YAML file, or the name of a ready configuration ({names})"
+            f"config file {path!r}: {error.strerror}; give a YAML file, or the name of a ready configuration "
+            f"({', '.join(ready)})"
         ) from None
     tree = _parse_yaml(text, f"config file {path!r}")
     for key in section.split(".") if section else ():

@@ -109,6 +109,11 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
             ["--cpu=2", "--no-teacher", "ring.depth=2", "-m", "package.train", "lr=3", "--name", "a b"],
             "  shmbridge-launch --cpu=2 --no-teacher ring.depth=2 -- -m package.train lr=3 --name 'a b'\n",
         ),
+        (
+            ["train.py", "--cpu", "2", "--teacher", "toy:build"],
+            "  shmbridge-launch --cpu 2 --teacher toy:build -- train.py\n",
+        ),
+        (["--cpu", "2", "python", "train.py", "x"], "  shmbridge-launch --cpu 2 -- train.py x\n"),
         (["stauts"], "unknown command 'stauts'; did you mean `shmbridge-launch status`?\n"),
         (
             ["--cpu", "2", "--trian-gpus", "0", "--", "train.py"],

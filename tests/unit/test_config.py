@@ -80,6 +80,8 @@ def test_bad_settings_are_named(override, message):
 def test_missing_file_is_named():
     with pytest.raises(ConfigError, match=r"'nowhere\.yaml': No such file.* \(cpu, demo, eight-gpus, long-context\)"):
         config.load("nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"'no/where\.yaml': No such file.* \(cpu, demo, eight-gpus, long-context\)"):
+        config.load("no/where.yaml")
 
 
 def test_a_ready_configuration_is_read_by_its_name_wherever_one_stands(tmp_path, monkeypatch):
