@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import shim
+from launcher import elastic, shim
 from tests.launcher.running import until
 
 SHIM = [sys.executable, "-I", "-S", shim.__file__]
@@ -55,6 +55,10 @@ def test_what_the_child_leaves_is_killed_when_it_ends(tmp_path):
     shim_process = start("sh", "-c", f"{orphan(path)} while ! test -e {path}; do sleep 0.01; done; exit 3")
     assert shim_process.wait() == 3
     assert gone(read_pid(path))
+
+
+def test_torchruns_process_knows_the_same_signals():
+    assert {own: sent for sent, own in shim.STOP_SIGNALS.items()} == elastic.STOPS
 
 
 @pytest.mark.parametrize("number", shim.STOP_SIGNALS.values())
