@@ -142,14 +142,17 @@ def status(run: Launched) -> str:
 
 # What a killed rank leaves
 
+# The worker, as a DataLoader's, holds the tracker of the names open until it is killed itself.
 LEAVES = """
-import multiprocessing, os, signal, sys, shmbridge
-with shmbridge.connect() as bridge:
-    bridge.wait_ready()
-    context = multiprocessing.get_context("spawn")
-    locks = [context.Lock() for _ in range(3)]
-    print("locks", *(lock._semlock.name for lock in locks), flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+import multiprocessing, os, signal, time, shmbridge
+if __name__ == "__main__":
+    with shmbridge.connect() as bridge:
+        bridge.wait_ready()
+        context = multiprocessing.get_context("spawn")
+        locks = [context.Lock() for _ in range(3)]
+        context.Process(target=time.sleep, args=(600,)).start()
+        print("locks", *(lock._semlock.name for lock in locks), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
