@@ -94,9 +94,10 @@ class Console:
 
     def _size(self) -> tuple[int, int]:
         try:
-            return os.get_terminal_size(self._fd if self._fd is not None else -1)
+            columns, rows = os.get_terminal_size(self._fd if self._fd is not None else -1)
         except OSError:
-            return 80, 24
+            columns, rows = 0, 0
+        return columns or 80, rows or 24  # a terminal may not know its size, as over a serial line
 
     def _append(self, text: str) -> None:
         if not self._open:

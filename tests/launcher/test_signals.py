@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.running import Launched, launch, until
+from tests.launcher.running import PATIENCE_S, Launched, launch, until
 
 TEACHER = """
 import time, torch
@@ -136,7 +137,9 @@ def test_ctrl_c_while_the_teacher_loads_ends_the_wait_at_once(directory):
 def status(run: Launched) -> str:
     if not run.session:
         return ""
-    done = subprocess.run([sys.executable, "-m", "launcher", "status", run.session], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "shmbridge.launch", "status", run.session], capture_output=True, text=True
+    )
     return done.stdout
 
 
@@ -180,25 +183,28 @@ bridge.close()
 
 def test_a_debugger_in_the_only_rank_reads_from_the_terminal(directory):
     (directory / "asks.py").write_text(ASKS)
-    command = [sys.executable, "-m", "launcher", "--teacher", "toy:build", "--cpu", "1", "ring.max_tokens=64"]
+    command = [sys.executable, "-m", "shmbridge.launch", "--teacher", "toy:build", "--cpu", "1", "ring.max_tokens=64"]
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(directory)
         os.execv(sys.executable, [*command, "--", "asks.py"])
-    shown = b""
     try:
-        while b"(Pdb)" not in shown:
-            shown += os.read(terminal, 4096)
+        shown = read_until(terminal, b"(Pdb)")
         os.write(terminal, b"answer += 1\nc\n")
-        while b"done in" not in shown:
-            shown += os.read(terminal, 4096)
-    except OSError:  # the launcher has ended, and its terminal with it
-        pass
+        shown += read_until(terminal, b"done in")
     finally:
-        os.close(terminal)
+        os.close(terminal)  # which hangs up on the launcher, where it still runs
         _, code = os.waitpid(pid, 0)
     assert b"the answer is 42" in shown, shown.decode()
     assert code == 0
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    found = b""
+    while text not in found:
+        assert select.select([terminal], [], [], PATIENCE_S)[0], found.decode()
+        found += os.read(terminal, 4096)
+    return found
 
 
 # HuggingFace's Trainer
