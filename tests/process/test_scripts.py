@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from shmbridge import config, offering
 from shmbridge.offer import OutputSpec
@@ -74,8 +79,108 @@ def test_the_demo_distils_a_student_and_trains_another_on_the_text_alone(tmp_pat
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    """A directory with a teacher, a student of the same vocabulary, and lines of unlike lengths as text."""
+    directory = tmp_path_factory.mktemp("example")
+    gguf_file.write(directory / "tiny.gguf")
+    source = {"pretrained_model_name_or_path": str(directory), "gguf_file": "tiny.gguf"}
+    AutoTokenizer.from_pretrained(**source).save_pretrained(directory / "teacher")
+    shutil.copytree(directory / "teacher", directory / "student")
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        shape = LlamaConfig(
+            vocab_size=gguf_file.VOCAB,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            initializer_range=0.2,
+        )
+        LlamaForCausalLM(shape).save_pretrained(directory / name)
+    lines = (" ".join(f"{i * j % 97}" for j in range(1, 3 + i * 7 % 11)) for i in range(120))
+    (directory / "text").write_text("\n".join(lines))
+    return directory
+
+
+def example_command(example: Path, out: Path) -> list[str]:
+    launch = ["-m", "shmbridge.launch", "--cpu", "2", "--run-dir", str(out / "runs")]
+    settings = ["--teacher", str(example / "teacher"), "payload.hidden={}", "ring.max_tokens=512"]
+    script = ["scripts/example.py", str(example / "student"), str(example / "text"), str(out / "student")]
+    return [*launch, *settings, "--", *script]
+
+
+def trained_without_a_bridge(example: Path) -> tuple[list[float], torch.nn.Module]:
+    """What scripts/example.py does, in one process: the losses of the steps, and the student."""
+    tokenizer = AutoTokenizer.from_pretrained(example / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(example / "teacher").eval()
+    student = AutoModelForCausalLM.from_pretrained(example / "student")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+    texts = (example / "text").read_text().splitlines()
+    losses = []
+    for epoch in range(2):
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(epoch)).tolist()
+        for at in range(0, len(texts), 8):
+            rows = [tokenizer(texts[i], return_tensors="pt").input_ids for i in order[at : at + 8]]
+            loss = sum(loss_of_a_row(student, teacher, row) for row in rows) / sum(row.shape[1] - 1 for row in rows)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+    return losses, student
+
+
+def loss_of_a_row(student: torch.nn.Module, teacher: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy and KL, summed over the tokens of a row that is not padded."""
+    log_q = student(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    with torch.no_grad():
+        log_p = teacher(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return F.nll_loss(log_q, ids[0, 1:], reduction="sum") + F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def told_losses(output: str) -> dict[int, float]:
+    """Step to loss, the mean of both ranks."""
+    told: dict[int, list[float]] = defaultdict(list)
+    for step, loss in re.findall(r"step (\d+)  loss ([\d.]+)", output):
+        told[int(step)].append(float(loss))
+    assert all(len(losses) == 2 for losses in told.values())
+    return {step: sum(losses) / 2 for step, losses in told.items()}
+
+
+def assert_trained_as(student: torch.nn.Module, directory: Path) -> None:
+    found = AutoModelForCausalLM.from_pretrained(directory).state_dict()
+    for name, weight in student.state_dict().items():
+        torch.testing.assert_close(
+            found[name], weight, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_the_example_trains_as_one_process_that_has_both_models(example, tmp_path):
+    """Padded batches, unlike numbers of tokens in the ranks, two epochs."""
+    told = told_losses(run(*example_command(example, tmp_path)))
+    losses, student = trained_without_a_bridge(example)
+    assert told == pytest.approx(dict(enumerate(losses, 1)), rel=1e-5)
+    assert_trained_as(student, tmp_path / "student")
+
+
+@pytest.mark.slow
+def test_the_example_goes_on_from_where_it_was_stopped(example, tmp_path):
+    command = [sys.executable, *example_command(example, tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        while "step 3 " not in (line := job.stdout.readline()):
+            assert line, "it ended before step 3"
+        job.send_signal(signal.SIGTERM)
+        output = job.stdout.read()
+    assert job.returncode == 128 + signal.SIGTERM, output
+    step = torch.load(tmp_path / "student" / "checkpoint.pt", weights_only=True)[0]
+    assert 3 <= step < 30
+    assert min(told_losses(run(*example_command(example, tmp_path)))) == step + 1
+    assert_trained_as(trained_without_a_bridge(example)[1], tmp_path / "student")
+
+
 def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
-    from transformers import LlamaConfig, LlamaModel
+    from transformers import LlamaModel
 
     shape = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     LlamaModel(shape).save_pretrained(tmp_path)
