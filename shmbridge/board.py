@@ -88,12 +88,17 @@ class Record:
     def sign_in(self) -> None:
         """Make this process the record's participant."""
         pid, start = myself()
-        self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
+        self.reset()
         self._words[RecordWord.HEARTBEAT_NS] = 0
-        self.withdraw()
         self._words[RecordWord.START] = start
-        self.enter(Phase.STARTING)
         self._words[RecordWord.PID] = pid
+
+    def reset(self) -> None:
+        """Begin anew: no step, no declared phase, no save hook."""
+        self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
+        self._words[RecordWord.SAVES] = 0
+        self.withdraw()
+        self.enter(Phase.STARTING)
 
     def enter(self, phase: Phase) -> None:
         self._words[RecordWord.PHASE] = phase

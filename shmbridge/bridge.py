@@ -29,6 +29,7 @@ from shmbridge.board import Phase
 from shmbridge.config import Config
 from shmbridge.errors import Closed, PeerLost, RequestRefused, RunStopped, TeacherDied
 from shmbridge.head import Head
+from shmbridge.heartbeat import Heartbeat
 from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
@@ -54,7 +55,9 @@ class Bridge:
     def __init__(self, session: TrainerSession, device: torch.device | None = None) -> None:
         self._open = session
         self._closed = False
-        self._process = os.getpid()
+        self._why_closed = "the bridge is closed."
+        self.heartbeat: Heartbeat | None = None  # ends with the bridge
+        self.process = os.getpid()
         self._device = device
         self._offer: Offer | None = None
         self._requests: Requests | None = None
@@ -284,21 +287,38 @@ class Bridge:
         return self._requests.plane.waits_for() if self._requests else None
 
     def close(self) -> None:
-        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing.
+        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing. Leases end.
+
+        connect() gives another bridge over the same lane, as long as the teacher serves: see teacher.serve_until.
 
         Raises:
             TornReply: the last reply, which this rank's GPU had still to read, was not whole.
         """
+        self._end(closes_lane=True)
+
+    def give_way(self) -> TrainerSession:
+        """Close this bridge, and open its lane for another one of this process. Raises what TrainerSession.reopen raises, and
+        TornReply."""
+        self._end(closes_lane=False)
+        self._open.reopen()
+        return self._open
+
+    def _end(self, *, closes_lane: bool) -> None:
         if self._closed:
             return
         self._closed = True
+        if not closes_lane:
+            self._why_closed = "connect() was called again, which closed this bridge; use the one that it gave."
         try:
             if self._requests:
-                self._requests.close()
+                self._requests.close(self._why_closed)
         finally:
-            if os.getpid() == self._process:  # a forked child, such as a DataLoader worker, is not the rank
+            if os.getpid() == self.process:  # a forked child, such as a DataLoader worker, is not the rank
+                if self.heartbeat:
+                    self.heartbeat.stop()
                 self._stopping.close()
-                self._open.close()
+                if closes_lane:
+                    self._open.close()
 
     def __enter__(self) -> Bridge:
         return self
@@ -336,9 +356,9 @@ class Bridge:
     @property
     def _session(self) -> TrainerSession:
         if self._closed:
-            raise Closed("the bridge is closed.")
-        if os.getpid() != self._process:
-            raise Closed(f"the bridge belongs to pid {self._process}; a forked child cannot use it.")
+            raise Closed(self._why_closed)
+        if os.getpid() != self.process:
+            raise Closed(f"the bridge belongs to pid {self.process}; a forked child cannot use it.")
         return self._open
 
     def _barrier(self, timeout: float | None = None) -> Offer:
@@ -367,7 +387,7 @@ class Bridge:
         clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
         if clean_exit or self._was_stopped(error):
             return False
-        if not self._closed and os.getpid() == self._process:
+        if not self._closed and os.getpid() == self.process:
             if self._requests:
                 self._requests.explain(error)
             self._open.record.fail_with(error)
@@ -375,6 +395,6 @@ class Bridge:
 
     def _was_stopped(self, error: BaseException) -> bool:
         """Whether `error` is how a rank ends in a run that the user, or the scheduler, has stopped."""
-        if isinstance(error, KeyboardInterrupt) and not self._closed and os.getpid() == self._process:
+        if isinstance(error, KeyboardInterrupt) and not self._closed and os.getpid() == self.process:
             return self._open.is_told_to_stop()
         return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._open.asked_to_stop

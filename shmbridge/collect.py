@@ -38,6 +38,7 @@ class Collector:
         self._streams = streams
         self._skip = skip
         self._lockstep = session.settings.teacher.collect == "lockstep"
+        self._until_exit = session.settings.teacher.serve_until == "exited"
         self._linger_s = session.settings.teacher.linger_ms / 1000
         self._lanes = list(session.lanes)
         self._gone: set[int] = set()  # own lanes whose rank has ended
@@ -133,7 +134,8 @@ class Collector:
     def _ended(self) -> bool:
         if self._session.training_done:
             return True
-        return all(lane.ring.closed or lane.index in self._gone for lane in (*self._session.own, *self._lanes))
+        lanes = (*self._session.own, *self._lanes)
+        return all(lane.index in self._gone or (lane.ring.closed and not self._until_exit) for lane in lanes)
 
     def _check(self) -> None:
         """Once a slice of each wait: who is gone will neither submit nor read."""

@@ -94,6 +94,9 @@ class TeacherConfig(_Section, frozen=True):
     replicas: Replicas | None = None
     """Copies of the teacher; rank i is served by replica i % replicas. null: one for each GPU of teacher.gpus, one on the
     CPU. With fewer replicas than GPUs each model is spread over its share of them."""
+    serve_until: Literal["closed", "exited"] = "closed"
+    """closed: serve until every rank has closed its bridge. exited: until the ranks' processes have ended, so that one that
+    has closed may connect() again, as tests under `-m pytest` and cells of a notebook do."""
     keep: bool = False
     """Stay loaded when training has ended. `shmbridge-launch teacher start` sets it."""
     restarts: Restarts = 0

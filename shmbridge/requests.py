@@ -29,6 +29,7 @@ from shmbridge.errors import (
 )
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
+from shmbridge.planes import RankPlane
 from shmbridge.reply import Reply
 from shmbridge.ring import Chunk, ReplyHead
 from shmbridge.session import TrainerSession
@@ -66,30 +67,43 @@ class Requests:
         self.teacher_lost = False  # and on_teacher_lost is continue: replies are missing from now on
         self._goes_on = session.settings.on_teacher_lost == "continue"
         self._closed = False
+        self._why_closed = ""
         self._process = os.getpid()
         self._outputs = agreed.outputs
         self.device = _with_index(device or _default_device(session))
-        self.plane = planes.of_rank(session, agreed, self.device)
+        if session.plane is None:
+            session.plane = planes.of_rank(session, agreed, self.device)
+            session.plane_device = self.device
+        elif session.plane_device != self.device:
+            raise AttachError(
+                f"this process reads its replies on {session.plane_device}, and connects again for {self.device}: a lane has one "
+                "device in the life of a process. Give connect(device=...) the same each time."
+            )
+        self.plane: RankPlane = session.plane
         self._leased: dict[int, Sent] = {}  # their slots are the rank's until `release`
+        self._read_chunks: dict[int, Sent] = {}  # the chunk that a loop holds, by its number
         self._ended: deque[tuple[int, Sent]] = deque(maxlen=_EXPLAINED)  # what was lent, with its version at the end
-        self._released = 0  # sequences below it are given back
+        ring = session.ring
+        self._released = ring.released  # sequences below it are given back
         self._released_early: set[int] = set()
-        self._cancelled: set[int] = set()  # nobody reads them, and the teacher is not done with them
+        # Nobody reads them, and the teacher is not done with them. At first: what an earlier bridge of this process left.
+        self._cancelled = set(range(ring.released, ring.requested))
         self._trace = trace.Trace.of("trainer", session.lane.index)
 
-    def close(self) -> None:
+    def close(self, why: str) -> None:
         """What is in flight is no longer read, and leases end. A GPU that still reads a reply gets timeouts.shutdown_s for it, because the
         teacher's memory may go once all ranks have closed. Raises TornReply."""
         if self._closed:
             return
         self._closed = True
+        self._why_closed = why
         if os.getpid() != self._process:
             return
         deadline = time.monotonic() + self._open.settings.timeouts.shutdown_s
         while self.plane.waits_for() and time.monotonic() < deadline:
             time.sleep(_GPU_LOOK_S)
-        for sequence, sent in self._leased.items():
-            self._take_back(sequence, sent)
+        for number, sent in (*self._leased.items(), *self._read_chunks.items()):
+            self._take_back(number, sent)
         self.plane.check()
 
     # Sending
@@ -258,13 +272,15 @@ class Requests:
                 extent = Extent(0, 0, chunk.positions)
                 tensors = self._wanted(self.plane.read(chunk.number, extent), sent)
                 reply = Reply(tensors, sent.sequence, sent.step, None, lent=self.plane.lends)
+                self._read_chunks[chunk.number] = sent
                 if not self.plane.keeps:
                     self._consume(chunk)
                 try:
                     yield slice(chunk.start, chunk.start + chunk.positions), reply
                 finally:
                     reply.forget()
-                    self._take_back(chunk.number, sent)
+                    if self._read_chunks.pop(chunk.number, None) and not self._closed:
+                        self._take_back(chunk.number, sent)
                     if self.plane.keeps:
                         self._consume(chunk)
                 taken += chunk.positions
@@ -444,7 +460,7 @@ class Requests:
     @property
     def _session(self) -> TrainerSession:
         if self._closed:
-            raise Closed("the bridge is closed.")
+            raise Closed(self._why_closed)
         if os.getpid() != self._process:
             raise Closed(f"the bridge belongs to pid {self._process}; a forked child cannot use it.")
         return self._open

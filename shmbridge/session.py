@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shmbridge import config, layout, offer, trace
 from shmbridge.board import Failure, Phase, Record
@@ -231,15 +231,18 @@ class _Attached:
         self.token = token
         self.names = Names(token.session_id)
         self.control = Control(Segment.attach(self.names.control, layout.CONTROL, token.session_id))
-        current = self.control.words[ControlWord.CURRENT_GENERATION]
-        if token.generation != current:
-            raise AttachError(
-                f"this process belongs to generation {token.generation} of the session, which is at generation {current}: "
-                "it was left behind by a restart and must end."
-            )
+        self._check_generation()
         self.settings = self.control.settings()
         self._spin_s = self._spin_us() / 1e6
         self._owner = Peer(self.control.owner_identity)
+
+    def _check_generation(self) -> None:
+        current = self.control.words[ControlWord.CURRENT_GENERATION]
+        if self.token.generation != current:
+            raise AttachError(
+                f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
+                "it was left behind by a restart and must end."
+            )
 
     def _spin_us(self) -> int:
         """A spin saves two wake-ups where every process has a core of its own, and steals from the others where not."""
@@ -287,8 +290,11 @@ class TrainerSession(_Attached):
         self.reader = reader
         self.record = self.lane.records[reader]
         self._sign_in()
-        self.bell = Doorbell(self.names.reader_bell(token.generation, lane, reader))
-        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
+        self._open_bells()
+        self._is_open = True
+        self._reopened = False
+        self.plane: Any = None  # a planes.RankPlane: memory and events are opened once in the life of a process
+        self.plane_device: object = None
         self._teacher_peer: Peer | None = None
         self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
         self._missed: Identity | None = None  # the teacher whose end was told
@@ -301,11 +307,39 @@ class TrainerSession(_Attached):
             if holder or not locked:
                 who = f"pid {holder.pid}" if holder else "another process at this moment"
                 raise AttachError(
-                    f"lane {self.lane.index} was taken by {who}: two processes have the same LOCAL_RANK, or "
-                    "connect() was called twice. A lane is used once: connect once per rank, or give connect(lane=...)."
+                    f"lane {self.lane.index} was taken by {who}, this process is pid {os.getpid()}: two processes have the same "
+                    "LOCAL_RANK. A lane belongs to one process, also after that has closed its bridge or has ended: connect in one "
+                    "process of each rank, or give connect(lane=...)."
                 )
             self.record.sign_in()
         self.record.set_ready(self.token.generation)
+
+    def _open_bells(self) -> None:
+        self.bell = Doorbell(self.names.reader_bell(self.token.generation, self.lane.index, self.reader))
+        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
+
+    def reopen(self) -> None:
+        """Begin anew on the lane that this process has, closed or not. What it had submitted is cancelled.
+
+        Raises:
+            AttachError: the session has ended, or the teacher has, because every rank had closed.
+            PeerLost: see `check`.
+        """
+        self._check_generation()
+        self._reopened = True
+        self.stop = lambda: False
+        if not self._is_open:
+            self._open_bells()
+        try:
+            self.check()
+        except BaseException:
+            if not self._is_open:
+                self._close_bells()
+            raise
+        self._is_open = True
+        self.record.reset()
+        self.ring.open_requests(self.reader)
+        self.ring_teacher()
 
     @property
     def teacher_index(self) -> int:
@@ -348,6 +382,11 @@ class TrainerSession(_Attached):
             if self.asked_to_stop and self._owner.alive():
                 raise RunStopped(str(error)) from None
             raise
+        if self._reopened and self._has_ended(teacher):
+            raise AttachError(
+                f"{self.teacher_name(self.teacher_index)} has ended, because every rank had closed its bridge; this one connects "
+                "again. Set teacher.serve_until=exited: the teacher then stays until the ranks' processes have ended."
+            )
         who = teacher.identity
         if teacher.lost and teacher is self.teacher:  # the lane may have gone to another before
             raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
@@ -365,6 +404,11 @@ class TrainerSession(_Attached):
         if self._missed != who:
             self._missed = who
             trace.logger.warning("rank %d: %s Waiting for a new one.", self.lane.index, gone)
+
+    def _has_ended(self, teacher: Record) -> bool:
+        """It has served this generation to the end, and training has not ended."""
+        over = teacher.ready == self.token.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
+        return over and not self.asked_to_stop
 
     def _ended_by(self, failure: Failure) -> bool:
         return failure.generation in (0, self.token.generation)
@@ -427,6 +471,10 @@ class TrainerSession(_Attached):
         self.ring.close_requests()
         self.record.enter(Phase.CLOSED)
         self.ring_teacher()
+        self._close_bells()
+        self._is_open = False
+
+    def _close_bells(self) -> None:
         for bell in (*self._teacher_bells, self.bell):
             bell.close()
 

@@ -18,7 +18,7 @@ PLANES = {
     "cuda": ["plane=cuda_ipc"],
     "cuda-in-place": ["plane=cuda_ipc", "cuda.read=in_place"],
 }
-OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge", "test_restarts")
+OVER_EVERY_PLANE = ("test_payload", "test_stream", "test_bridge", "test_restarts", "test_connect")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

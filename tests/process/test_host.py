@@ -77,3 +77,22 @@ def test_a_loop_like_linguas_with_usr2_and_a_root_logger_at_notset(tmp_path):
     assert saved["step"] >= 3
     assert saved["position"] == 2 * saved["step"]
     assert "DEBUG" not in logs(tmp_path)
+
+
+def test_each_test_of_a_pytest_run_connects_for_itself(tmp_path):
+    tests = tmp_path / "test_of_the_user.py"
+    tests.write_text(
+        """
+import pytest, torch, shmbridge
+
+@pytest.mark.parametrize("closes", [True, False, True])
+def test_reply(closes):
+    bridge = shmbridge.connect()
+    assert bridge.exchange(torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 4, 128)
+    if closes:
+        bridge.close()
+"""
+    )
+    teacher = ["--cpu", "1", "--teacher", "teachers:build", "teacher.serve_until=exited"]
+    finish(tmp_path / "run", *teacher, "--", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests))
+    assert "3 passed" in logs(tmp_path / "run")
