@@ -282,9 +282,9 @@ class Bridge:
         self._ready()
         return self._sending.free_slots
 
-    def gpu_waits_for(self) -> Identity | None:
-        """The teacher's process whose reply this rank's GPU still waits for, or reads. Never blocks; any thread may ask."""
-        return self._requests.plane.waits_for() if self._requests else None
+    def gpu_stands_at(self) -> tuple[Identity, int] | None:
+        """The read that this rank's GPU has come to and not got past: see planes.RankPlane."""
+        return self._requests.plane.stands_at() if self._requests else None
 
     def close(self) -> None:
         """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing. Leases end.

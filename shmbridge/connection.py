@@ -81,11 +81,11 @@ def _heartbeat(bridge: Bridge, session: TrainerSession) -> Heartbeat:
     """A heartbeat until the bridge is closed."""
     there = weakref.ref(bridge)
 
-    def gpu_waits_for() -> Identity | None:
+    def gpu_stands_at() -> tuple[Identity, int] | None:
         found = there()
-        return found.gpu_waits_for() if found else None
+        return found.gpu_stands_at() if found else None
 
-    return Heartbeat(session.record, Stuck(session, gpu_waits_for).look)
+    return Heartbeat(session.record, Stuck(session, gpu_stands_at).look)
 
 
 @functools.cache  # once in a process, however often it connects

@@ -255,6 +255,7 @@ class _Read(NamedTuple):
     seen: Event
     place: int  # of the stamp on the host
     teacher: Identity
+    begun: Event | None  # the stream has come to it; None: it has nothing else to do
 
 
 class _Import(NamedTuple):
@@ -315,8 +316,8 @@ class RankCudaPlane:
         views = slab.slots.views(number, extent)
         compute = cuda_ipc.current_stream(self._device)
         if self.keeps:
-            self._wait(compute, slab.ready(number))
-            self._guard(slab, number, slab.stamp(number), views)
+            begun = self._wait(compute, slab.ready(number))
+            self._guard(slab, number, slab.stamp(number), views, begun)
             return slab.slots.lend(number, extent)
         with cuda_ipc.on(self._side):
             self._side.wait_event(slab.ready(number))
@@ -331,13 +332,14 @@ class RankCudaPlane:
         cuda_ipc.keep_until(copies.values(), compute)
         return copies
 
-    def _wait(self, stream: Stream, until: Event) -> None:
-        """On the stream, which takes the time that it stands still."""
+    def _wait(self, stream: Stream, until: Event) -> Event:
+        """On the stream, which takes the time that it stands still. Gives the event of its beginning."""
         began, ended = cuda_ipc.timed_event(), cuda_ipc.timed_event()
         began.record(stream)
         stream.wait_event(until)
         ended.record(stream)
         self._waits.append((began, ended))
+        return began
 
     def stalled_s(self) -> float:
         """Seconds that this rank's GPU stood still for replies, as far as they are over and were not told before."""
@@ -370,7 +372,14 @@ class RankCudaPlane:
             self._open(nth, export)
         return next((opened for opened in reversed(self._opened) if number >= opened.first), self._opened[0])
 
-    def _guard(self, slab: _Import, number: int, stamp: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _guard(
+        self,
+        slab: _Import,
+        number: int,
+        stamp: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        begun: Event | None = None,
+    ) -> None:
         """On the current stream: a NaN in every position unless `stamp`, taken before the payload, is the reply's; the stamp on
         its way to the host."""
         expected = _stamp(slab.slab.generation, number)
@@ -387,7 +396,7 @@ class RankCudaPlane:
         self._seen[place].copy_(stamp, non_blocking=True)
         seen = cuda_ipc.event()
         seen.record(cuda_ipc.current_stream(self._device))
-        self._reads.append(_Read(number, expected, seen, place, slab.teacher))
+        self._reads.append(_Read(number, expected, seen, place, slab.teacher, begun))
 
     def release(self, number: int) -> int | None:
         """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
@@ -414,6 +423,13 @@ class RankCudaPlane:
     def waits_for(self) -> Identity | None:
         """The teacher whose reply this rank's GPU still waits for, or reads: of the oldest such. Any thread may ask."""
         return next((read.teacher for read in list(self._reads) if not read.seen.query()), None)
+
+    def stands_at(self) -> tuple[Identity, int] | None:
+        """See planes.RankPlane. The side stream of copies has nothing else to do; a stream that reads in place may have."""
+        read = next((read for read in list(self._reads) if not read.seen.query()), None)
+        if read is None or (read.begun is not None and not read.begun.query()):
+            return None
+        return read.teacher, read.number
 
 
 class _Exchange:

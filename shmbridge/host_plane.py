@@ -111,6 +111,10 @@ class RankHostPlane:
         """Nobody's GPU: a reply is published once it is there."""
         return None
 
+    def stands_at(self) -> tuple[Identity, int] | None:
+        """No read: a reply is published once it is there."""
+        return None
+
     def check(self) -> None:
         """Host memory cannot be torn: a reply is published after its bytes."""
 

@@ -51,6 +51,10 @@ class RankPlane(Protocol):
 
     def waits_for(self) -> Identity | None: ...
 
+    def stands_at(self) -> tuple[Identity, int] | None:
+        """The read that this rank's GPU has come to and not got past: the teacher's process, and the reply's number. None while
+        it is still at work that was launched before. Never blocks; any thread may ask."""
+
     def check(self) -> None: ...
 
 

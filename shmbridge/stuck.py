@@ -16,27 +16,26 @@ EXIT_CODE = 75
 
 
 class Stuck:
-    """Of one rank. `waits_for` tells whose reply its GPU still waits for, or reads."""
+    """Watches one rank. `stands_at` gives the read that its GPU has come to and not got past, see planes.RankPlane."""
 
-    def __init__(self, session: TrainerSession, waits_for: Callable[[], Identity | None]) -> None:
+    def __init__(self, session: TrainerSession, stands_at: Callable[[], tuple[Identity, int] | None]) -> None:
         self._session = session
-        self._waits_for = waits_for
+        self._stands_at = stands_at
+        self._read: tuple[Identity, int] | None = None
         self._teacher: Peer | None = None
-        self._since: float | None = None
+        self._since = 0.0  # the GPU stands at the read, and its teacher is gone
 
     def look(self) -> None:
-        """Called once a second. Does not return where the GPU has waited PATIENCE_S for a teacher that is gone."""
-        who, now = self._waits_for(), time.monotonic()
-        if who is None:
-            self._since = None
+        """Called once a second. Does not return where the GPU has stood for PATIENCE_S at one read of a teacher that is gone."""
+        read, now = self._stands_at(), time.monotonic()
+        if read is None:
+            self._read = None
             return
-        if self._teacher is None or self._teacher.identity != who:
-            self._teacher, self._since = Peer(who), None  # not the session's: that one belongs to the main thread
-        if self._teacher.alive():
-            self._since = None
-            return
-        self._since = self._since or now
-        if now - self._since >= PATIENCE_S:
+        if self._teacher is None or self._teacher.identity != read[0]:
+            self._teacher = Peer(read[0])  # not the session's: that one belongs to the main thread
+        if read != self._read or self._teacher.alive():
+            self._read, self._since = read, now
+        if not self._teacher.alive() and now - self._since >= PATIENCE_S:
             self._leave()
 
     def _leave(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import torch
 
@@ -25,7 +26,7 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
         teacher = it.teacher(Echo())
 
         def train(bridge):
-            look = Stuck(bridge._open, bridge.gpu_waits_for).look
+            look = Stuck(bridge._open, bridge.gpu_stands_at).look
             bridge.exchange(IDS)
             look()  # the reply has been read
             fake.hold_queries = True
@@ -47,26 +48,25 @@ def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone(monkeypatch):
         with it.bridge() as bridge:
             bridge.wait_ready()
             session: TrainerSession = bridge._open
-            for teacher in (session.teacher.identity, None):
-                Stuck(session, lambda teacher=teacher: teacher).look()
+            Stuck(session, lambda: (session.teacher.identity, 0)).look()
+            Stuck(session, lambda: None).look()
 
 
-def test_who_is_watched_is_the_teacher_that_the_gpu_waits_for(monkeypatch):
-    """Another one may serve the lane by now."""
-    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+def test_only_one_read_that_stands_still_ends_the_rank(monkeypatch):
+    """Not reads that follow one another, nor reads of several teachers, though one is pending at each look."""
     left: list[int] = []
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(stuck, "time", clock)
     monkeypatch.setattr(stuck.os, "_exit", left.append)
     with bench() as it:
-        it.teacher(Echo())
-        with it.bridge() as bridge:
-            bridge.wait_ready()
-            session: TrainerSession = bridge._open
-            living, dead = session.teacher.identity, Identity(2**22 + 1, 1)
-            waits_for = [dead, living, None, dead]
-            watch = Stuck(session, lambda: waits_for[0])
+        session = TrainerSession(it.token, 0)
+        dead, other = Identity(2**22 + 1, 1), Identity(2**22 + 2, 1)
+        reads = [(dead, number) for number in range(9)] + [(other, 9), (dead, 9), None, (dead, 9)]
+        watch = Stuck(session, lambda: read)
+        for step, read in enumerate(reads):  # noqa: B007
+            now = 10.0 * stuck.PATIENCE_S * step
             watch.look()
-            assert left == [stuck.EXIT_CODE]
-            for _ in range(2):
-                waits_for.pop(0)
-                watch.look()
-            assert left == [stuck.EXIT_CODE]
+        assert not left
+        now += stuck.PATIENCE_S
+        watch.look()
+        assert left == [stuck.EXIT_CODE]

@@ -546,6 +546,26 @@ def test_outputs_of_one_number_for_each_position_are_nan_in_each(read, monkeypat
 
 
 @READS
+def test_a_gpu_stands_at_a_read_only_once_its_stream_has_come_to_it(read, monkeypatch):
+    """Work of the student's that was launched before, however long, is no standstill of the reply's."""
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read) as pair:
+        lane = next(stream for stream in gpu.streams if stream.name == "lane")
+        lane.held = True
+        pending = pair.submit(ids(0))
+        pair.teach()
+        rank = pair.plane("rank")
+        with gpu.process("rank"), pending.wait():
+            if read == IN_PLACE:
+                assert rank.waits_for() and rank.stands_at() is None
+            gpu.run()
+            assert rank.stands_at() == (rank.waits_for(), 0)
+            lane.held = False
+            gpu.run()
+            assert rank.stands_at() is None
+
+
+@READS
 def test_looking_at_stamps_does_not_wait_for_the_gpu(read, monkeypatch):
     """A rank's host may run ahead by 256 replies; only then it waits."""
     gpu = SimGpu()
