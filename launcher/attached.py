@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,15 +22,16 @@ from launcher.lease import Begin, Begun, Fingerprint, FromKeeper, Granted, Leavi
 from launcher.lines import Lines, credentials
 from launcher.ranks import Ranks
 from launcher.signals import Signals
+from launcher.text import seconds
 from launcher.trial import Stopped
 from shmbridge import config, layout, peer
 from shmbridge.board import Failure, Phase
 from shmbridge.config import Config
-from shmbridge.errors import ConfigError, LauncherDied
+from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.segment import Segment
 from shmbridge.session import Control, Lane, Names, Shape, Token
 
-_ANSWER_S = 30.0  # a keeper answers at once, unless it is stopped
+_ANSWER_S = 30.0  # a keeper says something at once, unless it is stopped or creates memory for a group
 
 M = TypeVar("M", bound=msgspec.Struct)
 
@@ -45,17 +47,26 @@ class Line:
         self.lost_ns = 0  # CLOCK_MONOTONIC, when the keeper was seen to be gone
         self.welcome = self.ask(lease.Hello(), Welcome)
 
-    def ask(self, question: msgspec.Struct, expected: type[M], waiting: Callable[[str], bool] | None = None) -> M:
-        """The answer. `waiting` is told why there is none yet, and from then on asked again and again whether to go on.
+    def ask(
+        self,
+        question: msgspec.Struct,
+        expected: type[M],
+        waiting: Callable[[str], None] = lambda text: None,
+        silence_s: float = _ANSWER_S,
+        within_s: float = float("inf"),
+    ) -> M:
+        """The answer. `waiting` is told again and again why there is none yet, once the keeper has said so. A keeper says
+        something within `silence_s`, and answers within `within_s`.
 
         Raises:
             ShmbridgeError: the keeper refuses.
-            LauncherDied: it is gone, or does not answer.
+            DeadlineExceeded: it has only ever said why there is no answer yet.
+            LauncherDied: it is gone, or says nothing.
         """
         self.lines.send(question)
-        deadline = time.monotonic() + _ANSWER_S
+        began = heard = time.monotonic()
         text = ""
-        while self.lines.open and time.monotonic() < deadline:
+        while self.lines.open and time.monotonic() - heard < silence_s:
             poll = select.poll()
             poll.register(self.lines.fd, select.POLLIN)
             poll.poll(100)
@@ -65,10 +76,19 @@ class Line:
                 if isinstance(answer, Refused):
                     raise answer.error()
                 if isinstance(answer, Waiting):
-                    text = answer.text
-            if text and waiting and waiting(text):
-                deadline = time.monotonic() + _ANSWER_S
-        raise LauncherDied(self.gone if not self.lines.open else f"{self._keeper} gives no answer: is it stopped?")
+                    text, heard = answer.text, time.monotonic()
+            if text:
+                waiting(text)
+            if time.monotonic() - began >= within_s:
+                raise DeadlineExceeded(
+                    f"{text} after {seconds(within_s)} (timeouts.startup_s); `shmbridge-launch teacher status {self.name}` and its "
+                    "log tell more. Wait longer with a larger timeouts.startup_s."
+                )
+        if not self.lines.open:
+            raise LauncherDied(self.gone)
+        state = peer.state(self.lines.pid)
+        remedy = f"resume it with `kill -CONT {self.lines.pid}`" if state == "stopped" else "its log tells why"
+        raise LauncherDied(f"{self._keeper} has said nothing for {seconds(silence_s)}; it is {state}: {remedy}.")
 
     def hear(self) -> list[FromKeeper]:
         """What has come; whether the keeper ends, or is gone, is noted."""
@@ -98,6 +118,8 @@ class Line:
 
 def _connect(name: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # A keeper that is stopped takes nobody from its queue; this bounds the wait for a place in it.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_ANSWER_S), 0))
     try:
         with registry.socket_path(name) as path:
             connection.connect(path)
@@ -155,19 +177,19 @@ def attach(line: Line, settings: Config, mine: Fingerprint, console: Console, si
     Raises:
         ConfigError: the settings are not the kept teacher's.
         SessionInUse: another group has it.
+        DeadlineExceeded: it is not free within timeouts.startup_s.
         Stopped: the user ended the launcher meanwhile.
     """
     told: list[str] = []
 
-    def waiting(text: str) -> bool:
+    def waiting(text: str) -> None:
         if text not in told:
             told.append(text)
             console.say(f"{text}; waiting")
         for number in signals.take():
             raise Stopped(number)
-        return True
 
-    granted = line.ask(lease.Attach(mine, settings), Granted, waiting)
+    granted = line.ask(lease.Attach(mine, settings), Granted, waiting, within_s=settings.timeouts.startup_s)
     return Attachment(line, granted)
 
 
@@ -181,6 +203,7 @@ class Attachment:
         self.ranks = 1
         self.logs = [Path(path) for path in granted.logs]
         self.line = line
+        self.ended_at: float | None = None  # monotonic seconds, when this generation's training had ended
         self.settings = config.from_json(bytes(line.welcome.settings))
         self.control = Control(Segment.attach(Names(self.session_id).control, layout.CONTROL, self.session_id))
 
@@ -193,13 +216,16 @@ class Attachment:
 
     def start_generation(self) -> Token:
         """Raises ShmbridgeError: it does not fit, or the keeper is gone."""
-        self.generation = self.line.ask(Begin(self.settings, self.ranks), Begun).generation
+        silence_s = self.settings.timeouts.startup_s  # in which the keeper creates the reply memory, page by page
+        self.generation = self.line.ask(Begin(self.settings, self.ranks), Begun, silence_s=silence_s).generation
+        self.ended_at = None
         self.control = Control(self.control.segment)
         token = Token(self.session_id, self.generation)
         self.lanes = [Lane.attach(token, self.shape, index) for index in range(self.shape.lanes)]
         return token
 
     def end_training(self) -> None:
+        self.ended_at = self.ended_at or time.monotonic()
         self.line.lines.send(lease.End())
 
     def end_session(self) -> None:
@@ -280,7 +306,13 @@ class KeptTeachers:
         return ""
 
     def revive(self) -> None:
-        """The keeper does."""
+        """That the keeper does. Raises DeadlineExceeded where a teacher does not finish what a crashed generation has left."""
+        ended_at, patience_s = self._attachment.ended_at, self._attachment.settings.timeouts.request_s
+        if ended_at and time.monotonic() - ended_at >= patience_s and not self.drained:
+            raise DeadlineExceeded(
+                f"the kept teacher {self._attachment.line.name} has not finished what the crashed training has left after "
+                f"{seconds(patience_s)} (timeouts.request_s); its keeper's log tells where it is."
+            )
 
     def survives(self, found: object) -> bool:
         return False  # that it has ended is the keeper's last word

@@ -46,6 +46,7 @@ from launcher.lease import (
     Welcome,
 )
 from launcher.logs import Logs
+from launcher.lookout import Lookout
 from launcher.plan import TEACHER, JobSpec, Plan
 from launcher.ranks import Ranks
 from launcher.reception import Reception, Visitor
@@ -63,6 +64,8 @@ from shmbridge.session import Control, Lane, Token
 
 _BUSY_TICK_MS, _HELD_TICK_MS, _IDLE_TICK_MS = 100, 1000, 2000
 _SHOW_S = 5.0
+_AFTER_THE_GRACE_S = 20.0  # more than SIGKILL, clearing up and the last lines of output take
+_TELL_EVERY_S = 5.0  # those who wait for the lease, so that they know that the keeper runs
 _BEFORE_READY = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING, Phase.OFFERED)
 
 
@@ -117,6 +120,8 @@ class Keeper:
         self._holder: Holder | None = None
         self._ended_well = False  # the holder has said that its generation is over
         self._queue: list[Visitor] = []  # to be granted the lease once the teachers idle
+        self._told_queue = 0.0  # monotonic seconds
+        self._lookout = Lookout(owner, plan.config, run, console)
         self._was_ready = False
         self._has_replies = False
         self._answered = 0  # requests of the generations before this one
@@ -176,6 +181,8 @@ class Keeper:
         if self._ending is None:
             self._tend_teachers()
         if self._ending is None:
+            self._look_out()
+        if self._ending is None:
             self._tend_lease()
         elif time.monotonic() >= self._leave_at:
             self._owner.fail(self._of_launcher("the kept teacher was stopped", 1).as_failure())
@@ -229,6 +236,13 @@ class Keeper:
         if early and self._ending is None:
             self._fail(self._of_launcher(f"{early[0].spec.who} ended although it is kept", 1))
 
+    def _look_out(self) -> None:
+        """Print the hang report where it is due, and end where a teacher does not become ready. How ranks fail is the matter of
+        their own launcher."""
+        late = self._lookout.look()
+        if late and late.role == TEACHER:
+            self._fail(late)
+
     def _find(self) -> Cause | None:
         jobs, nowhere = list(self._jobs.values()), self._run / "no-training"
         return cause.find(jobs, _TeachersBoard(self._owner), nowhere, {}, self._oom_kills, self._teachers.no_witnesses)
@@ -242,6 +256,10 @@ class Keeper:
     def _tend_lease(self) -> None:
         """Give back what the last group's generation took, and let the next one in."""
         self._queue = [visitor for visitor in self._queue if visitor.open]
+        if time.monotonic() - self._told_queue >= _TELL_EVERY_S:
+            self._told_queue = time.monotonic()
+            for visitor in self._queue:
+                visitor.send(self._wait_for_lease())
         if self._holder or not self._idle:
             return
         if self._has_replies:
@@ -293,7 +311,7 @@ class Keeper:
         if self._holder and not message.force:
             visitor.send(self._held("End that run first, or end both with --force."))
             return
-        visitor.send(Leaving("stopped"))
+        visitor.send(self._leaving("stopped"))
         self._leave(f"the kept teacher {self._name} is stopped (by pid {visitor.pid})")
 
     def _hear_attach(self, visitor: Visitor, message: Attach) -> None:
@@ -312,7 +330,7 @@ class Keeper:
             self._grant(visitor)
         else:
             self._queue.append(visitor)
-            visitor.send(Waiting(f"the kept teacher {self._name} is {self._state}"))
+            visitor.send(self._wait_for_lease())
 
     def _hear_holder(self, visitor: Visitor, holder: Holder, message: ToKeeper) -> None:
         match message:
@@ -364,6 +382,9 @@ class Keeper:
         self._owner.end_training()
 
     # Telling
+
+    def _wait_for_lease(self) -> Waiting:
+        return Waiting(f"the kept teacher {self._name} is {self._state}")
 
     def _held(self, remedy: str) -> Refused:
         assert self._holder
@@ -430,11 +451,21 @@ class Keeper:
         for visitor in self._queue:
             visitor.send(Refused("held", f"{reason}."))
         if self._visitor:
-            self._visitor.send(Leaving(reason))
-            timeouts = self._owner.settings.timeouts
-            self._leave_at = time.monotonic() + timeouts.save_s + 2 * timeouts.shutdown_s
+            self._visitor.send(self._leaving(reason))
+            self._leave_at = time.monotonic() + self._of_the_holder_s
         else:
             self._end()
+
+    @property
+    def _of_the_holder_s(self) -> float:
+        """What a group that is to end is given to save and to stop."""
+        timeouts = self._owner.settings.timeouts
+        return timeouts.save_s + 2 * timeouts.shutdown_s
+
+    def _leaving(self, reason: str) -> Leaving:
+        group = f"the training group of pid {self._holder.pid} and " if self._holder else ""
+        within_s = (self._of_the_holder_s if self._holder else 0.0) + self._grace_s + _AFTER_THE_GRACE_S
+        return Leaving(reason, f"{group}the teacher", within_s)
 
     def _end(self) -> None:
         self._leave_at = float("inf")

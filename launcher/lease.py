@@ -143,6 +143,8 @@ class Leaving(_Message, frozen=True):
     """The keeper ends."""
 
     reason: str
+    waits_for: str = "its teacher"  # what has to end before
+    within_s: float = 120.0
 
 
 ToKeeper = Hello | Look | Stop | Attach | Begin | End | Save | Fail

@@ -13,8 +13,10 @@ from launcher import attached, cli, keeping, lease, parsers
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.lease import Standing
 from launcher.text import listed, seconds, table
-from shmbridge import config
-from shmbridge.errors import ConfigError, ShmbridgeError
+from shmbridge import config, peer
+from shmbridge.errors import ConfigError, DeadlineExceeded, ShmbridgeError
+
+_QUIET_S = 3.0  # a stop that takes longer says what it waits for
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,13 +87,20 @@ def _since(at: float, now: float) -> str:
 
 
 def _stop(line: attached.Line, force: bool) -> int:
-    """Return once the keeper has ended."""
-    keeper = os.pidfd_open(line.lines.pid)
+    """Return once the keeper has ended. Raises DeadlineExceeded where it does not."""
+    pid = line.lines.pid
+    keeper = os.pidfd_open(pid)
     try:
-        line.ask(lease.Stop(force), lease.Leaving)
+        leaving = line.ask(lease.Stop(force), lease.Leaving)
         poll = select.poll()
         poll.register(keeper, select.POLLIN)
-        poll.poll()
+        if not poll.poll(_QUIET_S * 1000):
+            print(f"waiting for {leaving.waits_for} to end, at most {seconds(leaving.within_s)}", flush=True)
+            if not poll.poll(leaving.within_s * 1000):
+                raise DeadlineExceeded(
+                    f"the keeper of {line.name} (pid {pid}) has not ended within {seconds(leaving.within_s)}; it is "
+                    f"{peer.state(pid)}. `kill -KILL {pid}` ends it and everything below it."
+                )
     finally:
         os.close(keeper)
     print(f"the kept teacher {line.name} has ended")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 
 from launcher import facts, stacks_of, verdict
-from launcher.cause import TRAINER, Cause
+from launcher.cause import Cause
 from launcher.facts import Facts, LaneState, Participant, View, called
 from launcher.text import seconds
 from shmbridge import peer
@@ -91,19 +92,30 @@ class Watch:
         return [Debt(one.seen.who, one.seen.what, one.seconds) for one in of_one_standstill]
 
     def hard(self, now: float) -> Cause | None:
-        """The failure of ranks that have not attached within timeouts.startup_s, though all teachers are ready and the
-        attached ranks stand still; None in nearly all ticks. To be asked after `due`."""
-        late = [
-            account.seen.key[1]
-            for account in self._accounts.values()
-            if account.seen.key[0] == "missing" and account.seconds >= self._startup_s
-        ]
-        if not late:
+        """The failure of ranks that have not attached within timeouts.startup_s, though all teachers are ready and the attached
+        ranks stand still, or of a kept teacher that is not ready within that time; None in nearly all ticks. To be asked after
+        `due`."""
+        late = [one.seen for one in self._accounts.values() if one.seconds >= self._startup_s]
+        teachers = [one.who for one in late if one.key[0] == "loading"]
+        ranks = [one.key[1] for one in late if one.key[0] == "missing"]
+        if teachers:
+            return self._late_teacher(teachers)
+        if not ranks:
             return None
         processes = facts.processes_of(self._view)
-        identities = [found for rank in late if (found := peer.identity(processes.get(int(str(rank)), 0)))]
+        identities = [found for rank in ranks if (found := peer.identity(processes.get(int(str(rank)), 0)))]
         seen = facts.look(self._view, stacks_of.collect(identities, None))
-        return self._cause([one for one in seen.ranks if one.rank in late])
+        return self._cause([one for one in seen.ranks if one.rank in ranks])
+
+    def _late_teacher(self, late: list[str]) -> Cause | None:
+        run = Path(self._view.settings.run_dir)
+        seen = facts.look(self._view, stacks_of.collect(facts.identities(self._view), run))
+        first = next(one for one in seen.teachers if one.who in late)
+        share = f" ({first.done} of {first.total})" if first.total else ""
+        reason = (
+            f"was not ready within {seconds(self._startup_s)} (timeouts.startup_s); it is in phase {first.phase}{share}"
+        )
+        return self._cause_of(first, reason)
 
     def _cause(self, late: list[Participant]) -> Cause | None:
         """`late` may have attached in the last moment."""
@@ -117,16 +129,19 @@ class Watch:
             f"did not attach within {seconds(self._startup_s)} (timeouts.startup_s) while the others waited{more}; it is "
             f"{place}"
         )
+        return self._cause_of(first, reason)
+
+    def _cause_of(self, one: Participant, reason: str) -> Cause:
         return Cause(
-            role=TRAINER,
-            rank=first.rank,
-            who=first.who,
-            pid=first.pid,
+            role=one.role,
+            rank=one.rank,
+            who=one.who,
+            pid=one.pid,
             reason=reason,
             status=1,
             at_ns=time.monotonic_ns(),
-            phase=first.phase,
-            traceback=_stack_text(first),
+            phase=one.phase,
+            traceback=_stack_text(one),
         )
 
     def _account(self, owed: _Owed, step_s: float) -> _Account:
@@ -152,6 +167,7 @@ class Watch:
         yield from self._unanswered(seen)
         yield from self._missing(seen)
         yield from self._standstill(seen)
+        yield from self._kept(seen)
 
     def _unhealthy(self, seen: Facts) -> Iterator[_Owed]:
         """Stopped, or silent."""
@@ -209,6 +225,17 @@ class Watch:
         what = "no rank has moved" if open_ranks else "no rank has attached"
         key = ("still", seen.generation, self._moves)
         yield _Owed(key, called(open_ranks or unattached), what, not excused, None if open_ranks else self._startup_s)
+
+    def _kept(self, seen: Facts) -> Iterator[_Owed]:
+        """Between two training groups a kept teacher loads, or finishes what the last one has left."""
+        for one in seen.teachers if seen.over else ():
+            if one.lost or one.phase == str(Phase.IDLE):
+                continue
+            if one.phase in _BEFORE_READY:
+                yield _Owed(("loading", one.rank, one.pid), one.who, f"{one.who} is not ready", from_s=self._startup_s)
+            else:
+                what = f"{one.who} has not finished what the last training group has left"
+                yield _Owed(("drain", one.rank, seen.generation), one.who, what)
 
 
 def told(debts: Sequence[Debt]) -> str:

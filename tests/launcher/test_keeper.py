@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
-from launcher import agreement, registry
+from launcher import agreement, attached, lease, reception, registry, teacher_commands
+from launcher.console import Console
 from launcher.lease import Fingerprint
 from shmbridge import config, owner
-from shmbridge.errors import ConfigError
+from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from tests.launcher.running import HERE, Launched, launch, launched, until
 
 SETTINGS = ("teacher.model=fake:build", "ring.max_tokens=64", "payload.topk.k=8", "timeouts.shutdown_s=5")
@@ -85,7 +91,8 @@ class Kept:
 
     def stop(self, *more: str) -> None:
         code, text = self.command("stop", *more)
-        assert (code, text) == (0, f"the kept teacher {self.name} has ended\n")
+        assert code == 0, text
+        assert text.endswith(f"the kept teacher {self.name} has ended\n")
         self.is_gone()
 
     def attach(self, training: str, *more: str, ranks: int = 2, **variables: str) -> object:
@@ -439,6 +446,105 @@ def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
     assert "teacher failed: ValueError: no such weights" in run.text
     assert "fake_kept.py" in run.text
     kept.is_gone()
+
+
+def test_a_teacher_that_does_not_become_ready_ends_its_keeper_with_a_report(kept):
+    gate = kept.directory / "gate"
+    os.mkfifo(gate)
+    run = kept.begin("timeouts.startup_s=2", FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    assert run.process.wait(60) == 1
+    assert "hang report" in run.text
+    late = r"teacher failed: was not ready within 2\.0 s \(timeouts\.startup_s\); it is in phase loading \(3 of 14\)"
+    assert re.search(late, run.text)
+    kept.is_gone()
+
+
+def test_a_keeper_reports_a_teacher_that_is_stopped_while_no_group_is_there(kept):
+    kept.start("timeouts.report_s=1")
+    teacher = kept.teacher
+    os.kill(teacher, signal.SIGSTOP)
+    until(lambda: f"teacher (pid {teacher}) is stopped" in kept.log and "hang report" in kept.log, "a hang report")
+    os.kill(teacher, signal.SIGCONT)
+    assert next(kept.directory.glob("runs/*/hang-1.json")).exists()
+    kept.stop()
+
+
+class Mute:
+    """A keeper that says what it is given, one list for each message that it hears, and nothing else."""
+
+    def __init__(self, *answers: list[object]) -> None:
+        self._answers = answers
+
+    def __enter__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(registry.claim("big", kept=True))
+        listener = self._stack.enter_context(reception.listening("big"))
+        listener.setblocking(True)
+        self._thread = threading.Thread(target=self._talk, args=(listener,), daemon=True)
+        self._thread.start()
+
+    def _talk(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        for answers in self._answers:
+            connection.recv(65536)
+            for answer in answers:
+                connection.send(msgspec.json.encode(answer) + b"\n")
+        connection.recv(65536)  # until the other side has closed
+        connection.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(60)
+        self._stack.close()
+
+
+@pytest.fixture
+def welcome(tmp_path, monkeypatch) -> lease.Welcome:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    settings = config.load(overrides=["teacher.model=fake:build"])
+    return lease.Welcome("big", agreement.fingerprint(""), msgspec.Raw(config.to_json(settings)))
+
+
+@pytest.mark.parametrize(
+    ("silence_s", "within_s", "error", "told"),
+    [
+        (0.2, 60.0, LauncherDied, r"has said nothing for 0\.2 s; it is (running|sleeping)"),
+        (60.0, 0.2, DeadlineExceeded, r"big is loading after 0\.2 s \(timeouts\.startup_s\)"),
+    ],
+)
+def test_a_group_that_was_told_to_wait_does_not_wait_for_ever(welcome, silence_s, within_s, error, told):
+    with Mute([welcome], [lease.Waiting("the kept teacher big is loading")]):
+        line = attached.Line("big")
+        texts: list[str] = []
+        with contextlib.closing(line), pytest.raises(error, match=told):
+            line.ask(lease.Look(), lease.Standing, texts.append, silence_s=silence_s, within_s=within_s)
+        assert set(texts) == {"the kept teacher big is loading"}
+
+
+def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
+    monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
+    with Mute([welcome], [lease.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
+        assert teacher_commands.main(["stop", "big"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "waiting for the training group of pid 7 and the teacher to end, at most 0.2 s\n"
+    assert re.search(
+        rf"\(pid {os.getpid()}\) has not ended within 0\.2 s; it is running. `kill -KILL {os.getpid()}`", err
+    )
+
+
+def test_a_teacher_that_never_finishes_with_crashed_training_fails_the_group(tmp_path):
+    """Before the next generation of training could begin."""
+    settings = config.load(overrides=["teacher.model=fake:build", "timeouts.request_s=2"])
+    with owner.Owner(settings, 1) as held:
+        held.start_generation()
+        line = SimpleNamespace(name="big", lost_ns=0)
+        attachment = SimpleNamespace(
+            generation=1, control=held.control, settings=settings, line=line, ended_at=time.monotonic() - 1
+        )
+        teachers = attached.KeptTeachers(attachment, Console())
+        teachers.revive()
+        attachment.ended_at -= 1
+        with pytest.raises(DeadlineExceeded, match=r"has not finished what the crashed training has left after 2\.0 s"):
+            teachers.revive()
 
 
 def test_ctrl_c_while_loading_ends_the_keeper(kept):
