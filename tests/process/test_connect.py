@@ -100,9 +100,10 @@ def test_connecting_again_and_again_piles_nothing_up():
 @pytest.mark.parametrize("stays", [False, True], ids=["exited", "idle"])
 def test_a_process_that_connects_again_after_its_teacher_has_ended_is_told(stays, monkeypatch, tmp_path):
     """At connect(), or at the first reply where the teacher was about to end."""
-    gate, settle = tmp_path / "gate", server.Server._settle
+    ending, gate, settle = tmp_path / "ending", tmp_path / "gate", server.Server._settle
 
     def held(self: server.Server) -> None:
+        ending.touch()
         until(gate.exists)
         settle(self)
 
@@ -110,8 +111,7 @@ def test_a_process_that_connects_again_after_its_teacher_has_ended_is_told(stays
 
     def body() -> None:
         connect().close()
-        until(lambda: it.owner.lanes[0].ring.closed)
-        os.sched_yield()
+        until(ending.exists)
         with connect() as bridge:
             gate.touch()
             with pytest.raises(AttachError, match=r"teacher 0 .* has ended.*teacher\.serve_until=exited"):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.harness import until
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -79,6 +81,7 @@ def test_a_loop_like_linguas_with_usr2_and_a_root_logger_at_notset(tmp_path):
     assert "DEBUG" not in logs(tmp_path)
 
 
+@pytest.mark.slow
 def test_each_test_of_a_pytest_run_connects_for_itself(tmp_path):
     tests = tmp_path / "test_of_the_user.py"
     tests.write_text(
