@@ -219,7 +219,8 @@ class TimeoutsConfig(_Section, frozen=True):
     """Deadlines of waits."""
 
     startup_s: Seconds = 600.0
-    """From wait_ready to a loaded teacher, and from what it offers to the reply memory."""
+    """From wait_ready to a loaded teacher, and from what it offers to the reply memory. A kept teacher that is not ready within it
+    ends; a group that comes with --attach waits no longer for its turn."""
     request_s: Seconds = 1800.0
     """From wait to reply."""
     report_s: Seconds = 120.0
