@@ -17,7 +17,7 @@ MODULES = sorted(f"launcher.{file.stem}" for file in HOUSE.glob("*.py") if not f
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "accelerate", "gguf", "huggingface_hub", "rich")
 TORCH_FREE = {
     *("errors", "layout", "config", "offer", "segment", "peer", "board", "doorbell", "ring", "session", "owner"),
-    *("stacks", "launch", "schema", "__version__"),
+    *("stacks", "launch", "schema", "model_path", "__version__"),
     "cuda_probe",  # imports torch where it runs, in the jobs' environments
 }
 
