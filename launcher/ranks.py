@@ -9,14 +9,14 @@ from collections.abc import Iterable
 
 from launcher import facts, signals
 from launcher.job import Job
-from launcher.steering import Board
+from launcher.steering import Steering
 from shmbridge.peer import Identity, identity
 
 
 class Ranks:
     """Who has signed in, and when which rank ended."""
 
-    def __init__(self, owner: Board | None, count: int) -> None:
+    def __init__(self, owner: Steering | None, count: int) -> None:
         self._owner = owner
         self.count = count
         self.ended_ns: dict[int, int] = {}  # by rank, CLOCK_MONOTONIC
@@ -36,9 +36,19 @@ class Ranks:
         return [rank for rank in range(self.count) if not self.identity(rank)] if self._owner else []
 
     def finished(self, ranks: Iterable[int]) -> bool:
-        """Each of `ranks` has closed its bridge, or is gone: their teacher has nobody left to serve."""
+        """Their teacher has nobody left to serve: each of `ranks` has ended, or has closed its bridge and does not come back
+        (teacher.serve_until)."""
         assert self._owner
-        return all(self._owner.lanes[rank].ring.closed or rank in self.ended_ns for rank in ranks)
+        until_closed = self._owner.settings.teacher.serve_until == "closed"
+        return all(
+            rank in self.ended_ns or (self._owner.lanes[rank].ring.closed and (until_closed or self._is_gone(rank)))
+            for rank in ranks
+        )
+
+    def _is_gone(self, rank: int) -> bool:
+        """Looked up now: its teacher, which ends right after it, may be seen first."""
+        who = self.identity(rank)
+        return who is None or facts.state_of_process(who) in facts.GONE
 
     @property
     def with_save_hook(self) -> list[int]:

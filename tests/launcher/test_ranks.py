@@ -14,9 +14,10 @@ from shmbridge.owner import Owner
 
 
 @pytest.fixture
-def ranks() -> Iterator[Ranks]:
-    """Of one rank, which is this process."""
-    with Owner(config.load(overrides=["ring.max_tokens=64"]), lanes=1) as owner:
+def ranks(request) -> Iterator[Ranks]:
+    """Of one rank, which is this process. A parameter: one more setting."""
+    settings = ["ring.max_tokens=64", *([request.param] if hasattr(request, "param") else [])]
+    with Owner(config.load(overrides=settings), lanes=1) as owner:
         owner.start_generation()
         owner.lanes[0].records[0].sign_in()
         watched = Ranks(owner, 1)
@@ -59,3 +60,17 @@ def test_a_stranger_is_not_watched_and_the_rank_counts_as_ended(ranks):
     make_stranger(ranks)
     assert ranks.watch() == []
     assert set(ranks.ended_ns) == {0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "finished"),
+    [("teacher.serve_until=closed", True), ("teacher.serve_until=exited", False)],
+    indirect=["ranks"],
+)
+def test_a_rank_that_has_closed_may_still_need_its_teacher(ranks, finished):
+    """It may connect again, as long as it lives: a teacher that dies meanwhile has died."""
+    assert not ranks.finished([0])
+    ranks._owner.lanes[0].ring.close_requests()
+    assert ranks.finished([0]) is finished
+    make_stranger(ranks)
+    assert ranks.finished([0])
