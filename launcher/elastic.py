@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -141,4 +142,7 @@ def _first(failures: list[dict[str, Any]]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     assert sys.argv[1::2][:2] == ["--record", "--patience"] and sys.argv[5] == "--"
-    sys.exit(main(Path(sys.argv[2]), int(sys.argv[4]), sys.argv[6:]))
+    code = main(Path(sys.argv[2]), int(sys.argv[4]), sys.argv[6:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Python would take half a second to take torch's modules down
