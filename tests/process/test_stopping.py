@@ -296,3 +296,25 @@ def test_a_keyboard_interrupt_during_a_wait_leaves_the_request_as_it_was(tmp_pat
         until(lambda: it.owner.lanes[0].records[0].phase is Phase.WAITING)
         rank.kill(signal.SIGINT)
         assert rank.join() == 0
+
+
+def test_an_interrupted_exchange_gives_its_slot_back(tmp_path):
+    """Within the handler, too, where the exception still refers to all of its frames."""
+    gate = tmp_path / "gate"
+    with bench(1, "ring.depth=2") as it:
+        it.teacher(Gated(gate))
+
+        def train(bridge: Bridge) -> None:
+            try:
+                bridge.exchange(IDS * 7)
+            except KeyboardInterrupt:
+                gate.touch()
+                for _ in range(4):
+                    assert bridge.exchange(IDS)["ids"].tolist() == IDS.tolist()
+                (tmp_path / "saved").touch()
+
+        rank: Child = it.rank(0, train)
+        until(lambda: it.owner.lanes[0].records[0].phase is Phase.WAITING)
+        rank.kill(signal.SIGINT)
+        assert rank.join() == 0
+        assert (tmp_path / "saved").exists()
