@@ -21,10 +21,10 @@ demo: $(INSTALLED)
 
 # "slow" and "matrix" are explained in pyproject.toml. Every promise keeps a case that has neither mark.
 test: check
-	$(IN_VENV) pytest -n 2 -m "not slow and not matrix"
+	$(IN_VENV) pytest -n 2 --dist worksteal -m "not slow and not matrix"
 
 test-all: check
-	$(IN_VENV) pytest -n 2
+	$(IN_VENV) pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(IN_VENV) ruff check

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,10 +162,8 @@ def test_config_prints_every_setting_with_comment_unit_and_default(directory, mo
     assert cli.main(["config"]) == 0
     Path("all.yaml").write_text(capsys.readouterr().out)
     text = Path("all.yaml").read_text()
-    assert (
-        "  # How many requests one rank may have in flight.\n  # [an integer of at least 1 (requests); default 2]\n  depth: 2\n"
-        in text
-    )
+    assert "  # How many requests one rank may have in flight" in text
+    assert "\n  # [an integer of at least 1 (requests); default 2]\n  depth: 2\n" in text
     uncommented = [line for line in text.splitlines() if line and ":" in line and not line.strip().startswith("#")]
     assert len(uncommented) > 50
     assert config.load("all.yaml") == config.Config()
@@ -212,23 +211,6 @@ def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monk
     assert not Path("runs").exists()
 
 
-def test_a_run(directory):
-    with launch(directory, *flags("--name", "exp"), "--", "train.py", "ok") as run:
-        assert run.wait() == 0
-        for line in ("[rank 0]   rank 0 has a reply: True", "[rank 1]   rank 1 has a reply: True", "teacher ready in"):
-            assert line in run.text
-        (made,) = (directory / "runs").iterdir()
-        assert made.name.endswith("-exp")
-        assert {path.name for path in made.iterdir()} == {
-            "config.yaml",
-            "stacks",
-            "plan.txt",
-            "teacher.log",
-            "torchrun.log",
-            "train",
-        }
-
-
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("mode", "code", "message"),
@@ -272,14 +254,37 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("moment", "code"), [("start_generation", 143), ("close", 0)])
-def test_a_signal_while_the_session_is_made_or_removed_leaves_nothing(directory, moment, code):
+def signalled(directory: Path, moment: str, *more: str) -> Any:
+    """A run whose launcher gets SIGTERM at a moment of its session's life."""
+    return launched([sys.executable, "-c", SIGNALLED, moment, *flags(*more), "--", "train.py", "ok"], directory)
+
+
+def test_a_signal_while_the_session_is_made_leaves_nothing(directory):
     before = set(owner.objects())
-    command = [sys.executable, "-c", SIGNALLED, moment, *flags(ranks=1), "--", "train.py", "ok"]
-    with launched(command, directory) as run:
-        assert run.wait() == code
-        assert ("has a reply" in run.text) == (code == 0)
-    assert run.session is None or run.session not in owner.objects()
+    with signalled(directory, "start_generation") as run:
+        assert run.wait() == 143
+        assert "has a reply" not in run.text
+    assert not {session for session in set(owner.objects()) - before if _is_dead(session)}
+
+
+def test_a_run_and_a_signal_while_its_session_is_removed(directory):
+    """The signal comes too late to change anything."""
+    before = set(owner.objects())
+    with signalled(directory, "close", "--name", "exp") as run:
+        assert run.wait() == 0
+        for line in ("[rank 0]   rank 0 has a reply: True", "[rank 1]   rank 1 has a reply: True", "teacher ready in"):
+            assert line in run.text
+        (made,) = (directory / "runs").iterdir()
+        assert made.name.endswith("-exp")
+        assert {path.name for path in made.iterdir()} == {
+            "config.yaml",
+            "stacks",
+            "plan.txt",
+            "teacher.log",
+            "torchrun.log",
+            "train",
+        }
+    assert run.session not in owner.objects()
     assert not {session for session in set(owner.objects()) - before if _is_dead(session)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -11,14 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from launcher import agreement, attached, lease, reception, registry, teacher_commands
+from launcher import agreement, attached, cli, lease, reception, registry, teacher_commands
 from launcher.console import Console
 from launcher.lease import Fingerprint
 from shmbridge import config, owner
@@ -55,8 +56,10 @@ class Kept:
 
     def command(self, *words: str) -> tuple[int, str]:
         """`teacher status` or `teacher stop`: the exit code and the output."""
-        with launch(self.directory, "teacher", words[0], self.name, *words[1:]) as run:
-            return run.process.wait(60), run.text
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            code = cli.main(["teacher", words[0], self.name, *words[1:]])
+        return code, printed.getvalue()
 
     @property
     def status(self) -> dict[str, str]:

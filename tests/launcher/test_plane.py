@@ -258,8 +258,9 @@ def test_a_trial_without_cuda_leaves_the_host_and_says_why(directory):
     """The teacher has no GPU then; what matters here is what the session was made with."""
     with command(directory) as run:
         run.says("plane     host: torch 2.")
+        (written,) = until(lambda: list((directory / "runs").glob("*/config.yaml")), "the settings of the run")
+        run.signal(signal.SIGTERM)
         run.wait()
-        (written,) = (directory / "runs").glob("*/config.yaml")
         assert "plane: host" in written.read_text()
 
 

@@ -12,12 +12,13 @@ from shmbridge.offer import Offer
 from tests.protocol.running import module
 
 
+@pytest.mark.parametrize("cases", [pytest.param(2000, marks=pytest.mark.slow), 600])
 @pytest.mark.parametrize("chunks", ["0", "2"])
-def test_whatever_is_garbled_is_refused_or_does_no_harm(chunks):
-    status, text = module("fuzz", "--cases", "2000", "--chunks", chunks)
+def test_whatever_is_garbled_is_refused_or_does_no_harm(chunks, cases):
+    status, text = module("fuzz", "--cases", str(cases), "--chunks", chunks)
     assert status == 0, text
     refused = int(text.split("cases, ")[1].split()[0])
-    assert refused > 300, "hardly anything was garbled"
+    assert refused > 0.15 * cases, "hardly anything was garbled"
 
 
 # msgspec raises UnicodeDecodeError, which is no DecodeError, for a string that is no UTF-8.

@@ -25,4 +25,4 @@ def test_ci_runs_make_test():
 def test_the_scheduled_job_runs_a_target_that_leaves_no_test_out():
     (command,) = commands("test-all")
     does = subprocess.run([*command.split(), "--dry-run"], capture_output=True, text=True, check=True).stdout
-    assert [line.split("pytest ")[1] for line in does.splitlines() if "pytest " in line] == ["-n 2"]
+    assert [line.split("pytest ")[1] for line in does.splitlines() if "pytest " in line] == ["-n 2 --dist worksteal"]

@@ -115,7 +115,13 @@ def test_a_missed_target_or_a_missing_report_does_not_hold(tmp_path):
 
 
 @WITHOUT_CUDA
-@pytest.mark.parametrize("command", [["scripts/gpu_check.sh"], [sys.executable, "scripts/bench.py", "cuda"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(["scripts/gpu_check.sh"], marks=pytest.mark.matrix),
+        [sys.executable, "scripts/bench.py", "cuda"],
+    ],
+)
 def test_without_cuda_they_say_so_and_exit_2(command):
     variables = os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=100, check=False)
