@@ -31,6 +31,12 @@ def rows(counted: memory.MemoryPlan) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_replies_are_hidden_states(path):
+    """They are exact, and a small part of the logits' size."""
+    assert config.load(str(path)).payload.named == ("hidden",)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_it_loads(path):
     assert config.load(str(path)).enabled
 
@@ -38,7 +44,9 @@ def test_it_loads(path):
 def test_eight_gpus():
     made, counted = planned("eight-gpus.yaml")
     assert (len(made.teachers), made.ranks) == (1, 7)
-    assert rows(counted)["replies"] == "13.7 GiB"
+    assert (rows(counted)["replies"], rows(counted)["output head"]) == ("1.8 GiB", "1.0 GiB")
+    _, logits = planned("eight-gpus.yaml", "payload={logits: {}}")
+    assert rows(logits)["replies"] == "54.8 GiB"
 
 
 def test_long_context():
