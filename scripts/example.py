@@ -76,4 +76,5 @@ with shmbridge.connect() as bridge:
 if dist.get_rank() == 0:
     student.save_pretrained(out)
     tokenizer.save_pretrained(out)
+del model  # before its process group: torch may hang where the reducer goes last
 dist.destroy_process_group()

@@ -17,6 +17,7 @@ import pytest
 from tests.harness import until
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+HIDDEN = ("--teacher", "teachers:build_hidden", "payload.hidden={}")
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def test_collectives_of_the_default_group_never_wait_for_the_teacher(tmp_path):
 
 def test_a_loop_like_linguas_with_usr2_and_a_root_logger_at_notset(tmp_path):
     """SIGUSR2 to the launcher reaches the ranks alone; they save and end; no debug line of ours is printed."""
-    with launch(tmp_path, "--teacher", "teachers:build", "--", "host_loop.py", str(tmp_path), "1000000") as job:
+    with launch(tmp_path, *HIDDEN, "--", "host_loop.py", str(tmp_path), "1000000") as job:
         until(lambda: logs(tmp_path).count("step 3 ") == 2, "step 3 of both ranks")
         job.send_signal(signal.SIGUSR2)
         output, _ = job.communicate(timeout=60)

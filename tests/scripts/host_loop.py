@@ -1,7 +1,8 @@
 """A loop with the habits of lingua's apps/main/train.py, and the bridge in the places that docs/hosts/lingua.md names.
 
 The habits that matter: one ExitStack; the root logger at NOTSET with its handlers cleared; SIGUSR2 asks for a checkpoint;
-gc off; a generator of (numpy batch, state) whose batch is (batch, seq, 2); gradient accumulation; collectives everywhere.
+gc off; a generator of (numpy batch, state) whose batch is (batch, seq, 2), which is read ahead; gradient accumulation; collectives
+everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import shmbridge
+from shmbridge.losses import LazyLogits, forward_kl
 
 BATCH, SEQ, VOCAB, ACCUMULATE = 2, 8, 128, 2
 directory, steps = Path(sys.argv[1]), int(sys.argv[2])
@@ -53,25 +55,25 @@ def train() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         gc.disable()
         bridge = stack.enter_context(shmbridge.connect())
-        bridge.wait_ready()
-        loader = batches(rank, 0)
+        bridge.wait_ready(vocab_size=VOCAB)
         step = acc_step = 0
         state = {"position": 0}
+        numbered = enumerate(batches(rank, 0), step * ACCUMULATE)
+        tokens = lambda it: {"input_ids": it[1][0][:, :, 0], "step": it[0] // ACCUMULATE}  # noqa: E731
+        loader = bridge.prefetch(numbered, tokens)
         stop = torch.zeros(())
         while step < steps and not stop:
             acc_step = (acc_step + 1) % ACCUMULATE
-            batch, state = next(loader)
+            (_, (batch, state)), pending = next(loader)
             batch = torch.tensor(batch, dtype=torch.long)
-            pending = bridge.submit(batch[:, :, 0], step=step)
             input_ids, labels = batch[:, :, 0], batch[:, :, 1]
             logits = model(input_ids)
             loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-            reply = pending.copy()
-            if not reply.missing:
-                teacher = reply.logits.float().log_softmax(-1)
-                loss = (
-                    loss + F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum") / labels.numel()
-                )
+            with pending.wait() as reply:
+                missing = reply.missing
+                if not missing:
+                    teacher = LazyLogits(reply.hidden, bridge.head) if "hidden" in reply else reply.logits
+                    loss = loss + forward_kl(logits, teacher)
             (loss / ACCUMULATE).backward()
             if acc_step == 0:
                 optimizer.step()
@@ -79,11 +81,14 @@ def train() -> None:
                 step += 1
                 stop = torch.tensor(float(preempted["flag"]))
                 dist.all_reduce(stop)  # the ranks get the signal at different steps and stop at the same one
-                print(f"step {step} loss {loss.item():.4f} teacher {not reply.missing}", flush=True)
+                print(f"step {step} loss {loss.item():.4f} teacher {not missing}", flush=True)
         if rank == 0:
             saved = {"step": step, "preempted": bool(stop), **state}
             (directory / "checkpoint.json").write_text(json.dumps(saved))
         dist.barrier()
+        # A reducer that outlives its group ends the group with the GIL held, while gloo's thread may need it to drop the
+        # barrier's tensor: torch 2.13 then hangs.
+        del model
 
 
 train()

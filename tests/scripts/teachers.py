@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from shmbridge.losses import Head
+
 VOCAB = 128
 
 
@@ -25,6 +27,21 @@ class Linear:
 
 def build(settings):
     return Linear()
+
+
+class Hidden(Linear):
+    """The same distribution as hidden states and a head, for payload.hidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Head(self.table.T.contiguous())
+
+    def __call__(self, batch):
+        return {"hidden": torch.nn.functional.one_hot(batch.input_ids.long(), VOCAB).float()}
+
+
+def build_hidden(settings):
+    return Hidden()
 
 
 class Gated(Linear):
