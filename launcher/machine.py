@@ -20,7 +20,11 @@ class Machine(NamedTuple):
 
 
 def look(with_gpus: bool) -> Machine:
-    """This machine now. nvidia-smi takes up to a second, so it is asked only where GPUs are wanted."""
+    """This machine now. nvidia-smi takes a second, and many without persistence mode: it is asked only where GPUs are wanted.
+
+    Raises:
+        ConfigError: the GPUs cannot be told, see gpus.discover.
+    """
     shm = os.statvfs("/dev/shm")
     found = tuple(gpus.discover()) if with_gpus else ()
     return Machine(len(os.sched_getaffinity(0)), shm.f_bavail * shm.f_frsize, _ram_free(), found)

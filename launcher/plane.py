@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
+from launcher import gpus
 from launcher.gpus import Gpu
 from launcher.text import listed, ranges
 from shmbridge.config import Config
@@ -45,7 +46,7 @@ def expect(config: Config, teachers: Sequence[Sequence[Gpu]], train: Sequence[Gp
     """
     if config.plane == "host":
         return Choice("host", "as the settings say")
-    on_cpu = [job for job, gpus in (("the teacher", teachers[0]), ("training", train)) if not gpus]
+    on_cpu = [job for job, own in (("the teacher", teachers[0]), ("training", train)) if not own]
     if not on_cpu:
         return Choice("cuda_ipc")
     where = f"{listed(on_cpu)} {'are' if len(on_cpu) > 1 else 'is'} on the CPU"
@@ -66,6 +67,10 @@ def choose(config: Config, wanted: Sequence[Pair], trial: Callable[[], str | Non
     reason = trial()
     if reason is None:
         return Choice("cuda_ipc", f"opened, read and checked between {between(wanted)}")
+    cards = [gpu for pair in wanted for gpu in (pair.teacher, pair.train)]
+    exclusive = next((gpu for gpu in cards if gpu.compute_mode.startswith("Exclusive")), None)
+    if exclusive:
+        reason += f"; {gpus.mode(exclusive)} (`sudo nvidia-smi -c 0` allows several)"
     if config.plane == "cuda_ipc":
         raise PlanError(
             f"plane is cuda_ipc, and its trial failed: {reason}.\n\nExpected: training opens the teacher's memory and reads what "

@@ -31,7 +31,7 @@ from shmbridge import cuda_probe
 from shmbridge.cuda_probe import Exported, Task, Tried
 from shmbridge.session import OFF
 
-LIMIT_S = 60.0
+LIMIT_S = 180.0  # imports torch from a cold disk and makes CUDA contexts where the driver is not loaded yet
 _END_S = 20.0  # for processes that have nothing left to do
 _REAP_S = 5.0  # a process in uninterruptible sleep takes no SIGKILL until the kernel lets go of it
 _PIPE_BYTES = 2**20

@@ -18,7 +18,7 @@ HEAVY = ("torch", "numpy", "transformers", "safetensors", "accelerate", "gguf", 
 TORCH_FREE = {
     *("errors", "layout", "config", "offer", "segment", "peer", "board", "doorbell", "ring", "session", "owner"),
     *("stacks", "launch", "schema", "model_path", "__version__"),
-    "cuda_probe",  # imports torch where it runs, in the jobs' environments
+    *("cuda_probe", "devices"),  # import torch where they run, in processes of their own
 }
 
 

@@ -13,7 +13,7 @@ import shmbridge
 from shmbridge import errors
 
 FLOORS = [
-    {"errors", "launch", "layout", "peer", "stacks"},
+    {"devices", "errors", "launch", "layout", "peer", "stacks"},
     {"schema"},
     {"config", "batching", "trace", "model_path"},
     {"offer", "segment", "board"},
