@@ -51,9 +51,13 @@ def command(
     args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path, patience_s: float = 30
 ) -> list[str]:
     """What follows the interpreter: elastic.py, its record file, the ranks' time to stop, torchrun's flags, the training
-    command."""
+    command.
+
+    --local-addr keeps torchrun from resolving the host name, which in containers often does not resolve; all ranks are on
+    this node. A --local-addr in `args` comes later and wins.
+    """
     own_logs = [] if _logs_itself(args) else ["--log-dir", str(logs), "--redirects", "3"]
-    flags = ["--standalone", "--nproc-per-node", str(ranks), *own_logs, *args]
+    flags = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node", str(ranks), *own_logs, *args]
     patience = str(math.ceil(patience_s))
     return ["-P", str(ELASTIC), "--record", str(record), "--patience", patience, "--", *flags, *script]
 

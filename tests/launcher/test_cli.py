@@ -301,6 +301,25 @@ def test_without_a_teacher_the_same_script_runs(directory):
         assert run.session is None
 
 
+RENAMED = """
+import os, socket, sys
+socket.sethostname("nowhere-" + str(os.getpid()))
+os.execv(sys.executable, [sys.executable, "-m", "shmbridge.launch", *sys.argv[1:]])
+"""
+
+
+def test_a_host_name_that_does_not_resolve_holds_up_nothing(directory):
+    """As in many containers. torchrun would look for its own store under that name, for five minutes."""
+    alone = ["unshare", "--map-root-user", "--uts"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine allows no namespaces")
+    (directory / "train.py").write_text("import os; print('master', os.environ['MASTER_ADDR'])")
+    command = [*alone, sys.executable, "-c", RENAMED, "--no-teacher", "--cpu", "1", "--", "train.py"]
+    with launched(command, directory) as run:
+        assert run.wait() == 0
+        assert "[rank 0]   master 127.0.0.1\n" in run.text
+
+
 def test_a_teacher_that_cannot_load_ends_the_run(directory):
     """Row 1."""
     with launch(directory, *flags(teacher="toy:broken", ranks=1), "--", "train.py", "ok") as run:

@@ -188,7 +188,7 @@ def test_the_command_lines():
     found = specs(make("train.cpu_ranks=2", "teacher.python=/opt/env/bin/python", "train.torchrun_args=--tee 3"))
     assert found[TEACHER].argv[:3] == ("/opt/env/bin/python", "-m", "shmbridge.teacher_job")
     command = shlex.join(found[TRAIN].argv)
-    assert command.endswith("-- --standalone --nproc-per-node 2 --tee 3 -m package.train")
+    assert command.endswith("-- --standalone --local-addr=127.0.0.1 --nproc-per-node 2 --tee 3 -m package.train")
     assert found[TEACHER].set["SHMBRIDGE_SESSION"] == found[TRAIN].set["SHMBRIDGE_SESSION"] == "TOKEN@1"
 
 
