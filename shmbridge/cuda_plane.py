@@ -18,18 +18,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import msgspec
 import torch
 
-from shmbridge import cuda_ipc, layout, peer
-from shmbridge.cuda_ipc import Event, MemoryHandle, Stream
+from shmbridge import cuda_ipc, peer
+from shmbridge.cuda_exchange import Exchange, Export, Imported
+from shmbridge.cuda_ipc import Event, Stream
 from shmbridge.errors import AttachError, PlanError, TornReply
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
-from shmbridge.segment import Segment
-from shmbridge.session import Lane, Names, Shape, Token
+from shmbridge.session import Lane, Shape, Token
 from shmbridge.slots import Slots
 
 _STAMP_BYTES = 8
@@ -40,31 +39,6 @@ _STAMPS_ON_THEIR_WAY = 256  # a rank's host that runs further ahead of its GPU w
 
 # What torch raises for handles: CUDA's refusals, and its own of what is garbled.
 _UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
-
-T = TypeVar("T", bound=msgspec.Struct)
-
-
-class Export(msgspec.Struct, frozen=True):
-    """What a rank needs to open its lane's slab: made once, for it alone."""
-
-    torch: str
-    pid: int
-    start: int  # of the process: see peer.Identity
-    pid_namespace: int
-    gpu: str  # UUID
-    slots: int
-    stride: int
-    generation: int
-    first: int  # number of the first reply, or chunk, that lies in it
-    memory: MemoryHandle
-    ready: tuple[bytes, ...]  # event handles, one for each slot
-    checksum: int  # of the sample in the first slot
-
-
-class Imported(msgspec.Struct, frozen=True):
-    """The rank's answer."""
-
-    free: tuple[bytes, ...]  # event handles, one for each slot
 
 
 def slab_bytes(slots: int, stride: int) -> int:
@@ -175,7 +149,7 @@ class TeacherCudaPlane:
         self._slab = slab = _slab_of(slabs, lane.index, device, shape, agreed, token.generation)
         self._ring = lane.ring
         self._first = lane.ring.filled if shape.chunks else lane.ring.replied
-        self._exchange = _Exchange(token, shape, lane.index)
+        self._exchange = Exchange(token, shape, lane.index)
         self._export = self._exchange.write_export(slab.export(self._first))
         self._slots = _slots(slab, agreed)
         self._stream = slab.stream
@@ -294,7 +268,7 @@ class RankCudaPlane:
         self._device = device
         self._expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
         self._agreed = agreed
-        self._exchange = _Exchange(token, shape, lane.index)
+        self._exchange = Exchange(token, shape, lane.index)
         self._opened: list[_Import] = []
         self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
         self._side = cuda_ipc.side_stream(device)
@@ -430,73 +404,6 @@ class RankCudaPlane:
         if read is None or (read.begun is not None and not read.begun.query()):
             return None
         return read.teacher, read.number
-
-
-class _Exchange:
-    """One lane's place in shared memory for the exports of both sides."""
-
-    def __init__(self, token: Token, shape: Shape, lane: int) -> None:
-        name = Names(token.session_id).reply(token.generation, lane)
-        self._segment = segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
-        self._capacity = layout.exchange_capacity(shape.reply_slots)
-        if segment.bytes.nbytes != shape.exchange_bytes:
-            raise AttachError(
-                f"segment {name} has {segment.bytes.nbytes} bytes, the exchange of CUDA handles takes "
-                f"{shape.exchange_bytes}: garbled."
-            )
-
-    @property
-    def exports(self) -> int:
-        """How many exports there were."""
-        return self._segment.words[layout.ExchangeWord.EXPORTS]
-
-    @property
-    def imported(self) -> int:
-        """The export that the rank has answered last."""
-        return self._segment.words[layout.ExchangeWord.IMPORTED]
-
-    def write_export(self, export: Export) -> int:
-        """Which of the lane's exports it is, from 1 on."""
-        nth = self.exports + 1
-        self._write(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, export)
-        self._segment.words[layout.ExchangeWord.EXPORTS] = nth
-        return nth
-
-    def read_export(self, nth: int) -> Export:
-        """Raises AttachError; also where two more exports have taken its place."""
-        export = self._read(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, Export)
-        if self.exports > nth + 1:
-            raise AttachError(
-                f"the lane went through {self.exports - nth} teachers since this rank last read a reply, so the memory of the "
-                f"first of them is no longer known: start again from the last checkpoint."
-            )
-        return export
-
-    def write_imported(self, nth: int, imported: Imported) -> None:
-        """The answer to export `nth`."""
-        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 2, imported)
-        self._segment.words[layout.ExchangeWord.IMPORTED] = nth
-
-    def read_imported(self) -> Imported:
-        """The newest answer. Raises AttachError."""
-        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 2, Imported)
-
-    def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
-        text = msgspec.json.encode(what)
-        assert len(text) <= self._capacity, "exchange_capacity is too small"
-        start = layout.PAGE + area * self._capacity
-        self._segment.bytes[start : start + len(text)] = text
-        self._segment.words[word] = len(text)
-
-    def _read(self, word: int, area: int, kind: type[T]) -> T:
-        nbytes = self._segment.words[word]
-        start = layout.PAGE + area * self._capacity
-        if nbytes > self._capacity:
-            raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")
-        try:
-            return msgspec.json.decode(bytes(self._segment.bytes[start : start + nbytes]), type=kind)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise AttachError(f"segment {self._segment.name} holds garbled CUDA handles: {error}.") from None
 
 
 def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:

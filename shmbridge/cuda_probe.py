@@ -41,7 +41,7 @@ class Exported(msgspec.Struct, frozen=True):
 
     refused: str | None = None  # why it cannot export
     facts: Facts = Facts("", 0, ())
-    exports: tuple[msgspec.Raw, ...] = ()  # cuda_plane.Export as JSON, one for each importing GPU
+    exports: tuple[msgspec.Raw, ...] = ()  # cuda_exchange.Export as JSON, one for each importing GPU
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -157,13 +157,13 @@ def _open(task: Task, own: Facts, opened: list[object]) -> str | None:
     """Why the task's export cannot be used on its device; `opened` keeps it where it can."""
     import torch
 
-    from shmbridge import cuda_plane
+    from shmbridge import cuda_exchange, cuda_plane
 
     theirs = own.gpus.index(task.facts.gpus[0])
     try:
         if theirs != task.device and not torch.cuda.can_device_access_peer(task.device, theirs):
             return "no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)"
-        export = msgspec.json.decode(task.export, type=cuda_plane.Export)
+        export = msgspec.json.decode(task.export, type=cuda_exchange.Export)
         opened.append(cuda_plane.Opened(export, _device(task.device)))
     except Exception as error:
         return _told(error)

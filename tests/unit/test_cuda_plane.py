@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from shmbridge import config, cuda_ipc, cuda_plane, layout, offering
+from shmbridge import config, cuda_exchange, cuda_ipc, cuda_plane, layout, offering
 from shmbridge.bridge import Bridge, Pending
 from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
@@ -379,7 +379,7 @@ def test_each_lane_has_an_export_of_its_own(monkeypatch):
         session.offer(agreed)
         Server(session, forward, encoder, agreed, CPU)
         assert gpu.exports == 3
-        exports = [cuda_plane._Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]
+        exports = [cuda_exchange.Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]
         assert len({export.memory.handle for export in exports}) == 3
         assert len({handle for export in exports for handle in export.ready}) == 3 * exports[0].slots
 

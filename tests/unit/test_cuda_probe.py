@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 
-from shmbridge import cuda_ipc, cuda_plane, cuda_probe
+from shmbridge import cuda_exchange, cuda_ipc, cuda_plane, cuda_probe
 from shmbridge.cuda_probe import Exported, Facts, Task, Tried
 from shmbridge.errors import AttachError, PlanError
 from tests.fake_cuda import FakeCuda
@@ -57,7 +57,7 @@ def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeyp
     message = cuda_probe._export(2, slabs)
     assert message.facts == THEIRS
     assert message.refused is None
-    handles = {msgspec.json.decode(export, type=cuda_plane.Export).memory.handle for export in message.exports}
+    handles = {msgspec.json.decode(export, type=cuda_exchange.Export).memory.handle for export in message.exports}
     assert len(handles) == 2, "each importing GPU has a slab of its own"
     assert len(slabs) == 2
     monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)

@@ -20,7 +20,7 @@ FLOORS = [
     {"doorbell", "ring", "heartbeat"},
     {"session"},
     {"owner", "payload", "head", "fingerprint", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
-    {"slots", "reply", "shared_head", "encode", "token_ids"},
+    {"slots", "reply", "shared_head", "encode", "token_ids", "cuda_exchange"},
     {"host_plane", "cuda_plane"},
     {"combine", "parity", "planes", "cuda_probe"},
     {"stopping", "stuck"},
