@@ -76,7 +76,7 @@ def test_a_stream_that_the_last_bridge_left_is_over():
 
 
 @pytest.mark.one_plane
-def test_connecting_again_and_again_piles_nothing_up():
+def test_connecting_again_and_again_piles_nothing_up(tmp_path):
     def body() -> None:
         def held() -> tuple[object, ...]:
             until(lambda: heartbeats() == 1)
@@ -91,7 +91,7 @@ def test_connecting_again_and_again_piles_nothing_up():
         assert len(set(found[1:])) == 1, found  # the second connect() looks after the teacher, with a pidfd
         until(lambda: heartbeats() == 0)
 
-    with bench(1, "teacher.serve_until=exited") as it:
+    with bench(1, "teacher.serve_until=exited", f"run_dir={tmp_path}") as it:
         it.teacher(Echo())
         assert process(it, body).join() == 0
 
