@@ -124,10 +124,12 @@ def _explained(message: str, declared: types.StructType, tree: Mapping[str, Any]
 
 def _example(name: str, section: types.StructType, found: Any) -> str:
     """An override for somebody who wrote `name=found`, where `name` is a section."""
+    if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        return f"{name}={{}}"
     inside = {field.name: section_of(field.type) for field in section.fields}
     if found in inside:
         return f"{name}.{found}={'{}' if inside[found] else 'VALUE'}"
-    for setting in () if found is True else inside:
+    for setting in inside:
         try:
             msgspec.convert({setting: found}, section.cls)
         except msgspec.ValidationError:

@@ -53,6 +53,8 @@ def test_the_dump_reads_back_the_same(tmp_path):
         ("payload.logits=float32", r"payload\.logits is 'float32'; .*; write payload\.logits\.dtype=float32"),
         ("payload.topk=64", r"payload\.topk is 64; .*; write payload\.topk\.k=64"),
         ("payload.topk=true", r"payload\.topk is True; .*; write payload\.topk=\{\}"),
+        ("ring=[1]", r"ring is \[1\]; expected a section .*; write ring=\{\}"),
+        ("teacher=null", r"teacher is None; expected a section .*; write teacher=\{\}"),
         (
             "payload.logits.dtype=float8",
             r"payload\.logits\.dtype is 'float8'; expected one of bfloat16, float16, float32",
