@@ -159,10 +159,8 @@ class Ring:
     def close_requests(self) -> None:
         self.words[_CLOSED] = 1
 
-    def open_requests(self, reader: int = 0) -> None:
-        """The rank submits again. Nobody reads the replies to what it had submitted before."""
-        if requested := self.words[_REQUESTED]:
-            self.abandon(requested - 1, reader)
+    def open_requests(self) -> None:
+        """The rank submits again."""
         self.words[_CLOSED] = 0
 
     # The rank's side

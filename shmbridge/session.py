@@ -319,7 +319,7 @@ class TrainerSession(_Attached):
         self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
 
     def reopen(self) -> None:
-        """Begin anew on the lane that this process has, closed or not. What it had submitted is cancelled.
+        """Begin anew on the lane that this process has, closed or not. `Requests` cancels what it had submitted.
 
         Raises:
             AttachError: the session has ended, or the teacher has, because every rank had closed.
@@ -338,8 +338,7 @@ class TrainerSession(_Attached):
             raise
         self._is_open = True
         self.record.reset()
-        self.ring.open_requests(self.reader)
-        self.ring_teacher()
+        self.ring.open_requests()
 
     @property
     def teacher_index(self) -> int:

@@ -39,11 +39,14 @@ def heartbeats() -> int:
 def test_a_process_that_connects_again_has_its_whole_lane_and_nothing_of_the_last_bridge(closes):
     def body() -> None:
         first = connect()
+        first.on_stop(lambda: None)
         read = first.submit(ids(1)).wait()
         unread = first.submit(ids(2))
         if closes:
             first.close()
         second = connect()
+        record = it.owner.lanes[0].records[0]
+        assert (record.phase, record.saves, record.step) == (Phase.STARTING, False, None)
         for value in (3, 4):
             pendings = [second.submit(ids(value + i)) for i in range(3)]
             for i, pending in enumerate(pendings):
