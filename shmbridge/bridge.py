@@ -236,7 +236,7 @@ class Bridge:
             batches: a loader, or any iterable or iterator. Its token IDs must be on the CPU.
             tokens: where a batch has its token IDs. None: the batch itself where it is a tensor or an array, or its entries
                 "input_ids", "attention_mask" and "position_ids", the last two where they are there. A key: that entry
-                alone. A function of the batch: to input_ids (batch, seq), or to a dict of what `submit` takes, which is how
+                alone. A function, called once for each batch: to input_ids (batch, seq), or to a dict of what `submit` takes, which is how
                 `positions`, `targets`, `candidates` and `step` are sent.
             ahead: batches that are submitted before their turn; fewer while the ring has no room. None: ring.depth - 1.
             state: called after each batch is taken from `batches`, such as loader.state_dict; what it gave for the batch of

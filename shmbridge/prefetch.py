@@ -19,7 +19,7 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -40,8 +40,9 @@ class _Taken(Generic[T]):
     batch: T
     state: Any
     loaders: list[LoaderState]
+    request: dict[str, Any] = field(default_factory=dict)  # the arguments of `submit`
     pending: Pending | None = None  # None: still to be submitted, or withdrawn
-    error: Exception | None = None  # why it could not be submitted
+    error: Exception | None = None  # why it cannot be submitted
 
 
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
@@ -99,7 +100,7 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             if following.error:
                 break
             try:
-                following.pending = self._submit(self, **self._request(following.batch))
+                following.pending = self._submit(self, **following.request)
             except Exception as error:
                 following.error = _without_frames(error)
                 break
@@ -115,7 +116,7 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         return self._submitted <= self._ahead and self._free_slots() > 0
 
     def _take(self) -> bool:
-        """Take a batch from the loader. False where it is at its end, has raised, or may not be asked yet."""
+        """Take a batch from the loader, and make a request of it. False where it is at its end, has raised, or may not be asked yet."""
         if self._batches is None or (self._taken and self._reading.at_end):
             return False
         try:
@@ -126,7 +127,12 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             if not isinstance(error, StopIteration):
                 self._error = _without_frames(error)
             return False
-        self._taken.append(_Taken(batch, state, loaders))
+        taken = _Taken(batch, state, loaders)
+        try:
+            taken.request = self._request(batch)
+        except Exception as error:
+            taken.error = _without_frames(error)
+        self._taken.append(taken)
         return True
 
     def withdraw(self) -> None:

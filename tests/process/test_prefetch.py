@@ -391,6 +391,26 @@ def test_an_evaluation_in_the_middle_of_the_loop(overrides):
         nothing_in_flight(bridge)
 
 
+def test_a_function_to_the_tokens_is_called_once_for_each_batch_and_may_use_the_bridge():
+    """Also for one that was withdrawn: it may draw a random mask of positions."""
+    with running("ring.depth=3") as (_, bridge):
+        wanted, asked = batches(6), []
+
+        def tokens(batch: torch.Tensor) -> torch.Tensor:
+            asked.append(batch)
+            assert len(asked) <= len(wanted)
+            if len(asked) % 2 == 0:
+                right(bridge.submit(batch + 1), batch + 1)
+            return batch
+
+        for step, (batch, pending) in enumerate(bridge.prefetch(wanted, tokens)):
+            assert torch.equal(batch, wanted[step])
+            right(pending, batch)
+            bridge.exchange(batch)
+        assert torch.equal(torch.stack(asked), torch.stack(wanted))
+        nothing_in_flight(bridge)
+
+
 def test_two_loops_by_turns_on_one_ring():
     with running("ring.depth=3") as (_, bridge):
         one, other = batches(6, seed=1), batches(6, seed=2)
