@@ -1,4 +1,4 @@
-"""`shmbridge-launch report|status|ls|clean`: what is said of sessions from outside."""
+"""`shmbridge-launch report|status|ls|clean|doctor`: what is said of sessions from outside, and of the machine."""
 
 from __future__ import annotations
 
@@ -136,6 +136,13 @@ def _clean(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    """Every check of the machine; 1 where one finds a fault."""
+    from launcher.doctor import command
+
+    return command.main(args.json)
+
+
 def _freed(nbytes: int) -> str:
     return f" ({size(nbytes)})" if nbytes else ""
 
@@ -155,4 +162,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "ls": _list,
     "clean": _clean,
+    "doctor": _doctor,
 }

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from launcher.ask import ask
+from launcher.ask import Answer, ask
 from shmbridge import devices
 from shmbridge.devices import Devices
 from shmbridge.errors import ConfigError
@@ -27,6 +27,7 @@ SLOW_DRIVER = (
     "Turn persistence mode on (`sudo nvidia-smi -pm 1`), so that the driver stays loaded; if it hangs still, look for NVRM "
     "and Xid in `dmesg`."
 )
+NO_DRIVER = "Mend the driver: a new one wants a reboot, and a container wants the GPUs (docker run --gpus all)."
 
 
 class Gpu(NamedTuple):
@@ -51,7 +52,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     """
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     try:
-        answer = ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
+        answer = ask_nvidia_smi(environment)
     except TimeoutError as error:
         raise ConfigError(f"{error}. {SLOW_DRIVER}") from None
     except OSError:
@@ -61,10 +62,19 @@ def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     found = of_torch(ask_torch(environment))
     if not found:
         raise ConfigError(
-            f"nvidia-smi failed with exit code {answer.code}: {answer.last_words}\n\nMend the driver (a new one wants a "
-            "reboot; in a container start it with the GPUs: docker run --gpus all), or run without GPUs: --cpu 2."
+            f"nvidia-smi failed with exit code {answer.code}: {answer.last_words}\n\n{NO_DRIVER} Without GPUs use --cpu 2."
         )
     return found
+
+
+def ask_nvidia_smi(environment: Mapping[str, str]) -> Answer:
+    """The table of all GPUs, for select_visible.
+
+    Raises:
+        OSError: there is no nvidia-smi on PATH.
+        TimeoutError: it gave no answer in time.
+    """
+    return ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
 
 
 def ask_torch(environment: Mapping[str, str]) -> Devices:

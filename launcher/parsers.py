@@ -19,6 +19,7 @@ COMMANDS = {
     "report": "show who waits for whom in a live session, with every process's Python stacks",
     "ls": "list the sessions of this user on this machine",
     "clean": "remove what dead sessions left; live ones are never touched",
+    "doctor": "check this machine: what a run needs, what was found, and the remedy",
     "teacher": "load a teacher once and keep it for several runs: teacher start, status, stop",
     "completion": "print the completion script of a shell: bash, zsh or fish",
     "help": "print this help",
@@ -161,6 +162,8 @@ def add_command_flags(parser: argparse.ArgumentParser, name: str) -> None:
         )
     if name == "report":
         parser.add_argument("--json", action="store_true", help="every fact as JSON")
+    if name == "doctor":
+        parser.add_argument("--json", action="store_true", help="every fact as JSON: name, status, found, remedy")
     if name == "clean":
         parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     if name == "completion":

@@ -19,6 +19,16 @@ def reclaim() -> Iterator[tuple[str, int]]:
             yield session_id, count
 
 
+def dead() -> list[str]:
+    """Ids of this user's dead sessions. Nothing is removed."""
+    found = []
+    for session_id, names in owner.objects().items():
+        with owner.lock_if_dead(session_id) as is_dead:
+            if is_dead and _is_mine(names):
+                found.append(session_id)
+    return found
+
+
 def _is_mine(names: list[str]) -> bool:
     try:
         return all((owner.SHM_DIRECTORY / name).lstat().st_uid == os.geteuid() for name in names)

@@ -13,7 +13,12 @@ import pytest
 import launcher
 
 HOUSE = Path(launcher.__file__).parent
-MODULES = sorted(f"launcher.{file.stem}" for file in HOUSE.glob("*.py") if not file.stem.startswith("__"))
+FILES = {
+    ".".join(("launcher", *file.relative_to(HOUSE).with_suffix("").parts)): file
+    for file in sorted(HOUSE.rglob("*.py"))
+    if not file.stem.startswith("__")
+}
+MODULES = list(FILES)
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "accelerate", "gguf", "huggingface_hub", "rich")
 TORCH_FREE = {
     *("errors", "layout", "config", "offer", "segment", "peer", "board", "doorbell", "ring", "session", "owner"),
@@ -38,8 +43,7 @@ for module in {MODULES}:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_the_torch_free_half_alone(module):
-    source = (HOUSE / f"{module.rpartition('.')[2]}.py").read_text()
-    names = set(imported(ast.parse(source)))
+    names = set(imported(ast.parse(FILES[module].read_text())))
     of_shmbridge = {name.split(".")[1] for name in names if name.startswith("shmbridge.")}
     assert "shmbridge" not in names
     assert of_shmbridge <= TORCH_FREE

@@ -72,14 +72,21 @@ def of_wheel(wheel: Path, directory: Path, *arguments: str) -> Any:
 def test_a_wheel_has_one_name_and_what_belongs_to_it(wheel):
     assert {path.name.split("-")[0] for path in wheel.iterdir()} == {"shmbridge"}
     names = {str(path.relative_to(wheel / "shmbridge")) for path in (wheel / "shmbridge").rglob("*")}
-    assert {"launcher/cli.py", "launcher/shim.py", "configs/eight-gpus.yaml", "losses/chunked.py", "py.typed"} <= names
+    assert {
+        "launcher/cli.py",
+        "launcher/shim.py",
+        "launcher/doctor/host.py",
+        "configs/eight-gpus.yaml",
+        "losses/chunked.py",
+        "py.typed",
+    } <= names
     assert {"completions/bash", "completions/zsh", "completions/fish"} <= names
 
 
 def test_a_wheel_runs_from_any_directory_with_a_ready_configuration(wheel, tmp_path):
     (tmp_path / "toy.py").write_text(TEACHER)
     (tmp_path / "train.py").write_text(TRAIN)
-    with of_wheel(wheel, tmp_path, "--config", "cpu", *flags(), "--", "train.py", "ok") as run:
+    with of_wheel(wheel, tmp_path, "--config", "cpu", *flags("payload={logits: {}}"), "--", "train.py", "ok") as run:
         assert run.wait() == 0, run.text  # in the launcher, the teacher and the ranks
         assert "rank 1 has a reply: True" in run.text
         assert str(ROOT) not in run.text

@@ -1,0 +1,1 @@
+"""`shmbridge-launch doctor`: checks of this machine, as facts with a status and a remedy."""
