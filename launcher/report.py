@@ -1,15 +1,20 @@
-"""The root-cause report: one message on the terminal, the same as text and as JSON in the run directory."""
+"""The root-cause report: one message on the terminal, the same with more about the machine as text and as JSON in the run
+directory."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from launcher.cause import TRAINER, Cause
 from launcher.console import LAUNCHER, Console
+from launcher.doctor import command as doctor
+from launcher.doctor import host
+from launcher.doctor.fact import Fact, gather
 from launcher.job import Exit
 from launcher.logs import Logs
 from launcher.plan import TEACHER, TORCHRUN, Plan
@@ -17,6 +22,7 @@ from launcher.text import seconds, size, table
 from shmbridge.board import Phase
 
 _SHOW_S = 5.0
+_MACHINE_S = 2.0  # a name server that does not answer must not hold up a report
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -32,9 +38,16 @@ class Report(msgspec.Struct, frozen=True):
     log_paths: list[str]
     action: str
     path: str  # of this report as text
+    machine: list[Fact] = []  # what `shmbridge-launch doctor` finds without starting a process
 
     def __str__(self) -> str:
-        return "\n".join(part for part in (self._headline(), self._facts(), self._evidence(), self._end()) if part)
+        """With every fact of the machine."""
+        return self.text(self.machine)
+
+    def text(self, machine: Sequence[Fact]) -> str:
+        """As people read it, with some facts of the machine."""
+        parts = (self._headline(), self._facts(), self._evidence(), _of_machine(machine), self._end())
+        return "\n".join(part for part in parts if part)
 
     def _headline(self) -> str:
         return f"\nThe run failed after {seconds(self.elapsed_s)}: {self.cause.sentence}\n"
@@ -82,6 +95,7 @@ def make(
         log_paths=[str(path) for path in logs.paths(log_of)],
         action=_action(cause, oom_kills),
         path=str(directory / "report.txt"),
+        machine=gather(host.CHECKS, _MACHINE_S),
     )
 
 
@@ -93,11 +107,11 @@ def write(report: Report) -> None:
 
 
 def tell(report: Report, console: Console) -> None:
-    """Write it, and show it on stderr after what `console` still has to show."""
+    """Write it, and show it on stderr after what `console` still has to show; of the machine only what is not ok."""
     write(report)
     console.flush(_SHOW_S)
     errors = Console(sys.stderr)
-    errors.write(f"{report}\n")
+    errors.write(report.text([fact for fact in report.machine if fact.status != "ok"]) + "\n")
     errors.flush(_SHOW_S)
 
 
@@ -107,6 +121,11 @@ def _for(elapsed_s: float | None) -> str:
 
 def _quoted(title: str, text: str) -> str:
     return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
+
+
+def _of_machine(machine: Sequence[Fact]) -> str:
+    title = "this machine (shmbridge-launch doctor also looks at the GPUs)"
+    return f"\n  {title}\n{doctor.page(machine, margin=4)}" if machine else ""
 
 
 def _gpu(cause: Cause, plan: Plan) -> str:
