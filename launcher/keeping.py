@@ -31,9 +31,9 @@ _POLL_MS = 50
 
 def settings_of(given: dict[str, object], name: str) -> Config:
     """What the command line asks for, for a teacher that stays. Raises ConfigError."""
-    settings = agreement.located(config.from_tree(given))
+    settings = agreement.located(config.from_tree({**given, "name": name}))
     teacher = msgspec.structs.replace(settings.teacher, keep=True)
-    return msgspec.structs.replace(settings, name=name, teacher=teacher)
+    return msgspec.structs.replace(settings, teacher=teacher)
 
 
 def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], None]) -> int:

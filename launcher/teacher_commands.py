@@ -35,9 +35,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _start(args: argparse.Namespace) -> int:
     name, *overrides = args.words
-    settings = keeping.settings_of(config.given(args.config, overrides, cli.values(args)), name)
     if not name or "=" in name:
         raise ConfigError(f"the first word after `teacher start` is {name!r}; expected the teacher's name.")
+    settings = keeping.settings_of(config.given(args.config, overrides, cli.values(args)), name)
     if not settings.enabled:
         raise ConfigError("enabled is false, and a kept teacher is nothing else than enabled: leave it out.")
     if args.foreground:

@@ -338,12 +338,14 @@ def _read(source: str) -> dict[str, Any]:
     ready = {file.stem: file for file in sorted(folder("configs").glob("*.yaml"))}
     file = Path(path)
     try:
-        text = (file if file.exists() else ready.get(path, file)).read_text()
+        text = (file if file.exists() and not file.is_dir() else ready.get(path, file)).read_text("utf-8")
     except OSError as error:
         raise ConfigError(
             f"config file {path!r}: {error.strerror}; give a YAML file, or the name of a ready configuration "
             f"({', '.join(ready)})"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path!r} is not text in UTF-8: {error}; expected YAML") from None
     tree = _parse_yaml(text, f"config file {path!r}")
     for key in section.split(".") if section else ():
         if not isinstance(tree, dict) or key not in tree:

@@ -601,6 +601,15 @@ def test_names_that_are_no_kept_teacher(kept):
     kept.is_gone()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("../big model", "`name` is '../big model'; use at most"), ("ring.depth=2", "the first word after")],
+)
+def test_a_name_that_cannot_be_one_is_refused(name, message, capsys):
+    assert teacher_commands.main(["start", name, "--teacher", "toy:build", "--cpu", "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_garbage_and_silence_on_the_socket_do_nothing(kept):
     kept.start()
     with kept.attach("wait") as run:

@@ -86,9 +86,18 @@ def test_missing_file_is_named():
         config.load("no/where.yaml")
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "weights.yaml"
+    file.write_bytes(b"\xdb\x00")
+    with pytest.raises(ConfigError, match=r"weights\.yaml' is not text in UTF-8"):
+        config.load(str(file))
+
+
 def test_a_ready_configuration_is_read_by_its_name_wherever_one_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config.load("eight-gpus").train.gpus == "0-6"
+    Path("cpu").mkdir()  # a folder is no configuration
+    assert config.load("cpu").train.cpu_ranks
     Path("eight-gpus").write_text("train: {gpus: 1-2}\n")
     assert config.load("eight-gpus").train.gpus == "1-2", "a file of the user's own comes first"
 
