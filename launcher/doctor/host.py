@@ -15,14 +15,15 @@ from importlib import metadata
 from pathlib import Path
 
 from launcher import stale
-from launcher.doctor.fact import Check, Finding
+from launcher.doctor.fact import Check, Finding, Status
 from launcher.text import ranges, size
 from shmbridge import owner
 
 OLDEST_TORCH = (2, 6)
 SMALL_SHM = 2**30  # bytes; a run of any size needs more
 FULL_SHM = 256 * 2**20
-_REQUIRED = ("transformers", "accelerate", "numpy", "posix_ipc", "msgspec", "PyYAML")
+_OF_TEACHERS = ("transformers", "accelerate")  # a teacher that is a module of the user's needs neither
+_REQUIRED = (*_OF_TEACHERS, "numpy", "posix_ipc", "msgspec", "PyYAML")
 _OPTIONAL = ("gguf", "liger-kernel", "flash-attn", "py-spy", "shtab")
 _PID_NAMESPACE_OF_THE_MACHINE = "pid:[4026531836]"  # a constant of the kernel
 
@@ -43,7 +44,7 @@ def torch() -> Finding:
     if not version:
         return Finding("fault", f"not installed for {sys.executable}", "pip install torch")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers < OLDEST_TORCH:
+    if numbers and numbers < OLDEST_TORCH:
         return Finding("fault", version, f"Install torch {'.'.join(map(str, OLDEST_TORCH))} or later.")
     return Finding("ok", version)
 
@@ -192,7 +193,8 @@ def packages() -> Finding:
     missing = [name for name in _REQUIRED if not _version(name)]
     found = ", ".join(f"{name} {_version(name)}" for name in _REQUIRED if name not in missing)
     if missing:
-        return Finding("fault", f"without {', '.join(missing)}; {found}", f"pip install {' '.join(missing)}")
+        status: Status = "warning" if set(missing) <= set(_OF_TEACHERS) else "fault"
+        return Finding(status, f"without {', '.join(missing)}; {found}", f"pip install {' '.join(missing)}")
     return Finding("ok", found)
 
 

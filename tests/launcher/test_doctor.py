@@ -176,6 +176,15 @@ def test_a_refused_pidfd_is_a_fault(monkeypatch):
     assert host.pidfd()[:2] == ("fault", "refused: Operation not permitted")
 
 
+@pytest.mark.parametrize(("missing", "status"), [("accelerate", "warning"), ("PyYAML", "fault")])
+def test_a_missing_package_is_named(monkeypatch, missing, status):
+    version = host._version
+    monkeypatch.setattr(host, "_version", lambda package: "" if package == missing else version(package))
+    found = host.packages()
+    assert (found.status, found.remedy) == (status, f"pip install {missing}")
+    assert found.found.startswith(f"without {missing}; ")
+
+
 def test_a_dead_session_is_a_warning_and_is_left_alone(own_world):
     assert host.sessions() == Finding("ok", "none dead")
     dead_session(own_world)
