@@ -1,31 +1,23 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the tests of tests/gpu, then `scripts/bench.py cuda`, and one table of both.
+# What only a GPU can show, in stages that go on where they stopped: facts, ipc, protocol, deaths, rest, bench, train.
 #
-#     scripts/gpu_check.sh              everything; some twenty minutes
-#     scripts/gpu_check.sh --quick      without the slow tests, and a short benchmark
+#     scripts/gpu_check.sh                          every stage that has not passed yet
+#     scripts/gpu_check.sh ipc protocol             these alone
+#     scripts/gpu_check.sh --again train            also where it has passed
+#     scripts/gpu_check.sh --wheels DIRECTORY ...   first put these wheels beside the machine's own packages
+#     scripts/gpu_check.sh --help                   all options
 #
-# Exits 0 only when every test passed (those that need a second GPU may be skipped) and every target is reached; 1 otherwise;
-# 2 where torch finds no CUDA device. PYTHON names another interpreter.
-
-set -u
+# It runs in an environment that is not its own: the torch of PYTHON (default: python3) is used as it is, and nothing is
+# installed into it. Wheels go to a directory of their own, without their requirements and without a network.
+# Exits 0 where every stage passed, 1 where one did not, 2 where nothing can be checked (no CUDA device, a package missing).
+set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-select=() bench=()
-if [[ ${1:-} == --quick ]]; then
-    select=(-m "not slow") bench=(--quick)
+python=${PYTHON:-python3}
+site=$PWD/runs/gpu_check.site
+if [[ ${1:-} == --wheels ]]; then
+    wheels=${2:?--wheels needs a directory with .whl files}
+    shift 2
+    "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$site" "$wheels"/*.whl
 fi
-
-if ! found=$("$python" -c 'import sys, torch; print("torch", torch.__version__); sys.exit(not torch.cuda.is_available())'); then
-    echo "gpu_check: no CUDA here: torch.cuda.is_available() is False (${found:-torch cannot be imported}); nothing was checked" >&2
-    exit 2
-fi
-
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-"$python" -m pytest tests/gpu -q --timeout 600 --junitxml "$scratch/tests.xml" "${select[@]}"
-tests=$?
-"$python" scripts/bench.py cuda --json "$scratch/bench.json" "${bench[@]}"
-benchmark=$?
-PYTHONPATH=scripts "$python" -m benchmarks.gpu_check "$scratch/tests.xml" "$scratch/bench.json"
-table=$?
-exit $((tests || benchmark || table))
+export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+exec "$python" scripts/gpu/check.py "$@"

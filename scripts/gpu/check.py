@@ -1,0 +1,382 @@
+"""What only a GPU can show, in stages. scripts/gpu_check.sh starts this; docs/gpu.md tells what each outcome means.
+
+    scripts/gpu_check.sh                  every stage that has not passed yet
+    scripts/gpu_check.sh ipc protocol     of these stages the ones that have not passed yet
+    scripts/gpu_check.sh --again train    this stage, also where it has passed
+
+Each stage is one command in a process group of its own, with a time limit of nine minutes. Its log and its result stay in
+--out (default: runs/gpu_check), so a run that was interrupted goes on where it stopped. A result counts only for the same
+code, cards, driver and versions. At the end come one table, and `record.md`: a block of Markdown for docs/gpu.md.
+
+Exit code: 0 where every stage that was asked for has passed, 1 where one has not, 2 where nothing can be checked here.
+Only the standard library is imported: the commands need more, and what is missing is named before the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 540
+GRACE_S = 20  # between the SIGINT and the SIGKILL of a stage that takes too long
+PYTEST = (
+    *("{python}", "-m", "pytest", "tests/gpu", "-q", "-rA", "--timeout", "200"),
+    *("-W", "default", "-p", "no:benchmark", "-p", "no:cacheprovider"),  # other packages' plugins warn
+    *("-n", "{workers}", "--dist", "worksteal", "--junitxml", "{out}/{name}.xml", "-k"),
+)
+DEATHS = "killed or stamp or stuck or died or dies or sticky or watchdog"
+PROTOCOL = (
+    "bit_equal or used_again or far_behind or no_host_wait or does_not_wait or synchronisation or allocator or "
+    "expandable or auto_takes or (test_launched and host_plane)"
+)
+
+
+class Stage(NamedTuple):
+    """`command`: {python}, {out}, {workers} and {name} are filled in. It may leave {out}/NAME.xml (JUnit), NAME.json with
+    `found` (lines) and `targets` (as of benchmarks.tables.Target), and NAME.md for the record."""
+
+    name: str
+    shows: str
+    command: tuple[str, ...]
+    limit_s: float = LIMIT_S
+
+
+STAGES = (
+    Stage("facts", "what the machine has", ("{python}", "-m", "shmbridge.launch", "doctor")),
+    Stage("ipc", "CUDA IPC without the bridge", ("{python}", "scripts/gpu/ipc.py", "--json", "{out}/ipc.json")),
+    Stage(
+        "protocol",
+        "replies are right, slots are used again, no host waits",
+        (*PYTEST, f"({PROTOCOL}) and not ({DEATHS})"),
+    ),
+    Stage("deaths", "teachers and ranks that are killed", (*PYTEST, DEATHS)),
+    Stage("rest", "every other test of tests/gpu", (*PYTEST, f"not ({PROTOCOL}) and not ({DEATHS})")),
+    Stage("bench", "bandwidth and CPU time", ("{python}", "scripts/bench.py", "cuda", "--json", "{out}/bench.json")),
+    Stage(
+        "train", "a distillation, with and without the bridge", ("{python}", "scripts/gpu/train.py", "--out", "{out}")
+    ),
+)
+
+# Run by the interpreter of the stages: what is installed there, and which GPUs its torch sees.
+PROBE = """
+import importlib.util, json, platform, sys
+names = "torch transformers accelerate numpy msgspec posix_ipc yaml pytest pytest_timeout xdist rich".split()
+found = {"missing": [name for name in names if not importlib.util.find_spec(name)], "cards": []}
+if "torch" not in found["missing"]:
+    import importlib.metadata, torch
+    found["versions"] = {"Python": platform.python_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda)}
+    for name in ("transformers", "accelerate", "msgspec", "posix_ipc"):
+        if name not in found["missing"]:
+            found["versions"][name] = importlib.metadata.version(name)
+    if torch.cuda.is_available():
+        found["cards"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print(json.dumps(found))
+"""
+PACKAGES = {"yaml": "PyYAML", "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist"}
+
+
+@dataclass
+class Where:
+    """What a result depends on."""
+
+    cards: list[str]
+    driver: str
+    versions: dict[str, str]
+    code: str  # a hash of the sources
+
+
+@dataclass
+class Record:
+    """The result of one stage, as it is kept in {out}/NAME.result.json."""
+
+    stage: str
+    result: str  # passed, target missed, failed, timed out
+    seconds: int
+    date: str
+    command: str
+    where: Where
+    found: list[str] = field(default_factory=list)
+
+
+class Unusable(Exception):
+    """Nothing can be checked here."""
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    stages: Sequence[Stage] = STAGES,
+    look: Callable[[], Where] | None = None,
+) -> int:
+    """Run the stages that are asked for and have not passed, then show all that is known."""
+    options = _parse(arguments, stages)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        where = (look or look_around)()
+    except Unusable as reason:
+        print(f"gpu_check: {reason}; nothing was checked", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [stage for stage in stages if stage.name in options.stages or not options.stages]
+    try:
+        for stage in chosen:
+            record = kept(stage, options.out, where)
+            if record and record.result == "passed" and not options.again:
+                print(f"{stage.name}: has passed on {record.date} (--again runs it again)", flush=True)
+            else:
+                run(stage, options, where)
+    except KeyboardInterrupt:
+        print("gpu_check: stopped; the same command goes on with the stages that have not passed", file=sys.stderr)
+        return 130
+    records = {stage.name: record for stage in stages if (record := kept(stage, options.out, where))}
+    print("\n" + table(stages, records))
+    (options.out / "record.md").write_text(markdown(stages, records, where, options.out))
+    print(f"\nfor docs/gpu.md: {options.out / 'record.md'}")
+    return int(any(stage.name not in records or records[stage.name].result != "passed" for stage in chosen))
+
+
+def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse.Namespace:
+    names = [stage.name for stage in stages]
+    told = "\n".join(f"  {stage.name:9} {stage.shows}" for stage in stages)
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_check.sh",
+        description=f"{__doc__}\nstages:\n{told}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--again", action="store_true", help="run them also where they have passed")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check", help="logs and results")
+    parser.add_argument("--workers", type=int, default=4, help="of pytest, which share the card (default: 4)")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.stages if name not in names]:
+        parser.error(f"there is no stage {unknown[0]!r}; expected {', '.join(names)}")
+    options.out = options.out.absolute()
+    return options
+
+
+# The machine
+
+
+def look_around() -> Where:
+    """Cards, driver, versions and code.
+
+    Raises:
+        Unusable: a package is missing, or torch finds no CUDA device.
+    """
+    asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise Unusable(f"{sys.executable} failed: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
+    found = json.loads(asked.stdout.splitlines()[-1])
+    if missing := [PACKAGES.get(name, name) for name in found["missing"]]:
+        raise Unusable(
+            f"{sys.executable} lacks {', '.join(missing)}: install them, or give wheels with --wheels DIRECTORY"
+        )
+    if not found["cards"]:
+        raise Unusable(f"no CUDA here: torch.cuda.is_available() is False (torch {found['versions']['torch']})")
+    return Where(found["cards"], _driver(), found["versions"], _hash_of_sources())
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout.split()
+    except FileNotFoundError:
+        return "unknown: no nvidia-smi"
+    except subprocess.TimeoutExpired:
+        return "unknown: nvidia-smi took longer than 60 s"
+    return told[0] if told else "unknown: nvidia-smi told nothing"
+
+
+def _hash_of_sources() -> str:
+    digest = hashlib.sha256()
+    for folder in ("shmbridge", "launcher", "tests/gpu", "scripts"):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _commit() -> str:
+    """The commit that is checked out, with -dirty where files have changed; empty without git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+# A stage
+
+
+def run(stage: Stage, options: argparse.Namespace, where: Where) -> Record:
+    """Run it to its end or its limit, and keep its record."""
+    out: Path = options.out
+    for suffix in (".result.json", ".xml", ".json", ".md"):
+        (out / (stage.name + suffix)).unlink(missing_ok=True)
+    filled = {"python": sys.executable, "out": str(out), "workers": str(options.workers), "name": stage.name}
+    command = [part.format(**filled) for part in stage.command]
+    log = out / f"{stage.name}.log"
+    print(f"{stage.name}: {stage.shows}; log: {log}", flush=True)
+    date, began, before = datetime.now(UTC), time.monotonic(), _shared_memory()
+    with log.open("w") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        code = _run_group(command, file, stage.limit_s)
+    result, found = judge(out, stage, code)
+    _, *lines = log.read_text(errors="replace").splitlines()
+    if not found and lines:
+        found.append(lines[-1].strip())
+    if left := sorted(_shared_memory() - before):
+        found.append(f"left in /dev/shm: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+    record = Record(
+        *(stage.name, result, round(time.monotonic() - began), date.isoformat(timespec="seconds")),
+        *(_shown(command, out), where, found),
+    )
+    (out / f"{stage.name}.result.json").write_text(json.dumps(asdict(record), indent=1))
+    print(f"{stage.name}: {result} after {record.seconds} s", flush=True)
+    if result != "passed":
+        print("".join(f"    {line}\n" for line in lines[-15:]), end="", flush=True)
+    return record
+
+
+def _run_group(command: Sequence[str], log: IO[str], limit_s: float) -> int | None:
+    """The exit code; None where it took longer than `limit_s`. Nothing of its process group is left."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        return int(process.wait(limit_s))
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:  # pytest writes its report at a SIGINT, and a launcher ends its processes
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                pass
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+
+
+def _shown(command: Sequence[str], out: Path) -> str:
+    """The command with short names for the interpreter and the directory of results."""
+    return shlex.join(command).replace(sys.executable, "python").replace(str(out), "OUT")
+
+
+def _shared_memory() -> set[str]:
+    """The names in /dev/shm that are this user's."""
+    with os.scandir("/dev/shm") as entries:
+        return {entry.name for entry in entries if entry.stat(follow_symlinks=False).st_uid == os.getuid()}
+
+
+def judge(out: Path, stage: Stage, code: int | None) -> tuple[str, list[str]]:
+    """What became of a stage, in a word, and what was found."""
+    found: list[str] = []
+    good, targets_reached = True, True
+    if (report := out / f"{stage.name}.xml").exists():
+        good, found = tests(report)
+    elif "--junitxml" in stage.command:
+        good = False
+        found.append("pytest wrote no report")
+    if (figures := out / f"{stage.name}.json").exists():
+        told = json.loads(figures.read_text())
+        found += told.get("found", [])
+        for target in told.get("targets", []):
+            targets_reached &= bool(target["reached"])
+            word = {True: "reached", False: "missed", None: "not measured"}[target["reached"]]
+            found.append(f"{target['text']}: {target['found']} ({word}, limit {target['limit']})")
+    if code is None:
+        return "timed out", [f"longer than {stage.limit_s:g} s", *found]
+    if good and not targets_reached and code == 1:
+        return "target missed", found
+    if code or not good:
+        return "failed", [f"exit code {code}", *found]
+    return "passed", found
+
+
+def tests(report: Path) -> tuple[bool, list[str]]:
+    """Of a JUnit file: whether some test passed and every other one could not run for want of a second GPU; and counts."""
+    passed, failed, skipped = 0, [], {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        skip = case.find("skipped")
+        if skip is not None:
+            reason = skip.get("message", "")
+            skipped[reason] = skipped.get(reason, 0) + 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            failed.append(case.get("name", ""))
+        else:
+            passed += 1
+    found = [f"{passed} passed"]
+    found += [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
+    found += [f"{count} skipped: {reason}" for reason, count in skipped.items()]
+    return bool(passed) and not failed and all("GPUs, there" in reason for reason in skipped), found
+
+
+def kept(stage: Stage, out: Path, where: Where) -> Record | None:
+    """The record of an earlier run of the same code on the same machine."""
+    file = out / f"{stage.name}.result.json"
+    if not file.exists():
+        return None
+    fields = json.loads(file.read_text())
+    record = Record(**{**fields, "where": Where(**fields["where"])})
+    return record if record.where == where else None
+
+
+# What is shown
+
+
+def table(stages: Sequence[Stage], records: dict[str, Record]) -> str:
+    """A line for each stage, and what it found below it."""
+    lines = [f"{'stage':10}{'result':15}{'seconds':>7}"]
+    for stage in stages:
+        record = records.get(stage.name)
+        result, seconds = (record.result, str(record.seconds)) if record else ("not run", "")
+        lines.append(f"{stage.name:10}{result:15}{seconds:>7}  {stage.shows}")
+        lines += [f"{'':34}{text}" for text in (record.found if record else [])]
+    return "\n".join(lines)
+
+
+def markdown(stages: Sequence[Stage], records: dict[str, Record], where: Where, out: Path) -> str:
+    """The block for docs/gpu.md: date, cards, driver, versions, and of each stage the command, the result and what was found."""
+    dates = sorted(record.date[:10] for record in records.values())
+    count = {card: where.cards.count(card) for card in where.cards}
+    cards = ", ".join(f"{number} x {card}" for card, number in count.items())
+    rows = {
+        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "-",
+        "cards": cards,
+        "driver": where.driver,
+        "versions": ", ".join(f"{name} {version}" for name, version in where.versions.items()),
+        "code": ", ".join(part for part in (_commit(), f"sources {where.code}") if part),
+    }
+    lines = [f"### {rows['date']}: {cards}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", "| stage | result | seconds | found | command |", "|---|---|---|---|---|"]
+    for stage in stages:
+        if record := records.get(stage.name):
+            cells = (stage.name, record.result, str(record.seconds), "<br>".join(record.found), f"`{record.command}`")
+        else:
+            cells = (stage.name, "not run", "", "", "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    parts = ["\n".join(lines)]
+    parts += [(out / f"{stage.name}.md").read_text().strip() for stage in stages if (out / f"{stage.name}.md").exists()]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
