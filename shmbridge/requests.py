@@ -124,11 +124,15 @@ class Requests:
         sequence = ring.claim()
         ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
         ring.publish_request(sequence)
-        session.ring_teacher()
-        session.record.at(step, sequence)
-        sent = Sent(sequence, step, extent, "candidates" in arrays)
-        if self._trace:
-            self._hand_over("submit", sent, ids.nbytes, started)
+        try:
+            session.ring_teacher()  # the teacher may take this core now: what a signal handler raises is raised here
+            session.record.at(step, sequence)
+            sent = Sent(sequence, step, extent, "candidates" in arrays)
+            if self._trace:
+                self._hand_over("submit", sent, ids.nbytes, started)
+        except BaseException:
+            self.dropped.append(sequence)  # no Pending will own its slot
+            raise
         return sent
 
     @property

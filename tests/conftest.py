@@ -17,8 +17,9 @@ torch.set_num_threads(1)
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
 )
-# Children inherit what is ignored: under nohup the launcher would rightly ignore SIGHUP, and its test would not.
+# Children inherit what is ignored: SIGHUP under nohup, SIGINT where a shell's script has put the tests into the background.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -318,3 +318,25 @@ def test_an_interrupted_exchange_gives_its_slot_back(tmp_path):
         rank.kill(signal.SIGINT)
         assert rank.join() == 0
         assert (tmp_path / "saved").exists()
+
+
+def test_a_submit_that_is_interrupted_behind_its_ring_gives_its_slot_back():
+    """The teacher often takes the core there, so a Ctrl-C often finds the rank there."""
+    with bench(1, "ring.depth=2") as it:
+        it.teacher(Echo())
+        bridge = it.bridge()
+        session = bridge._session
+        ring = session.ring_teacher
+
+        def interrupted() -> None:
+            session.ring_teacher = ring
+            ring()
+            raise KeyboardInterrupt
+
+        bridge.wait_ready()
+        session.ring_teacher = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            bridge.submit(IDS)
+        for _ in range(4):
+            assert bridge.exchange(IDS)["ids"].tolist() == IDS.tolist()
+        bridge.close()

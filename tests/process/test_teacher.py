@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shmbridge import config, offering, teacher
+from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.offer import OutputSpec
 from shmbridge.payload import Batch
@@ -88,10 +89,10 @@ def test_a_conversion_that_was_killed_is_made_again(tmp_path, monkeypatch):
     def convert_and_die():
         """The weights are saved, the tokenizer is not."""
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        teacher.local_copy(str(file))
+        teacher.local_copy(TeacherConfig(model=str(file)))
 
     assert Child(convert_and_die).join() == -signal.SIGKILL
-    path = Path(teacher.local_copy(str(file)))
+    path = Path(teacher.local_copy(TeacherConfig(model=str(file))))
     assert load(str(file)).tokenizer is not None
     assert {each.name for each in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
