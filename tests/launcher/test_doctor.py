@@ -90,6 +90,16 @@ def test_a_torch_that_finds_no_gpu_beside_a_driver_is_a_fault(look):
     assert "a torch for an older CUDA" in found.remedy
 
 
+def test_a_torch_that_cannot_be_imported_is_a_fault(tmp_path):
+    environment = fake_gpus.torch(tmp_path, 0)
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
+    found = {one.name: one for one in gpu.facts(lambda note: None, environment)}
+    assert found["cuda"].status == "fault"
+    assert "ImportError: libcudart.so.12: cannot open shared object file" in found["cuda"].found
+    assert "-c 'import torch'" in found["cuda"].remedy
+    assert found["cuda_ipc"].found == "not tried: no GPU"
+
+
 def test_hidden_gpus_are_no_fault(look):
     found = look(0, fake_gpus.rows(2), CUDA_VISIBLE_DEVICES="")
     assert {one.status for one in found.values()} == {"ok"}

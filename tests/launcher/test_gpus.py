@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from launcher import gpus, plane
+from launcher import cli, gpus, plane
 from launcher.gpus import Gpu
 from shmbridge import config
 from shmbridge.errors import ConfigError
@@ -63,6 +63,27 @@ EIGHT = tuple(Gpu(i, str(i), 80, 79, compute_mode="Exclusive_Process") for i in 
 def test_a_gpu_that_a_run_cannot_use_is_refused_with_the_remedy(teacher, train, cards, message):
     with pytest.raises(ConfigError, match=message):
         gpus.check(teacher, train, cards)
+
+
+@pytest.mark.parametrize(
+    ("smi", "message"),
+    [
+        (
+            fake_gpus.rows(1, "Exclusive_Process"),
+            "teacher.gpus names GPU 0. GPU 0 is in compute mode Exclusive_Process",
+        ),
+        ("sleep 600", "nvidia-smi gave no answer within 0.3 s. Turn persistence mode on"),
+    ],
+)
+def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, smi, message):
+    monkeypatch.setattr(gpus, "NVIDIA_SMI_LIMIT_S", 0.3)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("")
+    for name, value in fake_gpus.nvidia_smi(tmp_path, smi).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["--teacher", "toy:build", "--teacher-gpu", "0", "--train-gpus", "0", "--", "train.py"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_process_on_an_exclusive_gpu_is_allowed_and_named_where_the_trial_fails():
