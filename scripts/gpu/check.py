@@ -239,7 +239,7 @@ def run(stage: Stage, options: argparse.Namespace, where: Where) -> Record:
     if not found and lines:
         found.append(lines[-1].strip())
     if left := sorted(_shared_memory() - before):
-        found.append(f"left in /dev/shm: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
+        found.append(f"new in /dev/shm: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
     record = Record(
         *(stage.name, result, round(time.monotonic() - began), date.isoformat(timespec="seconds")),
         *(_shown(command, out), where, found),
@@ -306,7 +306,7 @@ def judge(out: Path, stage: Stage, code: int | None) -> tuple[str, list[str]]:
     if good and not targets_reached and code == 1:
         return "target missed", found
     if code or not good:
-        return "failed", [f"exit code {code}", *found]
+        return "failed", [f"exit code {code}", *found] if code else found
     return "passed", found
 
 

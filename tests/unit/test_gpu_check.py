@@ -93,7 +93,7 @@ def test_what_a_stage_leaves_in_shared_memory_is_told(tmp_path, capsys):
     name = f"gpu-check-test-{os.getpid()}"
     assert go(tmp_path, [stage("a", f"open('/dev/shm/{name}', 'w')")]) == 0
     os.unlink(f"/dev/shm/{name}")
-    assert f"left in /dev/shm: {name}" in capsys.readouterr().out
+    assert f"new in /dev/shm: {name}" in capsys.readouterr().out
 
 
 # Verdicts
