@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shmbridge import session
 from shmbridge.board import Failure, Phase
 from shmbridge.bridge import Bridge
 from shmbridge.errors import RunStopped, TeacherDied
@@ -340,3 +341,26 @@ def test_a_submit_that_is_interrupted_behind_its_ring_gives_its_slot_back():
         for _ in range(4):
             assert bridge.exchange(IDS)["ids"].tolist() == IDS.tolist()
         bridge.close()
+
+
+@pytest.mark.one_plane
+@pytest.mark.parametrize("told", [True, False])
+def test_a_signal_to_all_may_reach_a_rank_before_the_launcher_has_told_of_the_stop(told, monkeypatch):
+    """As Slurm sends it. A KeyboardInterrupt in a run that nobody stops is a failure."""
+    monkeypatch.setattr(session, "_STOP_IS_TOLD_S", 60.0 if told else 0.01)
+    with bench() as it:
+        it.teacher(Echo())
+
+        def train(bridge: Bridge) -> None:
+            bridge.exchange(IDS)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        rank, lane = it.rank(0, train), it.owner.lanes[0]
+        if told:
+            until(lambda: lane.ring.released)
+            sleeps_on(rank.pid)
+            assert not lane.ring.closed
+            it.owner.ask_to_stop()
+        rank.join()
+        assert lane.ring.closed
+        assert (lane.records[0].failure is None) == told
