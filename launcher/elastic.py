@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # As in cause.py and shim.py, which this file cannot import: it is run by path, and must not see the launcher's directory.
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 STOPS = {signal.SIGRTMIN + 8: signal.SIGINT, signal.SIGRTMIN + 9: signal.SIGTERM}
+HOLD = signal.SIGRTMIN + 10
 # A signal to all processes of a step has reached the last of them so long after the launcher.
 _SENT_TO_ALL_S = 0.2
 
@@ -69,7 +70,7 @@ def _note(number: int, _: FrameType | None) -> None:
 
 def _outlive_signals() -> None:
     """Have signals to this process do nothing but be noted. A handler, unlike SIG_IGN, is not inherited by the ranks."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, HOLD):
         signal.signal(number, _note)
         signal.siginterrupt(number, False)
 
@@ -93,6 +94,7 @@ def _signal_each_rank_once(patience_s: int) -> None:
         logging.disable(logging.WARNING)  # the launcher has told of the stop
         time.sleep(_SENT_TO_ALL_S)
         sent = STOPS[number]
+        _received.pop(HOLD, None)
         raise api.SignalException(f"the launcher stops the ranks with {sent.name}", sent)
 
     def patient(self: PContext, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
@@ -100,6 +102,8 @@ def _signal_each_rank_once(patience_s: int) -> None:
 
     def signal_rank(self: SubprocessHandler, death_sig: signal.Signals | None = None) -> None:
         number = death_sig or signal.SIGTERM
+        if HOLD in _received and number == signal.SIGTERM:
+            return
         if number not in _received or time.monotonic() - _received[number] > patience_s:
             self.proc.send_signal(number)
 

@@ -72,6 +72,10 @@ class Job:
                 self.first_pid = next(iter(self.children()), 0)
         return self.exit
 
+    def hold(self) -> None:
+        """Have torchrun wait for the other ranks when one ends, until `stop` or `kill`."""
+        self._send(shim.HOLD_SIGNAL)
+
     def stop(self, number: signal.Signals) -> None:
         """Have torchrun send SIGINT or SIGTERM to each rank, once, and wait for them."""
         self._send(shim.STOP_SIGNALS[number])

@@ -7,7 +7,7 @@ Ranks are sessions of their own, so killing torchrun's process group misses them
 launcher would leave them behind. The shim is a child subreaper: whatever loses its parent below it becomes its child. It
 is told by the kernel when the launcher dies, and its own direct child is killed by the kernel when the shim dies.
 
-    STOP_SIGNALS            go on to the direct child alone
+    STOP_SIGNALS, HOLD_SIGNAL  go on to the direct child alone
     KILL_SIGNAL             SIGKILL for everything below
     the launcher dies       the same
     the direct child ends   SIGKILL for everything that is left, then the same exit code, or death by the same signal
@@ -35,6 +35,8 @@ from typing import NoReturn
 KILL_SIGNAL = signal.SIGRTMIN + 7
 # Stop the training group with SIGINT or with SIGTERM; elastic.py has the same numbers.
 STOP_SIGNALS = {signal.SIGINT: signal.SIGRTMIN + 8, signal.SIGTERM: signal.SIGRTMIN + 9}
+# The run is about to stop: a rank that ends is no reason to end the others.
+HOLD_SIGNAL = signal.SIGRTMIN + 10
 
 _IGNORED_BY_CHILD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _TRACKERS_S = 1.0  # what resource trackers take to unlink names: milliseconds
@@ -95,7 +97,7 @@ def _guard(child: int) -> int:
     """Serve signals until `child` has ended; its wait status. Orphans are reaped on the way."""
     while True:
         number = signal.sigwait(signal.valid_signals())
-        if number in STOP_SIGNALS.values():
+        if number in (*STOP_SIGNALS.values(), HOLD_SIGNAL):
             kill(child, number)
         elif number == KILL_SIGNAL:
             kill_all(descendants(os.getpid()), and_trackers=False)

@@ -311,14 +311,15 @@ class Supervisor:
 
     def _stop(self, number: signal.Signals) -> None:
         """Ranks with a save hook save first; the rest is sent its signal now."""
-        if self._owner:
-            self._owner.ask_to_stop()  # before any rank ends: its end is then known to be no failure
         grace = f"ranks have {seconds(self._grace_s)} (timeouts.shutdown_s) to save and end"
         self._console.say(f"{number.name}: stopping; {grace}; Ctrl-C kills at once")
         saving = self._ranks.with_save_hook
         if saving:
             self._saving = True
+            self._jobs[TRAIN].hold()
             self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
+        if self._owner:
+            self._owner.ask_to_stop()  # before any rank ends: its end is then known to be no failure
         self._signal_ranks(after_s=self._plan.config.timeouts.save_s if saving else 0.0)
 
     def _signal_ranks(self, after_s: float = 0.0) -> None:

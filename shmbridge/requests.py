@@ -426,7 +426,10 @@ class Requests:
         if waiting:
             behind = ", ".join(f"{count} behind {holder}" for holder, count in waiting.items())
             told.append(f"Released or cancelled, and waiting because slots come free in order: {behind}.")
-        told.append(f"Read and release sequence {self._released} before you submit again, or raise ring.depth.")
+        told.append(
+            f"Read and release sequence {self._released}, or cancel it, before you submit again; or raise ring.depth and give "
+            "prefetch a smaller `ahead`."
+        )
         return " ".join(told)
 
     # Waiting

@@ -41,7 +41,8 @@ def torchrun(mode: str, record: Path) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    for sent, own in shim.STOP_SIGNALS.items():  # as elastic.py
+    signal.signal(shim.HOLD_SIGNAL, lambda *_: stopped.append(0))  # as elastic.py
+    for sent, own in shim.STOP_SIGNALS.items():
         signal.signal(own, lambda *_, sent=sent: stop(sent))
     while any(rank.poll() is None for rank in ranks):
         for number, rank in enumerate(ranks):
@@ -49,7 +50,7 @@ def torchrun(mode: str, record: Path) -> int:
                 return fail(record, ranks, number)
         time.sleep(0.02)
     if stopped:
-        return 128 + stopped[0]
+        return 128 + stopped[-1]
     return next((fail(record, ranks, i) for i, rank in enumerate(ranks) if rank.poll()), 0)
 
 

@@ -59,9 +59,10 @@ def test_what_the_child_leaves_is_killed_when_it_ends(tmp_path):
 
 def test_torchruns_process_knows_the_same_signals():
     assert {own: sent for sent, own in shim.STOP_SIGNALS.items()} == elastic.STOPS
+    assert shim.HOLD_SIGNAL == elastic.HOLD
 
 
-@pytest.mark.parametrize("number", shim.STOP_SIGNALS.values())
+@pytest.mark.parametrize("number", [*shim.STOP_SIGNALS.values(), shim.HOLD_SIGNAL])
 def test_a_stop_reaches_the_child_alone(tmp_path, number):
     child = f"""
 import os, signal, subprocess, time
