@@ -1,12 +1,13 @@
-"""Small forwards at startup: the teacher's half of the parity check, and whether packed documents see each other."""
+"""Forwards at startup: the teacher's half of the parity check, whether packed documents see each other, and the warm-up."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from shmbridge import fingerprint
+from shmbridge import cuda_errors, fingerprint
+from shmbridge.batching import TokenLimit
 from shmbridge.combine import next_tokens
 from shmbridge.config import Config, PayloadConfig
 from shmbridge.encode import Choice, Encoder, LanguageModel
@@ -15,6 +16,7 @@ from shmbridge.head import Head
 from shmbridge.offer import BY_HEAD, Extent, OutputSpec, Probe, by_head
 from shmbridge.payload import Batch, Forward
 from shmbridge.session import Shape
+from shmbridge.trace import logger
 
 _ROWS, _SEQ = 2, 6
 _STRIDE = 7  # between neighbouring IDs, so that no two rows of the probe are alike
@@ -57,6 +59,63 @@ def _refuse_nan(outputs: Mapping[str, torch.Tensor]) -> None:
                 f"the teacher's {name!r} has {odd} NaN among {tensor.numel()} numbers for a small batch of ordinary tokens. Try "
                 "another teacher.dtype or teacher.attn_implementation; parity=false lets it pass."
             )
+
+
+def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Config, device: torch.device) -> None:
+    """Compute and encode a small batch, without and with an attention mask, and one of ring.max_tokens tokens, so that CUDA loads
+    its kernels and torch's allocator grows before the barrier. Out of memory lowers `limit`, as it does while training.
+
+    Raises:
+        RuntimeError: CUDA cannot be used any more. Whatever else a forward raises is logged.
+    """
+    ids = _token_ids(forward, settings)
+    mask = torch.ones_like(ids)
+    mask[-1, -1] = 0
+    words = vocab_size(forward, settings) or 1
+    with torch.inference_mode():
+        _try(forward, encoder, ids, None, settings, device)
+        _try(forward, encoder, ids, mask, settings, device)
+        tried = 0
+        while (largest := _largest(forward, limit, settings)).numel() != tried:
+            if _try(forward, encoder, largest % words, None, settings, device):
+                return
+            tried = largest.numel()
+            limit.failed(tried)
+            logger.warning(
+                "the teacher ran out of memory as it warmed up; forwards take %d tokens at most", limit.tokens
+            )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _largest(forward: Forward, limit: TokenLimit, settings: Config) -> torch.Tensor:
+    """(rows, seq) int64 numbers, about ring.max_tokens of them, as far as the model and `limit` allow."""
+    tokens = min(settings.ring.max_tokens, limit.tokens)
+    seq = min(tokens, getattr(forward, "max_seq", None) or tokens)
+    rows = max(1, min(tokens // seq, settings.ring.max_batch))
+    return torch.arange(rows * seq).reshape(rows, seq)
+
+
+def _try(
+    forward: Forward,
+    encoder: Encoder,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    settings: Config,
+    device: torch.device,
+) -> bool:
+    """Compute and encode a batch. False where it ran out of memory."""
+    try:
+        returned = forward(Batch(ids.to(device), None if mask is None else mask.to(device)))
+        for _ in _parts(encoder, returned, ids, settings.payload):
+            pass
+    except Exception as error:
+        if cuda_errors.is_sticky(error):
+            raise
+        if cuda_errors.is_out_of_memory(error):
+            return False
+        logger.info("the warm-up of %s tokens raised %r; requests of that shape would too", tuple(ids.shape), error)
+    return True
 
 
 def vocab_size(forward: Forward, settings: Config) -> int | None:
@@ -104,7 +163,15 @@ def _token_ids(forward: Forward, settings: Config) -> torch.Tensor:
 def _encoded(
     encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
 ) -> dict[str, torch.Tensor]:
-    """The whole payload of the batch; candidates are word 0."""
+    """The whole payload of the batch."""
+    parts = list(_parts(encoder, returned, ids, payload))
+    return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
+
+
+def _parts(
+    encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The payload of the batch in the pieces in which it is encoded; candidates are word 0."""
     rows, seq = ids.shape
     device = next(iter(returned.values())).device
     targets = torch.from_numpy(next_tokens(ids.numpy())).flatten().to(device)
@@ -112,5 +179,5 @@ def _encoded(
     candidates = torch.zeros(rows * seq, asked, dtype=torch.int64, device=device) if asked else None
     choice = Choice(slice(0, rows), seq, None, targets, candidates)
     chosen = encoder.select(encoder.prepare(returned, rows, seq, True), choice)
-    parts = [outputs for _, outputs in encoder.encode(chosen)]
-    return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
+    for _, outputs in encoder.encode(chosen):
+        yield outputs

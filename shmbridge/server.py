@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from shmbridge import batching, combine, encode, planes, stopwatch
+from shmbridge import batching, combine, cuda_errors, encode, planes, stopwatch
 from shmbridge.batching import Piece, TokenLimit
 from shmbridge.board import Phase
 from shmbridge.collect import Collector
@@ -306,16 +306,6 @@ class Server:
 
 def _trouble(error: Exception) -> _Trouble:
     """What a forward raised. An error that ends the teacher is raised."""
-    if _poisons_the_device(error):
+    if cuda_errors.is_sticky(error):
         raise error
-    return _Trouble(repr(error), "".join(traceback.format_exception(error)), _is_out_of_memory(error))
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """A GPU's or the CPU allocator's; the latter is a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _poisons_the_device(error: Exception) -> bool:
-    """A CUDA error other than out of memory: no later forward of this process can succeed."""
-    return not _is_out_of_memory(error) and ("CUDA error" in str(error) or type(error).__name__ == "AcceleratorError")
+    return _Trouble(repr(error), "".join(traceback.format_exception(error)), cuda_errors.is_out_of_memory(error))

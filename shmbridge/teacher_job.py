@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from shmbridge import offering, shared_head, stacks, trace
+from shmbridge import offering, probing, shared_head, stacks, trace
 from shmbridge.batching import TokenLimit
 from shmbridge.board import Phase
 from shmbridge.config import Config, is_builder
@@ -73,10 +73,13 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     stays = session.settings.teacher.keep or session.settings.train.restarts > 0
     slabs: Slabs = {}
     limit = TokenLimit(session.settings.teacher.max_batch_tokens)
+    warm = device.type != "cuda"  # on the CPU nothing is loaded late
+    if not warm:
+        torch.cuda.empty_cache()  # a slab cannot take what loading has left in torch's cache
     following: TeacherSession | None = session
     while following:
         served = following
-        _serve_generation(served, forward, encoder, agreed, device, slabs, limit)
+        warm = _serve_generation(served, forward, encoder, agreed, device, slabs, limit, warm)
         following = served.next_generation() if stays else None
         served.close()
 
@@ -89,11 +92,13 @@ def _serve_generation(
     device: torch.device,
     slabs: Slabs,
     limit: TokenLimit,
-) -> None:
+    warm: bool,
+) -> bool:
+    """Serve one generation; whether the teacher is warm after it. It warms up once its slabs are there, and `warm` is False."""
     session.offer(agreed)
     if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
         session.open_barrier()
-        return
+        return warm
     head: Head | None = getattr(forward, "head", None)
     if agreed.head and head and session.index == 0:
         shared_head.write(session.token, agreed.head, head)
@@ -101,10 +106,13 @@ def _serve_generation(
         server = Server(session, forward, encoder, agreed, device, slabs, limit)
     except AttachError:
         if session.training_done:  # meanwhile, and its memory is gone
-            return
+            return warm
         raise
+    if not warm:
+        probing.warm_up(forward, encoder, limit, session.settings, device)
     server.serve()
     server.close()
+    return True
 
 
 def _outlive_signals() -> None:

@@ -1,0 +1,64 @@
+"""The teacher's warm-up, on the CPU: which batches are computed, and what running out of memory does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shmbridge import config, offering, probing
+from shmbridge.batching import TokenLimit
+from shmbridge.payload import Batch
+
+CPU = torch.device("cpu")
+SETTINGS = config.load(
+    overrides=["teacher.model=tests:teacher", "ring.max_tokens=512", "payload.topk={k: 2}", "parity=false"]
+)
+
+
+class Model:
+    """Logits of 5 words. It runs out of memory above `fits` tokens, and may raise `error`."""
+
+    vocab_size = 5
+    max_seq = 64
+
+    def __init__(self, fits: int = 10**6, error: Exception | None = None) -> None:
+        self.fits, self.error = fits, error
+        self.shapes: list[tuple[int, int]] = []
+        self.masked = 0
+
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        self.shapes.append(tuple(batch.input_ids.shape))
+        self.masked += batch.attention_mask is not None
+        if batch.input_ids.numel() > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.error:
+            raise self.error
+        assert batch.input_ids.max() < self.vocab_size
+        return {"logits": torch.zeros(*batch.input_ids.shape, self.vocab_size)}
+
+
+def warm_up(model: Model) -> TokenLimit:
+    made = Model()
+    _, encoder = offering.make(made, SETTINGS, CPU)
+    limit = TokenLimit(SETTINGS.teacher.max_batch_tokens)
+    probing.warm_up(model, encoder, limit, SETTINGS, CPU)
+    return limit
+
+
+def test_a_small_batch_with_and_without_a_mask_and_one_of_ring_max_tokens_are_computed():
+    model = Model()
+    assert warm_up(model).tokens == SETTINGS.teacher.max_batch_tokens
+    assert (model.shapes, model.masked) == ([(2, 6), (2, 6), (8, 64)], 1)
+
+
+@pytest.mark.parametrize(("fits", "left"), [(300, 256), (100, 64), (40, 32), (0, 1)])
+def test_out_of_memory_halves_the_forward_and_the_start_goes_on(fits, left):
+    model = Model(fits)
+    assert warm_up(model).tokens == left
+    assert model.shapes[-1][0] * model.shapes[-1][1] == left
+
+
+def test_another_error_is_the_requests_own_and_a_broken_gpu_ends_the_start():
+    warm_up(Model(error=ValueError("no such words")))
+    with pytest.raises(RuntimeError, match="illegal"):
+        warm_up(Model(error=RuntimeError("CUDA error: an illegal memory access was encountered")))
