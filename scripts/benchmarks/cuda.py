@@ -87,6 +87,8 @@ def _measure(options: argparse.Namespace, results: Results) -> None:
     tables.progress("copy")
     with _session(options, "copy", _teach_answers) as ask:
         copied = ask(_time_passes, sizes, options.turns)
+    tables.progress("calls")
+    with _session(options, "copy", _teach_answers, "ring.spin_us=0") as ask:  # a spin is no work of the bridge's
         results.calls = Calls(*ask(_time_calls, max(100, 10 * options.turns)))
     results.readings = [Reading(n, passes, a, b) for (n, passes, a), (_, _, b) in zip(copied, in_place, strict=True)]
     tables.progress("steps")
@@ -99,7 +101,9 @@ def _measure(options: argparse.Namespace, results: Results) -> None:
 
 
 @contextmanager
-def _session(options: argparse.Namespace, read: str, teach: Callable[..., None]) -> Iterator[Callable[..., Any]]:
+def _session(
+    options: argparse.Namespace, read: str, teach: Callable[..., None], *settings: str
+) -> Iterator[Callable[..., Any]]:
     """A teacher and a rank, alive; gives a function that runs another one in the rank, with its bridge and device."""
     tokens = max(options.mib * MIB // (4 * ITEM), _ROWS * _SEQ)
     logits = teach is _teach_logits
@@ -111,6 +115,7 @@ def _session(options: argparse.Namespace, read: str, teach: Callable[..., None])
             f"ring.max_tokens={_ROWS * _SEQ if logits else tokens}",
             "teacher.linger_ms=0",
             "teacher.max_batch_tokens=1000000",
+            *settings,
         ),
     ]
     spawn = multiprocessing.get_context("spawn")

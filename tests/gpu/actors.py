@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+import shmbridge
 from shmbridge import cuda_ipc, encode, teacher_job
 from shmbridge.bridge import Bridge
 from shmbridge.cuda_plane import TeacherCudaPlane
@@ -284,16 +286,18 @@ def ask_profiled(device: torch.device, lane: int) -> None:
 
 @contextmanager
 def profiled(found: list[str]) -> Iterator[None]:
-    """Names of calls in the block in which a host waits; first, that calls were seen at all."""
+    """Names of calls in the block in which a host waits, without those that a profile of nothing has; first, that calls were seen
+    at all."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as empty:
+        pass
     with torch.profiler.profile(activities=activities) as profile:
         yield
     seen = [event.name for event in profile.events()]
     assert any("LaunchKernel" in name for name in seen), "the profile shows no call of CUDA"
-    waits = [name for name in seen if name in SYNCS]
-    if "cudaDeviceSynchronize" in waits:  # once, by the profiler itself as it stops
-        waits.remove("cudaDeviceSynchronize")
-    found += waits
+    waits = Counter(name for name in seen if name in SYNCS)
+    waits -= Counter(event.name for event in empty.events())
+    found += waits.elements()
 
 
 def read_torn(device: torch.device, lane: int, streams: bool = False) -> None:
@@ -303,7 +307,11 @@ def read_torn(device: torch.device, lane: int, streams: bool = False) -> None:
         try:
             for step in range(50):
                 sent = ids(lane, step)
-                counts[judge(bridge.exchange(sent)["rows"], own, sent)] += 1
+                if streams:
+                    counts[judge(bridge.exchange(sent)["rows"], own, sent)] += 1
+                    continue
+                with bridge.submit(sent).wait() as reply:  # judged before the release, which raises on an idle card
+                    counts[judge(reply["rows"], own, sent)] += 1
         except TornReply as error:
             counts["raised"] = str(error)
     tell(counts)
@@ -315,7 +323,10 @@ def judge(found: torch.Tensor, own: torch.Tensor, sent: torch.Tensor) -> str:
 
 
 def outlive(device: torch.device, lane: int) -> None:
-    """What a rank sees whose teacher is killed. It looks at a reply once its event has come, and gives up after 20 s."""
+    """What a rank sees whose teacher is killed: its event comes, or never comes, or CUDA raises at every call.
+
+    It looks at a reply once its event has come, and gives up after 20 s.
+    """
     own = table(device)
     counts = {"right": 0, "nan": 0, "wrong": 0, "stuck": 0, "raised": ""}
     bridge = Bridge(TrainerSession(token(), lane), device)
@@ -336,8 +347,29 @@ def outlive(device: torch.device, lane: int) -> None:
             counts[judge(found, own, sent)] += 1
     except (TeacherDied, TornReply) as error:
         counts["raised"] = f"{type(error).__name__}: {error}"
+    except RuntimeError as error:  # CUDA's, outside of the bridge
+        died = bridge._requests.blame(error) if bridge._requests else None
+        if died is None:
+            raise
+        counts["raised"] = f"TeacherDied: {died}"
     tell(counts)
     os._exit(0)  # a stuck stream would hold up a clean end
+
+
+def wait_in_item(device: torch.device, lane: int) -> None:
+    """Reads a reply whose teacher is killed, and waits for it in C, where no exception gets through; its heartbeat watches."""
+    torch.cuda.set_device(device)
+    bridge = shmbridge.connect(lane=lane, device=device)
+    bridge.wait_ready()
+    for step in range(50):
+        pending = bridge.submit(ids(lane, step), step=step)
+        try:
+            with pending.wait() as reply:
+                tell({"read": step})
+                reply["rows"].sum().item()
+        except TornReply:
+            pass  # the event came all the same
+    tell({"ended": True})
 
 
 def hold(device: torch.device, lane: int, streams: bool = False) -> None:

@@ -86,6 +86,16 @@ def test_a_rank_reads_the_other_cards_memory(tmp_path, model, read):
 
 
 @pytest.mark.gpus(2)
+@READS
+def test_a_rank_with_expandable_segments_reads_the_other_cards_memory(tmp_path, model, read):
+    """Training keeps them; the launcher takes them from the teacher alone."""
+    cards = ("--teacher-gpu", "1", "--train-gpus", "0")
+    segments = {ALLOCATOR: "expandable_segments:True"}
+    _, told = launch(tmp_path, model, *cards, "--plane", "cuda_ipc", f"cuda.read={read}", **segments)
+    right(told, 1, "cuda_ipc")
+
+
+@pytest.mark.gpus(2)
 def test_a_model_over_two_cards(tmp_path, model):
     _, told = launch(tmp_path, model, "--teacher-gpu", "0,1", "--teacher-replicas", "1", "--train-gpus", "0,1")
     right(told, 2, "cuda_ipc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
@@ -138,6 +139,22 @@ def test_a_teacher_that_is_killed_around_its_copy_never_gives_a_wrong_number(sta
     teacher.join(-signal.SIGKILL)
 
 
+@ON_CUDA
+def test_a_rank_that_waits_for_a_dead_teacher_in_a_call_of_cuda_is_ended(start, plane):
+    """The teacher is killed behind a kernel of a second, with its reply published. Exit code 75 within 10 s where the event never
+    comes; where CUDA raises instead, or the event comes, the rank ends by an exception."""
+    session = start(1, *PLANES[plane])
+    teacher = session.teacher("teach_killed_at", point="after publish", reply=3, slow=True)
+    rank = session.rank(0, "wait_in_item")
+    teacher.join(-signal.SIGKILL)
+    started = time.monotonic()
+    code = rank.process.wait(60)
+    took_s = time.monotonic() - started
+    log = rank.log.read_text()
+    assert took_s < 10, log
+    assert code == 75 or (code == 1 and "TeacherDied" in log), log
+
+
 @ON_EACH_PLANE
 @WHOLE_OR_NOT
 def test_a_rank_that_is_killed_with_a_lease_holds_up_nobody(start, plane, streams):
@@ -146,7 +163,7 @@ def test_a_rank_that_is_killed_with_a_lease_holds_up_nobody(start, plane, stream
     holder = session.rank(0, "hold", streams=streams)
     assert holder.line() == {"holds": True}
     if streams:
-        other = session.rank(1, "read_torn")
+        other = session.rank(1, "read_torn", streams=True)
         holder.kill()
         assert other.result()["right"] == 50
     else:
