@@ -272,8 +272,13 @@ class Bridge:
             yield
 
     def stats(self) -> Stats:
-        """What this rank's replies took so far, since `wait_ready`."""
+        """What this rank's replies took so far, since `wait_ready`.
+
+        How long a GPU stood still for replies is measured on rank 0 where log.stats_every is not 0, and on any rank from its
+        first call of this on.
+        """
         self._ready()
+        self._sending.plane.timed = True
         return self._sending.meter.total()
 
     @property
@@ -284,7 +289,8 @@ class Bridge:
 
     def gpu_stands_at(self) -> tuple[Identity, int] | None:
         """The read that this rank's GPU has come to and not got past: see planes.RankPlane."""
-        return self._requests.plane.stands_at() if self._requests else None
+        requests = self._requests
+        return (requests.broken_at or requests.plane.stands_at()) if requests else None
 
     def close(self) -> None:
         """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing. Leases end.
@@ -314,8 +320,8 @@ class Bridge:
                 self._requests.close(self._why_closed)
         finally:
             if os.getpid() == self.process:  # a forked child, such as a DataLoader worker, is not the rank
-                if self.heartbeat:
-                    self.heartbeat.stop()
+                if self.heartbeat and not (self._requests and self._requests.broken_at):
+                    self.heartbeat.stop()  # else it ends a process whose clean-up hangs
                 self._stopping.close()
                 if closes_lane:
                     self._open.close()
@@ -327,7 +333,11 @@ class Bridge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._fail(error)
+            died = self._requests.blame(error) if self._requests and not self._closed else None
+            self._fail(died or error)
+            self.close()
+            if died:
+                raise died from error
         self.close()
 
     # Within
@@ -390,6 +400,7 @@ class Bridge:
         if not self._closed and os.getpid() == self.process:
             if self._requests:
                 self._requests.explain(error)
+                error = self._requests.blame(error) or error
             self._open.record.fail_with(error)
         return True
 

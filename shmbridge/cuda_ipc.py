@@ -7,13 +7,16 @@ Each function says the trap that it walks around.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
 
 MIB = 2**20
+_SIDE_STREAMS = 32  # of a device; torch hands them out in turn
 _OWN_BLOCK = 20 * MIB  # torch's allocator gives smaller requests a part of a block that they share
 _GRAIN = 2 * MIB
 _EXPANDABLE = b"e"
@@ -21,6 +24,9 @@ _HEADERLESS = 64  # bytes of an older torch's handle, which is CUDA's alone
 
 Event = torch.cuda.Event
 Stream = torch.cuda.Stream
+
+_streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # that `side_stream` gave and somebody holds
+_pools: list[object] = []  # of slabs: a pool that nobody holds is given back, with a wait for the device
 
 
 class MemoryHandle(msgspec.Struct, frozen=True):
@@ -67,15 +73,21 @@ def identify(device: torch.device) -> str:
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 memory of at least `nbytes` with a cudaMalloc of its own.
+    """uint8 memory of at least `nbytes` with a cudaMalloc of its own, in a pool of its own that is kept for life.
 
     A handle opens the whole allocation that it lies in. Under 20 MiB, or cut from a free block of the cache, that would be one
-    which torch shares out among other tensors of the exporter. Never an inference tensor.
+    which torch shares out among other tensors of the exporter. torch.cuda.empty_cache() would have the same effect, but it waits
+    for every stream, also for one that waits for a process that is gone. Never an inference tensor.
     """
-    torch.cuda.empty_cache()
-    size = max(_OWN_BLOCK, -(-nbytes // _GRAIN) * _GRAIN)
-    with torch.inference_mode(False):
-        return torch.zeros(size, dtype=torch.uint8, device=device)
+    pool = torch.cuda.MemPool()
+    _pools.append(pool)
+    with torch.inference_mode(False), torch.cuda.use_mem_pool(pool, device):
+        return torch.zeros(block_bytes(nbytes), dtype=torch.uint8, device=device)
+
+
+def block_bytes(nbytes: int) -> int:
+    """Bytes that `allocate` takes for `nbytes`."""
+    return max(_OWN_BLOCK, -(-nbytes // _GRAIN) * _GRAIN)
 
 
 def export_memory(memory: torch.Tensor) -> MemoryHandle:
@@ -130,11 +142,6 @@ def open_event(handle: bytes, device: torch.device) -> Event:
     return opened
 
 
-def event() -> Event:
-    """An event of this process's own, without a clock."""
-    return torch.cuda.Event()
-
-
 def timed_event() -> Event:
     """An event of this process's own that tells its time."""
     return torch.cuda.Event(enable_timing=True)
@@ -145,12 +152,21 @@ def current_stream(device: torch.device) -> Stream:
 
 
 def side_stream(device: torch.device) -> Stream:
-    return torch.cuda.Stream(device)
+    """A stream that no other holder of a side stream in this process has, as long as torch has one left."""
+    for _ in range(_SIDE_STREAMS):
+        stream = torch.cuda.Stream(device)
+        if stream not in _streams:
+            break
+    _streams.add(stream)
+    return stream
 
 
-def on(stream: Stream) -> AbstractContextManager[object]:
-    """What is launched in the block goes to `stream`."""
-    return torch.cuda.stream(stream)
+@contextmanager
+def on(stream: Stream) -> Iterator[Stream]:
+    """What is launched in the block goes to `stream`. Gives the stream of that device that was current before."""
+    before = torch.cuda.current_stream(stream.device)
+    with torch.cuda.stream(stream):
+        yield before
 
 
 def keep_until(tensors: Iterable[torch.Tensor], stream: Stream) -> None:
@@ -160,9 +176,24 @@ def keep_until(tensors: Iterable[torch.Tensor], stream: Stream) -> None:
 
 
 def pinned(count: int, device: torch.device) -> torch.Tensor:
-    """(count,) int64 host memory that `device` writes to without this process waiting."""
+    """(count,) bool in host memory that `device` writes to without this process waiting."""
     with torch.cuda.device(device):  # else CUDA would make a context on the current one
-        return torch.zeros(count, dtype=torch.int64, pin_memory=True)
+        return torch.zeros(count, dtype=torch.bool, pin_memory=True)
+
+
+def zero(device: torch.device) -> torch.Tensor:
+    """() bool in the memory of `device`: False."""
+    return torch.zeros((), dtype=torch.bool, device=device)
+
+
+def tell_host(word: torch.Tensor, value: torch.Tensor) -> None:
+    """Have the current stream write `value` (() bool, on a GPU) into `word` (() bool, in pinned memory)."""
+    word.copy_(value, non_blocking=True)
+
+
+def pause() -> None:
+    """Let a host that waits for its GPU sleep for a millisecond. It does not wait in CUDA, where no signal gets through."""
+    time.sleep(0.001)
 
 
 def pid_namespace() -> int:

@@ -25,7 +25,8 @@ import torch
 from shmbridge import cuda_ipc, peer
 from shmbridge.cuda_exchange import Exchange, Export, Imported
 from shmbridge.cuda_ipc import Event, Stream
-from shmbridge.errors import AttachError, PlanError, TornReply
+from shmbridge.cuda_reads import ON_THEIR_WAY, Read, Reads
+from shmbridge.errors import AttachError, PlanError
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
 from shmbridge.session import Lane, Shape, Token
@@ -35,7 +36,6 @@ _STAMP_BYTES = 8
 _GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
 _NUMBERS = 2**43
 _SAMPLE_BYTES = 4096
-_STAMPS_ON_THEIR_WAY = 256  # a rank's host that runs further ahead of its GPU waits for it
 
 # What torch raises for handles: CUDA's refusals, and its own of what is garbled.
 _UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
@@ -155,6 +155,7 @@ class TeacherCudaPlane:
         self._stream = slab.stream
         self._free: list[Event] = []
         self._begun = -1  # the newest number that the stream may write
+        self._followed = -1  # replies up to here, the last reads of which the stream waits for
 
     def write(
         self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
@@ -204,9 +205,19 @@ class TeacherCudaPlane:
         return None
 
     def settled(self) -> bool:
-        """The rank has what was published, and neither side's GPU is at it any more. Never blocks."""
-        read = self._ring.released >= self._ring.replied
-        return read and self._stream.query() and all(event.query() for event in self._free)
+        """The rank has what was published, and neither side's GPU is at it any more. Never blocks. Raises AttachError.
+
+        The rank's events are waited for on the lane's stream, and that is asked: whether an event of another process answers
+        a query is not known.
+        """
+        replied = self._ring.replied
+        if self._ring.released < replied:
+            return False
+        if self._followed != replied:
+            self._followed = replied
+            for event in self._free or self._open_free():
+                self._stream.wait_event(event)
+        return self._stream.query()
 
 
 def _slab_of(
@@ -221,26 +232,18 @@ def _slab_of(
     return slab
 
 
-class _Read(NamedTuple):
-    """A reply that this rank's stream reads, until its stamp is known to the host."""
-
-    number: int
-    stamp: int  # expected
-    seen: Event
-    place: int  # of the stamp on the host
-    teacher: Identity
-    begun: Event | None  # the stream has come to it; None: it has nothing else to do
-
-
 class _Import(NamedTuple):
     """What the rank has opened of one teacher."""
 
     nth: int  # of the lane's exports
-    first: int
+    first: int  # number of the first reply, or chunk, that lies in it
     teacher: Identity
     slab: Opened
     slots: Slots
     events: list[Event]  # this rank's own, exported: a slot's last read
+    firsts: dict[
+        int, tuple[dict[str, torch.Tensor], list[torch.Tensor]]
+    ]  # of the views that a slot had last: see _firsts
 
     def ready(self, number: int) -> Event:
         return self.slab.ready[number % self.slab.slots]
@@ -248,9 +251,9 @@ class _Import(NamedTuple):
     def free(self, number: int) -> Event:
         return self.events[number % self.slab.slots]
 
-    def stamp(self, number: int) -> torch.Tensor:
-        """A copy, taken on the current stream."""
-        return self.slab.stamps[number % self.slab.slots].clone()
+    def torn(self, read: Read) -> torch.Tensor:
+        """Whether the slot's stamp is another than that of `read`: () bool, computed on the current stream."""
+        return self.slab.stamps[read.number % self.slab.slots].ne(read.stamp)
 
 
 class RankCudaPlane:
@@ -265,19 +268,20 @@ class RankCudaPlane:
     ) -> None:
         """Open the lane's slab on `device`. Raises AttachError."""
         self.keeps = self.lends = in_place
+        self.timed = False
         self._device = device
         self._expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
         self._agreed = agreed
         self._exchange = Exchange(token, shape, lane.index)
-        self._opened: list[_Import] = []
-        self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
-        self._side = cuda_ipc.side_stream(device)
-        self._copied = cuda_ipc.event()
+        self._opened: dict[int, _Import] = {}  # by the number of the export
+        self._retired: list[_Import] = []
+        self._held: dict[int, _Import] = {}  # where the replies lie that are lent
         with torch.inference_mode(False):  # the first reply may be an evaluation's, and training writes here as well
-            self._seen = cuda_ipc.pinned(_STAMPS_ON_THEIR_WAY, device)
-        self._reads: deque[_Read] = deque()
+            self._reads = Reads(cuda_ipc.pinned(2 * ON_THEIR_WAY, device), cuda_ipc.pause)
+            self._here = cuda_ipc.zero(device)
+        self._side = cuda_ipc.side_stream(device)
         self._waits: deque[tuple[Event, Event]] = deque()
-        self._count = 0
+        self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
         """The tensors of a published reply, on this rank's device and for its current stream.
@@ -286,34 +290,63 @@ class RankCudaPlane:
             TornReply: an earlier reply turned out to be torn.
         """
         self.check()
-        slab = self._of(number)
-        views = slab.slots.views(number, extent)
-        compute = cuda_ipc.current_stream(self._device)
+        source = self._of(number)
         if self.keeps:
-            begun = self._wait(compute, slab.ready(number))
-            self._guard(slab, number, slab.stamp(number), views, begun)
-            return slab.slots.lend(number, extent)
-        with cuda_ipc.on(self._side):
-            self._side.wait_event(slab.ready(number))
-            stamp = slab.stamp(number)
-            copies = {name: torch.empty_like(view) for name, view in views.items()}
-            for name, copy in copies.items():
-                copy.copy_(views[name], non_blocking=True)
-            self._guard(slab, number, stamp, copies)
-            slab.free(number).record(self._side)
-            self._copied.record(self._side)
-        self._wait(compute, self._copied)
+            self._held[number] = source
+        stamp = _stamp(source.slab.generation, number)
+        read = self._reads.prepare(number, stamp, source.teacher, with_beginning=self.keeps)
+        tensors = self._lend(source, read, extent) if self.keeps else self._copy(source, read, extent)
+        self._reads.launched(read)
+        return tensors
+
+    def _lend(self, source: _Import, read: Read, extent: Extent) -> dict[str, torch.Tensor]:
+        """Views of the slot, for the current stream."""
+        compute = cuda_ipc.current_stream(self._device)
+        cuda_ipc.tell_host(self._reads.words[read.begun], self._here)  # type: ignore[index]
+        self._wait(compute, source.ready(read.number))
+        torn = source.torn(read)
+        views, slot = source.slots.views(read.number, extent), read.number % source.slab.slots
+        known = source.firsts.get(slot)
+        if known is None or known[0] is not views:
+            known = source.firsts[slot] = views, self._firsts(views)
+        _poison(torn, known[1])
+        cuda_ipc.tell_host(self._reads.words[read.ended], torn)
+        return source.slots.lend(read.number, extent)
+
+    def _copy(self, source: _Import, read: Read, extent: Extent) -> dict[str, torch.Tensor]:
+        """Copies that the side stream makes, and that the current stream waits for."""
+        views, free = source.slots.views(read.number, extent), source.free(read.number)
+        with cuda_ipc.on(self._side) as compute:
+            self._side.wait_event(source.ready(read.number))
+            torn = source.torn(read)
+            copies = {name: view.clone() for name, view in views.items()}
+            _poison(torn, self._firsts(copies))
+            cuda_ipc.tell_host(self._reads.words[read.ended], torn)
+            free.record(self._side)
+        self._wait(compute, free)
         cuda_ipc.keep_until(copies.values(), compute)
         return copies
 
-    def _wait(self, stream: Stream, until: Event) -> Event:
-        """On the stream, which takes the time that it stands still. Gives the event of its beginning."""
+    def _firsts(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Of every output of floats, the first number of every position."""
+        found = []
+        for spec in self._agreed.outputs:
+            tensor = tensors[spec.name]
+            if tensor.is_floating_point() and tensor.numel():
+                per_number = len(spec.shape) > spec.per_token  # an axis of numbers behind that of rows or positions
+                found.append(tensor[..., 0] if per_number else tensor)
+        return found
+
+    def _wait(self, stream: Stream, until: Event) -> None:
+        """On the stream. Where `timed`, the stream takes the time that it stands still."""
+        if not self.timed:
+            stream.wait_event(until)
+            return
         began, ended = cuda_ipc.timed_event(), cuda_ipc.timed_event()
         began.record(stream)
         stream.wait_event(until)
         ended.record(stream)
         self._waits.append((began, ended))
-        return began
 
     def stalled_s(self) -> float:
         """Seconds that this rank's GPU stood still for replies, as far as they are over and were not told before."""
@@ -323,8 +356,15 @@ class RankCudaPlane:
             stalled += began.elapsed_time(ended) / 1000
         return stalled
 
-    def _open(self, nth: int, export: Export) -> None:
-        """Open the lane's `nth` export; where a teacher follows another, replies of the last lie in its slab still."""
+    def _open(self, nth: int, export: Export) -> _Import:
+        """Open the lane's `nth` export. The memory of the one before is kept, since replies may lie there still;
+        that of earlier ones is closed, once this rank's GPU has read its replies."""
+        while len(self._opened) > 1:
+            self._retired.append(self._opened.pop(min(self._opened)))
+        if (
+            self._reads.oldest() is None
+        ):  # closing waits for the device, which may wait for an event of a teacher that is gone
+            self._retired.clear()
         slab = Opened(export, self._device)
         found = slab.slots, slab.stride, slab.generation
         if found != self._expected:
@@ -333,88 +373,70 @@ class RankCudaPlane:
             )
         events = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
         teacher = Identity(export.pid, export.start)
-        self._opened.append(_Import(nth, export.first, teacher, slab, _slots(slab, self._agreed), events))
-        self._exchange.write_imported(nth, Imported(tuple(map(cuda_ipc.export_event, events))))
-        del self._opened[:-2]
+        opened = _Import(nth, export.first, teacher, slab, _slots(slab, self._agreed), events, {})
+        self._opened[nth] = opened
+        if nth == max(self._opened):  # no teacher waits for the answer to an older one
+            self._exchange.write_imported(nth, Imported(tuple(map(cuda_ipc.export_event, events))))
+        return opened
 
     def _of(self, number: int) -> _Import:
-        """Where a published reply lies. Raises AttachError."""
-        while (nth := self._opened[-1].nth + 1) <= self._exchange.exports:
-            export = self._exchange.read_export(nth)
-            if export.first > number:
-                break
-            self._open(nth, export)
-        return next((opened for opened in reversed(self._opened) if number >= opened.first), self._opened[0])
-
-    def _guard(
-        self,
-        slab: _Import,
-        number: int,
-        stamp: torch.Tensor,
-        tensors: Mapping[str, torch.Tensor],
-        begun: Event | None = None,
-    ) -> None:
-        """On the current stream: a NaN in every position unless `stamp`, taken before the payload, is the reply's; the stamp on
-        its way to the host."""
-        expected = _stamp(slab.slab.generation, number)
-        torn = stamp.ne(expected)
-        for spec in self._agreed.outputs:
-            tensor = tensors[spec.name]
-            if tensor.is_floating_point() and tensor.numel():
-                per_number = len(spec.shape) > spec.per_token  # an axis of numbers behind that of rows or positions
-                (tensor[..., 0] if per_number else tensor).masked_fill_(torn, torch.nan)
-        if len(self._reads) == _STAMPS_ON_THEIR_WAY:
-            self._reads[0].seen.synchronize()
-            self.check()
-        place, self._count = self._count % _STAMPS_ON_THEIR_WAY, self._count + 1
-        self._seen[place].copy_(stamp, non_blocking=True)
-        seen = cuda_ipc.event()
-        seen.record(cuda_ipc.current_stream(self._device))
-        self._reads.append(_Read(number, expected, seen, place, slab.teacher, begun))
+        """Where a published reply lies: in the memory of the newest teacher whose first reply it is, or came before it. A teacher
+        that answered nothing is passed over, since handles of a process that is gone do not open. Raises AttachError."""
+        for nth in range(self._exchange.exports, min(self._opened), -1):
+            opened = self._opened.get(nth)
+            if opened is None:
+                export = self._exchange.read_export(nth)
+                if export.first > number:
+                    continue
+                opened = self._open(nth, export)
+            if opened.first <= number:
+                return opened
+        return self._opened[min(self._opened)]
 
     def release(self, number: int) -> int | None:
         """Before the slot is given back: what the current stream holds now is the last that reads it in place."""
         version = None
         if self.keeps:
-            slab = self._of(number)
-            slab.free(number).record(cuda_ipc.current_stream(self._device))
-            version = slab.slots.take_back(number)
+            source = self._held.pop(number)
+            source.free(number).record(cuda_ipc.current_stream(self._device))
+            version = source.slots.take_back(number)
         self.check()
         return version
 
     def check(self) -> None:
-        """Look at the stamps that have reached the host, without waiting. Raises TornReply."""
-        while self._reads and self._reads[0].seen.query():
-            read = self._reads.popleft()
-            found, expected = int(self._seen[read.place]), read.stamp
-            if found != expected:
-                raise TornReply(
-                    f"reply {read.number} carries the stamp {found:#x}, expected {expected:#x}: the teacher was killed while "
-                    "it wrote, or its memory was overwritten. Every position of the reply holds a NaN: go back to the last "
-                    "checkpoint."
-                )
+        """Look at the replies that the GPU has read, without waiting. Raises TornReply."""
+        self._reads.check()
+
+    def teachers(self) -> tuple[Identity, ...]:
+        """See planes.RankPlane."""
+        return tuple(opened.teacher for opened in self._opened.values())
 
     def waits_for(self) -> Identity | None:
-        """The teacher whose reply this rank's GPU still waits for, or reads: of the oldest such. Any thread may ask."""
-        return next((read.teacher for read in list(self._reads) if not read.seen.query()), None)
+        """See planes.RankPlane."""
+        read = self._reads.oldest()
+        return read and read.teacher
 
     def stands_at(self) -> tuple[Identity, int] | None:
-        """See planes.RankPlane. The side stream of copies has nothing else to do; a stream that reads in place may have."""
-        read = next((read for read in list(self._reads) if not read.seen.query()), None)
-        if read is None or (read.begun is not None and not read.begun.query()):
-            return None
-        return read.teacher, read.number
+        """See planes.RankPlane."""
+        read = self._reads.stands_at()
+        return read and (read.teacher, read.number)
+
+
+def _poison(torn: torch.Tensor, firsts: list[torch.Tensor]) -> None:
+    """On the current stream: a NaN in each of `firsts` where `torn`."""
+    for first in firsts:
+        first.masked_fill_(torn, torch.nan)
 
 
 def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:
     return Slots(agreed.outputs, slab.slots, slab.stride, slab.memory)
 
 
-def _stamps(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
-    """(slots,) int64, behind the slots."""
+def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor, ...]:
+    """() int64 for each slot, behind the slots."""
     start = slots * stride
     with torch.inference_mode(False):
-        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64)
+        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64).unbind()
 
 
 def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:

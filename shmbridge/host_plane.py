@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from shmbridge import layout, payload, pinned
+from shmbridge import cuda_ipc, layout, payload, pinned
 from shmbridge.errors import AttachError
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
@@ -25,8 +25,8 @@ class _Copies:
 
     def __init__(self, memory: memoryview, device: torch.device, slots: int) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.done = [torch.cuda.Event() for _ in range(slots)]
+        self.stream = cuda_ipc.side_stream(device)
+        self.done = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # else a thread that waits would spin
         pinned.register(memory, self, device)
 
     def follow(self) -> None:
@@ -73,6 +73,7 @@ class RankHostPlane:
     """Rank: the replies of its lane, in place on the CPU, copied to a GPU. See planes.RankPlane."""
 
     keeps = True
+    timed = False
 
     def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
@@ -106,6 +107,10 @@ class RankHostPlane:
     def stalled_s(self) -> float:
         """What a GPU stands still for here is its own copy."""
         return 0.0
+
+    def teachers(self) -> tuple[Identity, ...]:
+        """None: replies lie in host memory."""
+        return ()
 
     def waits_for(self) -> Identity | None:
         """Nobody's GPU: a reply is published once it is there."""

@@ -34,6 +34,9 @@ class TeacherPlane(Protocol):
 class RankPlane(Protocol):
     """The reply slots of one lane as its rank reads them."""
 
+    timed: bool
+    """Set by whoever reads `stalled_s`; else a GPU takes no time of its waits."""
+
     @property
     def keeps(self) -> bool:
         """The slot of a reply is wanted until `release`; else it is free as soon as `read` has returned."""
@@ -49,11 +52,16 @@ class RankPlane(Protocol):
 
     def stalled_s(self) -> float: ...
 
-    def waits_for(self) -> Identity | None: ...
+    def teachers(self) -> tuple[Identity, ...]:
+        """The processes whose GPU memory this rank's GPU may read."""
+
+    def waits_for(self) -> Identity | None:
+        """The teacher's process whose reply this rank's GPU still waits for, or reads: of the oldest such reply. Makes no call of
+        CUDA; any thread may ask."""
 
     def stands_at(self) -> tuple[Identity, int] | None:
         """The read that this rank's GPU has come to and not got past: the teacher's process, and the reply's number. None while
-        it is still at work that was launched before. Never blocks; any thread may ask."""
+        it is still at work that was launched before. Makes no call of CUDA; any thread may ask."""
 
     def check(self) -> None: ...
 

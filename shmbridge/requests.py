@@ -11,11 +11,11 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from shmbridge import planes, trace
+from shmbridge import cuda_errors, planes, rank_device, trace
 from shmbridge.board import Phase
 from shmbridge.errors import (
     AttachError,
@@ -29,6 +29,7 @@ from shmbridge.errors import (
 )
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
+from shmbridge.peer import Identity, Peer
 from shmbridge.planes import RankPlane
 from shmbridge.reply import Reply
 from shmbridge.ring import Chunk, ReplyHead
@@ -40,6 +41,7 @@ from shmbridge.token_ids import IntArray
 T = TypeVar("T")
 
 _GPU_LOOK_S = 0.001
+_DEATH_S = 2.0  # the memory of a process that is killed goes before the process is seen to end
 _EXPLAINED = 256  # ended leases and chunks of which an error can tell the sequence
 _CHANGED = re.compile(r"is at version \d+; expected version (\d+)")  # autograd, of a saved tensor
 
@@ -61,7 +63,8 @@ class Requests:
         GPUs, else the CPU. Raises AttachError."""
         self.streams = session.control.shape.chunks > 0
         self.dropped: list[int] = []  # sequences whose Pending or Reply was dropped; any thread may append
-        self.meter = Meter(session.settings.log.stats_every if session.lane.index == 0 else 0)
+        logged = session.settings.log.stats_every if session.lane.index == 0 else 0
+        self.meter = Meter(logged)
         self._open = session
         self.stopping = stopping
         self.teacher_lost = False  # and on_teacher_lost is continue: replies are missing from now on
@@ -70,7 +73,7 @@ class Requests:
         self._why_closed = ""
         self._process = os.getpid()
         self._outputs = agreed.outputs
-        self.device = _with_index(device or _default_device(session))
+        self.device = rank_device.choose(session, device)
         if session.plane is None:
             session.plane = planes.of_rank(session, agreed, self.device)
             session.plane_device = self.device
@@ -80,6 +83,10 @@ class Requests:
                 "device in the life of a process. Give connect(device=...) the same each time."
             )
         self.plane: RankPlane = session.plane
+        self.plane.timed |= logged > 0
+        self.broken_at: tuple[Identity, int] | None = (
+            None  # the teacher and the reply that have left CUDA unusable here
+        )
         self._leased: dict[int, Sent] = {}  # their slots are the rank's until `release`
         self._read_chunks: dict[int, Sent] = {}  # the chunk that a loop holds, by its number
         self._ended: deque[tuple[int, Sent]] = deque(maxlen=_EXPLAINED)  # what was lent, with its version at the end
@@ -100,7 +107,7 @@ class Requests:
         if os.getpid() != self._process:
             return
         deadline = time.monotonic() + self._open.settings.timeouts.shutdown_s
-        while self.plane.waits_for() and time.monotonic() < deadline:
+        while self.plane.waits_for() and not self.broken_at and time.monotonic() < deadline:
             time.sleep(_GPU_LOOK_S)
         for number, sent in (*self._leased.items(), *self._read_chunks.items()):
             self._take_back(number, sent)
@@ -181,7 +188,7 @@ class Requests:
         started = time.monotonic_ns()
         try:
             head = self.head(sent)
-            tensors = self._wanted(self.plane.read(sent.sequence, sent.extent), sent)
+            tensors = self._wanted(self._read(sent.sequence, sent.extent), sent)
         except BaseException:
             self._release_slot(sent.sequence)
             raise
@@ -224,10 +231,50 @@ class Requests:
             self._hand_over("release", sent, 0, since_ns)
 
     def _take_back(self, number: int, sent: Sent) -> None:
-        """The reply to `sent`, or its chunk `number`, is not to be read any more. Raises TornReply."""
-        version = self.plane.release(number)
+        """The reply to `sent`, or its chunk `number`, is not to be read any more. Raises TornReply, TeacherDied."""
+        if self.broken_at:
+            return
+        try:
+            version = self.plane.release(number)
+        except RuntimeError as error:
+            self._raise(error, number)
         if version is not None:
             self._ended.append((version, sent))
+
+    def _read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """The tensors of a reply, or chunk. Raises TornReply, TeacherDied."""
+        try:
+            return self.plane.read(number, extent)
+        except RuntimeError as error:
+            self._raise(error, number)
+
+    def _raise(self, error: RuntimeError, number: int) -> NoReturn:
+        died = self.blame(error, number)
+        if died is None:
+            raise error
+        raise died from error
+
+    def blame(self, error: BaseException, number: int | None = None) -> TeacherDied | None:
+        """What to raise in place of `error` where that is CUDA's, no later call of CUDA can succeed, and a teacher whose memory
+        this rank's GPU reads is gone. Waits for its end for _DEATH_S. None: another error, or every teacher lives."""
+        teachers = [Peer(who) for who in self.plane.teachers()] if cuda_errors.is_sticky(error) else []
+        if not teachers:
+            return None
+
+        def dead() -> Peer | None:
+            return next((peer for peer in teachers if not peer.alive()), None)
+
+        gone = self._open.bell.wait(dead, lambda: None, time.monotonic() + _DEATH_S)
+        if gone is None:
+            return None
+        last = self._released if number is None else number
+        self.broken_at = gone.identity, last
+        said = (str(error).splitlines() or [""])[0]
+        return TeacherDied(
+            f"rank {self._open.lane.index}, reply {last}: the GPU reports {said!r}, and the teacher (pid {gone.identity.pid}) whose "
+            "memory it was reading is gone. CUDA can no longer be used in this process, which ends: start again from the last "
+            "checkpoint."
+        )
 
     def explain(self, error: BaseException) -> None:
         """Add a note to autograd's error about a saved tensor that was lent and whose lease has ended."""
@@ -274,7 +321,7 @@ class Requests:
                     yield slice(taken, sent.extent.positions), Reply({}, sent.sequence, sent.step, None)
                     return
                 extent = Extent(0, 0, chunk.positions)
-                tensors = self._wanted(self.plane.read(chunk.number, extent), sent)
+                tensors = self._wanted(self._read(chunk.number, extent), sent)
                 reply = Reply(tensors, sent.sequence, sent.step, None, lent=self.plane.lends)
                 self._read_chunks[chunk.number] = sent
                 if not self.plane.keeps:
@@ -484,18 +531,6 @@ class Requests:
             nbytes=nbytes,
             since_ns=since_ns,
         )
-
-
-def _default_device(session: TrainerSession) -> torch.device:
-    on_gpu = bool(session.settings.train.gpus) and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-def _with_index(device: torch.device) -> torch.device:
-    """`cuda` means the current CUDA device."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def _flat(tensor: torch.Tensor, extent: Extent) -> torch.Tensor:

@@ -37,7 +37,7 @@ class FakeEvent:
         return 0.0
 
     def query(self) -> bool:
-        return not self.cuda.hold_queries
+        return not self.cuda.stands_still
 
     def synchronize(self) -> None:
         self.cuda.calls.append(("synchronize", self.number))
@@ -46,6 +46,9 @@ class FakeEvent:
 class FakeStream:
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.cuda, self.name = cuda, name
+
+    def query(self) -> bool:
+        return True
 
     def wait_event(self, event: FakeEvent) -> None:
         self.cuda.calls.append(("wait", event.number, self.name, event.recorded))
@@ -62,13 +65,14 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
-        self.hold_queries = False
+        self.stands_still = False  # this process's host is told nothing by its GPU
         self.exports = 0
         self._fds: dict[int, int] = {}  # by the address of the memory; also keeps the files open
         self._events = 0
         self._shared = 0
         self._current = FakeStream(self, "compute")
         self._sides = 0
+        self._told: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def unusable(self, device: torch.device) -> str | None:
         return None
@@ -108,10 +112,8 @@ class FakeCuda:
     def open_event(self, handle: bytes, device: torch.device) -> FakeEvent:
         return self._event(_map(handle), handle)
 
-    def event(self) -> FakeEvent:
+    def timed_event(self) -> FakeEvent:
         return self._event(mmap.mmap(-1, _PAGE), b"")
-
-    timed_event = event
 
     def _event(self, memory: mmap.mmap, handle: bytes) -> FakeEvent:
         self._events += 1
@@ -129,7 +131,7 @@ class FakeCuda:
     def on(self, stream: FakeStream):
         before, self._current = self._current, stream
         try:
-            yield
+            yield before
         finally:
             self._current = before
 
@@ -137,7 +139,25 @@ class FakeCuda:
         self.calls.append(("keep", stream.name))
 
     def pinned(self, count: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int64)
+        return torch.zeros(count, dtype=torch.bool)
+
+    def zero(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros((), dtype=torch.bool)
+
+    def tell_host(self, word: torch.Tensor, value: torch.Tensor) -> None:
+        self._told.append((word, value))
+        if not self.stands_still:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """The GPU tells this process's host what it has to tell."""
+        self.stands_still = False
+        while self._told:
+            word, value = self._told.pop(0)
+            word.copy_(value)
+
+    def pause(self) -> None:
+        raise AssertionError("a host waits for its GPU")
 
     def pid_namespace(self) -> int:
         return 1

@@ -55,6 +55,9 @@ class SimStream:
         self.gpu.calls.append(f"{self.name} {what}")
         return task
 
+    def query(self) -> bool:
+        return not self.tasks
+
     def wait_event(self, event: SimEvent) -> None:
         self.launch(f"waits {event.name}", after=event.latest)
 
@@ -204,10 +207,8 @@ class SimGpu:
             raise RuntimeError("CUDA error: invalid resource handle")
         return self._events[handle]
 
-    def event(self) -> SimEvent:
+    def timed_event(self) -> SimEvent:
         return SimEvent(self, "own")
-
-    timed_event = event
 
     def current_stream(self, device: torch.device) -> SimStream:
         return self._current[self._process]
@@ -216,10 +217,10 @@ class SimGpu:
         return SimStream(self, _SIDE[self._process])
 
     @contextmanager
-    def on(self, stream: SimStream) -> Iterator[None]:
+    def on(self, stream: SimStream) -> Iterator[SimStream]:
         before, self._current[self._process] = self._current[self._process], stream
         try:
-            yield
+            yield before
         finally:
             self._current[self._process] = before
 
@@ -227,7 +228,17 @@ class SimGpu:
         pass
 
     def pinned(self, count: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int64)
+        return torch.zeros(count, dtype=torch.bool)
+
+    def zero(self, device: torch.device) -> torch.Tensor:
+        return self.own(torch.zeros((), dtype=torch.bool))
+
+    def tell_host(self, word: torch.Tensor, value: torch.Tensor) -> None:
+        word.copy_(value, non_blocking=True)
+
+    def pause(self) -> None:
+        self.syncs += 1
+        self.run()
 
 
 class _Launching(TorchDispatchMode):

@@ -1,4 +1,8 @@
-"""Row 8 without a GPU: a teacher is killed at five points of a copy, over a stand-in for CUDA IPC, with real processes."""
+"""Row 8 without a GPU: a teacher is killed at five points of a copy, over a stand-in for CUDA IPC, with real processes.
+
+After the kill CUDA does one of three things: the event comes, it never comes, or every call raises. The stand-in's events come;
+the last pair of cases has its calls raise once the teacher is dead.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,8 @@ from shmbridge import cuda_plane, owner
 from shmbridge.cuda_plane import TeacherCudaPlane
 from shmbridge.errors import ShmbridgeError
 from shmbridge.ring import Ring
-from tests.fake_cuda import FakeCuda
-from tests.harness import bench
+from tests.fake_cuda import FakeCuda, FakeStream
+from tests.harness import bench, until
 
 KILLED_AT = 3  # the reply, counted from 0
 POINTS: dict[str, tuple[type, str, bool]] = {
@@ -34,12 +38,13 @@ def main() -> None:
     for read in ("copy", "in_place"):
         for point, where in POINTS.items():
             print(f"{point}, read {read}: {kill(where, read)}", flush=True)
+        print(f"an error of CUDA, read {read}: {kill(POINTS['after publish'], read, breaks=True)}", flush=True)
 
 
-def kill(where: tuple[type, str, bool], read: str) -> str:
-    """What a rank got of a teacher that was killed there."""
+def kill(where: tuple[type, str, bool], read: str, breaks: bool = False) -> str:
+    """What a rank got of a teacher that was killed there; `breaks`: CUDA cannot be used after it."""
     kind, name, before = where
-    real = getattr(kind, name)
+    real, waits = getattr(kind, name), FakeStream.wait_event
     moment = mmap.mmap(-1, 8)
     setattr(kind, name, lethal(real, before, moment))
     right = torn = wrong = 0
@@ -50,7 +55,11 @@ def kill(where: tuple[type, str, bool], read: str) -> str:
             ids = torch.arange(1, 7).view(1, 6)
             try:
                 for turn in range(20):
-                    rows = bridge.exchange(ids + turn)["rows"]
+                    pending = bridge.submit(ids + turn)
+                    if breaks and turn == KILLED_AT:
+                        until(lambda: moment[:8] != bytes(8))
+                        FakeStream.wait_event = broken  # type: ignore[method-assign]
+                    rows = pending.copy()["rows"]
                     right += torch.equal(rows, (ids + turn).float())
                     torn += bool(rows.isnan().any(-1).all())
                     wrong += turn + 1 - right - torn
@@ -61,6 +70,7 @@ def kill(where: tuple[type, str, bool], read: str) -> str:
             took_s = time.monotonic() - struct.unpack("d", moment)[0]
     finally:
         setattr(kind, name, real)
+        FakeStream.wait_event = waits  # type: ignore[method-assign]
     assert not owner.objects(session), "objects are left"
     return f"{took_s:.3f} s, {right} right, {torn} torn, {wrong} wrong, {raised}"
 
@@ -80,6 +90,10 @@ def lethal(real: Callable[..., Any], before: bool, moment: mmap.mmap) -> Callabl
         return done
 
     return called
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 def die(moment: mmap.mmap) -> None:

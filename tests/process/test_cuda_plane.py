@@ -137,12 +137,12 @@ def test_events_that_come_without_the_stamp_give_nan_and_then_an_error(overrides
     def body(bridge: Bridge) -> None:
         for turn in range(replies):
             assert torch.equal(bridge.exchange(IDS + turn)["rows"][..., 2], (IDS + turn).float())
-        fake.hold_queries = True  # the rank's host does not know yet
+        fake.stands_still = True  # the rank's host does not know yet
         assert bridge.exchange(IDS)["rows"].isnan().any(-1).all()
-        fake.hold_queries = False
+        fake.go_on()
         with pytest.raises(TornReply, match="last checkpoint"):
             bridge.exchange(IDS)
-        bridge._requests.plane._reads.clear()  # each torn chunk is told once, the last of them at the close
+        bridge._requests.plane._reads._pending.clear()  # each torn chunk is told once, the last of them at the close
 
     with cuda_bench(1, *overrides) as it:
         it.teacher(triples)

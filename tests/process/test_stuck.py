@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from shmbridge import cuda_plane, stuck
+from shmbridge import cuda_plane, heartbeat, requests, stuck
+from shmbridge.errors import TeacherDied
+from shmbridge.heartbeat import Heartbeat
 from shmbridge.peer import Identity
 from shmbridge.session import TrainerSession
 from shmbridge.stuck import Stuck
-from tests.fake_cuda import FakeCuda
+from tests.fake_cuda import FakeCuda, FakeEvent, FakeStream
 from tests.harness import Echo, bench, until
 
 IDS = torch.arange(8).reshape(2, 4)
@@ -29,7 +34,7 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
             look = Stuck(bridge._open, bridge.gpu_stands_at).look
             bridge.exchange(IDS)
             look()  # the reply has been read
-            fake.hold_queries = True
+            fake.stands_still = True
             bridge.exchange(IDS)
             look()  # the GPU waits, and the teacher is there
             os.kill(teacher.pid, signal.SIGKILL)
@@ -39,6 +44,86 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
         assert rank.join() == stuck.EXIT_CODE
         failure = it.owner.lanes[0].records[0].failure
         assert failure.consequence and "has waited" in failure.reason
+
+
+@pytest.mark.parametrize("read", ["copy", "in_place"])
+def test_the_watchdogs_thread_makes_no_call_of_cuda(read, monkeypatch):
+    """A call would make a context on GPU 0, and may hang where the watchdog is needed."""
+    fake, threads = FakeCuda(), []
+
+    def noted(real):
+        def call(*args, **kwargs):
+            threads.append(threading.current_thread())
+            return real(*args, **kwargs)
+
+        return call
+
+    for kind in (FakeCuda, FakeEvent, FakeStream):
+        for name, method in vars(kind).items():
+            if inspect.isfunction(method) and not name.startswith("_"):
+                monkeypatch.setattr(kind, name, noted(method))
+    monkeypatch.setattr(cuda_plane, "cuda_ipc", fake)
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.001)
+    with bench(1, "plane=cuda_ipc", f"cuda.read={read}", "timeouts.shutdown_s=0.1") as it:
+        it.teacher(Echo())
+        with it.bridge() as bridge:
+            bridge.exchange(IDS)
+            looks, fake.stands_still = [], True
+            pending = bridge.submit(IDS)
+            with pending.wait():
+                plane = bridge._requests.plane
+                watch = Stuck(bridge._open, lambda: looks.append(plane.waits_for()) or bridge.gpu_stands_at())
+                beats = Heartbeat(bridge._open.record, watch.look)
+                until(lambda: len(looks) > 3)
+            fake.go_on()
+            until(lambda: looks[-1] is None)
+            beats.stop()
+    assert any(looks), "the thread saw a read that stands still"
+    assert set(threads) == {threading.main_thread()}
+
+
+SAID = "CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize("surfaces", ["in the bridge", "in the loop"])
+def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_process(surfaces, monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(cuda_plane, "cuda_ipc", fake)
+    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+    with bench(1, "plane=cuda_ipc") as it:
+        teacher = it.teacher(Echo())
+
+        def train(bridge):
+            bridge.exchange(IDS)
+            pending = bridge.submit(IDS)
+            until(lambda: pending.done)
+            if surfaces == "in the bridge":
+                monkeypatch.setattr(FakeStream, "wait_event", raises)
+            with pytest.raises(TeacherDied, match=f"reply .*{SAID}.* memory it was reading is gone"), bridge:
+                os.kill(teacher.pid, signal.SIGKILL)
+                with pending.wait():
+                    raises()
+            look = Stuck(bridge._open, bridge.gpu_stands_at).look
+            until(lambda: look() or False)
+
+        rank = it.rank(0, train)
+        assert rank.join() == stuck.EXIT_CODE
+        failure = it.owner.lanes[0].records[0].failure
+        assert failure.consequence and SAID in failure.reason
+
+
+def raises(*_: object) -> None:
+    raise RuntimeError(SAID)
+
+
+def test_a_cuda_error_while_the_teacher_lives_is_the_loops_own(monkeypatch):
+    monkeypatch.setattr(cuda_plane, "cuda_ipc", FakeCuda())
+    monkeypatch.setattr(requests, "_DEATH_S", 0.01)
+    with bench(1, "plane=cuda_ipc") as it:
+        it.teacher(Echo())
+        with pytest.raises(RuntimeError, match=f"^{SAID}$"), it.bridge() as bridge:
+            bridge.exchange(IDS)
+            raises()
 
 
 def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone(monkeypatch):

@@ -6,13 +6,16 @@ Teacher and rank are both in this process and take turns; what the GPU does in b
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from shmbridge import config, cuda_exchange, cuda_ipc, cuda_plane, layout, offering
+from shmbridge import config, cuda_exchange, cuda_ipc, cuda_plane, layout, offering, slots
 from shmbridge.bridge import Bridge, Pending
 from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
@@ -156,20 +159,13 @@ def cursors(monkeypatch):
 
 TEACHER_WRITES = ("lane copy_", "lane fill_", "lane records ready{slot}", "{published}")
 RANK_COPIES = (
-    *(
-        "side waits ready{slot}",
-        "side clone",
-        "side copy_",
-        "side masked_fill_",
-        "side copy_",
-        "side records free{slot}",
-    ),
-    *("rank's compute waits own", "{given_back}", "rank's compute clone"),
+    *("side waits ready{slot}", "side clone", "side masked_fill_", "side copy_", "side records free{slot}"),
+    *("rank's compute waits free{slot}", "{given_back}", "rank's compute clone"),
 )
 RANK_READS = (
     *(
+        "rank's compute copy_",
         "rank's compute waits ready{slot}",
-        "rank's compute clone",
         "rank's compute masked_fill_",
         "rank's compute copy_",
     ),
@@ -230,9 +226,9 @@ def test_every_interleaving_of_two_gpus_reads_what_was_written(overrides, seed, 
 
 
 MUTANTS = {
-    "the rank does not wait for ready": lambda monkeypatch: _skip_waits(monkeypatch, "ready"),
-    "the teacher does not wait for free": lambda monkeypatch: _skip_waits(monkeypatch, "free"),
-    "the compute stream does not wait for the copy": lambda monkeypatch: _skip_waits(monkeypatch, "own"),
+    "the rank does not wait for ready": lambda monkeypatch: _skip_waits(monkeypatch, "side", "ready"),
+    "the teacher does not wait for free": lambda monkeypatch: _skip_waits(monkeypatch, "lane", "free"),
+    "the compute stream does not wait for the copy": lambda monkeypatch: _skip_waits(monkeypatch, "rank's", "free"),
     "the lane's stream does not follow the forward": lambda monkeypatch: monkeypatch.setattr(
         SimStream, "wait_stream", lambda self, other: None
     ),
@@ -241,10 +237,14 @@ MUTANTS = {
 }
 
 
-def _skip_waits(monkeypatch, name: str) -> None:
+def _skip_waits(monkeypatch, stream: str, event: str) -> None:
     real = SimStream.wait_event
-    skips = lambda self, event: None if event.name.startswith(name) else real(self, event)  # noqa: E731
-    monkeypatch.setattr(SimStream, "wait_event", skips)
+
+    def wait(self, until):
+        if not (self.name.startswith(stream) and until.name.startswith(event)):
+            real(self, until)
+
+    monkeypatch.setattr(SimStream, "wait_event", wait)
 
 
 def _skip_records(monkeypatch, name: str) -> None:
@@ -362,8 +362,74 @@ def test_everything_is_exported_once(monkeypatch):
 @pytest.mark.parametrize("stand_in", [SimGpu, FakeCuda])
 def test_stand_ins_have_all_that_the_module_has(stand_in):
     names = {name for name, what in vars(cuda_ipc).items() if getattr(what, "__module__", "") == cuda_ipc.__name__}
-    used = {name for name in names if not name.startswith("_")} - {"MemoryHandle"}
+    used = {name for name in names if not name.startswith("_")} - {"MemoryHandle", "block_bytes"}
     assert used <= set(dir(stand_in))
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations on the GPU's memory, views included."""
+
+    def __init__(self, gpu: SimGpu) -> None:
+        super().__init__()
+        self.gpu = gpu
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(self.gpu.has(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)):
+            self.calls.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@READS
+def test_a_repeated_request_takes_ten_calls_of_torch_at_most(read, monkeypatch):
+    """In submit, wait and release of the rank, for a reply of one output: operations, streams, events, version counters."""
+    gpu = SimGpu()
+    counting = Counting(gpu)
+
+    def count(owner: object, name: str) -> None:
+        real = getattr(owner, name)
+
+        def called(*args, **kwargs):
+            counting.calls.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, called)
+
+    with met(gpu, monkeypatch, read, "log.stats_every=0") as pair:
+        for name in ("on", "current_stream", "keep_until", "timed_event"):
+            count(gpu, name)
+        for owner, name in ((SimStream, "wait_event"), (SimEvent, "record"), (SimEvent, "query")):
+            count(owner, name)
+        count(slots, "increment_version")
+        sent = ids(0)
+        for _ in range(4):
+            with gpu.process("rank"), counting:
+                counting.calls.clear()
+                pending = pair.bridge.submit(sent)
+                asked = list(counting.calls)
+            pair.teach()
+            with gpu.process("rank"), counting:
+                counting.calls[:] = asked
+                with pending.wait():
+                    pass
+                found = list(counting.calls)
+            gpu.run()
+        assert len(found) <= 10, found
+
+
+def test_a_gpu_takes_the_time_of_its_waits_only_for_somebody_who_reads_it(monkeypatch):
+    gpu = SimGpu()
+    for overrides, expected in ((("log.stats_every=0",), [0, 1]), (("log.stats_every=5",), [1, 2])):
+        with met(gpu, monkeypatch, COPY, *overrides) as pair:
+            taken = []
+            for _ in range(2):
+                pending = pair.submit(ids(0))
+                pair.teach()
+                pair.read(pending)
+                taken.append(len(pair.plane("rank")._waits))
+                with gpu.process("rank"):
+                    pair.bridge.stats()
+            assert taken == expected
 
 
 def test_each_lane_has_an_export_of_its_own(monkeypatch):
@@ -450,6 +516,87 @@ def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypat
         assert right(rows, sent)
 
 
+@READS
+def test_a_teacher_that_died_without_an_answer_is_passed_over(read, monkeypatch):
+    """Handles of a process that is gone do not open."""
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, read, "ring.depth=2") as pair:
+        first = pair.submit(ids(0))
+        pair.teach()
+        for _ in range(3):  # one more than the exchange keeps
+            take_over(pair)
+            dead, gpu._memories = gpu._memories, {}
+        gpu._memories = dict([*dead.items()][-1:])
+        second = pair.submit(ids(1))
+        pair.teach()
+        rows = pair.read(second)
+        gpu.run()
+        assert right(rows, ids(1))
+        with gpu.process("rank"):
+            first.cancel()
+
+
+def test_what_was_opened_of_a_dead_teacher_is_closed_when_no_read_of_the_rank_is_on_its_way(monkeypatch):
+    """Closing waits for the device, which may wait for an event of the dead one."""
+    gpu = SimGpu()
+    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
+
+        def follow(turns: int) -> None:
+            for turn in range(turns):
+                take_over(pair)
+                pending = pair.submit(ids(turn))
+                pair.teach()
+                pair.read(pending)
+
+        first = weakref.ref(pair.plane("rank")._opened[1].slab)
+        side = next(stream for stream in gpu.streams if stream.name == "side")
+        side.held = True
+        follow(4)
+        assert first() is not None
+        side.held = False
+        gpu.run()
+        follow(1)
+        assert first() is None
+
+
+# The end
+
+
+@READS
+def test_a_teacher_ends_when_the_rank_has_read_and_asks_no_event_of_another_process(read, monkeypatch):
+    gpu = SimGpu()
+    open_event = gpu.open_event
+
+    class Imported:
+        def __init__(self, event: SimEvent) -> None:
+            self.event, self.name = event, event.name
+
+        latest = property(lambda self: self.event.latest)
+
+        def query(self) -> bool:
+            raise AssertionError("whether it answers is not known")
+
+    monkeypatch.setattr(gpu, "open_event", lambda handle, device: Imported(open_event(handle, device)))
+    with met(gpu, monkeypatch, read) as pair:
+        pending = pair.submit(ids(0))
+        pair.teach()
+        gpu.run()
+        reader = next(stream for stream in gpu.streams if stream.name == ("side" if read == COPY else "rank's compute"))
+        reader.held = True
+        teacher = pair.plane("teacher")
+        with gpu.process("teacher"):
+            assert not teacher.settled()
+        pair.read(pending)
+        gpu.run()
+        with gpu.process("teacher"):
+            assert not teacher.settled(), "the rank's GPU still reads"
+            gpu.run()
+            assert not teacher.settled()
+            reader.held = False
+            gpu.run()
+            assert teacher.settled()
+
+
 # Stamps
 
 
@@ -489,7 +636,7 @@ def test_a_torn_reply_is_nan_in_every_position_and_raises_later(overrides, seal,
         gpu.run()
         assert all(right(rows, ids(turn, 1, 3)) for turn, rows in enumerate(found[:4]))
         assert all(rows.isnan().any(-1).all() for rows in found[4:])
-        with pytest.raises(TornReply, match=r"reply 4 carries the stamp .* last checkpoint"):
+        with pytest.raises(TornReply, match=r"reply 4 does not carry its stamp, .* last checkpoint"):
             pair.plane("rank").check()
 
 
@@ -597,7 +744,7 @@ def test_a_stream_that_stands_still_holds_up_nobodys_host(monkeypatch):
     """The rank died with its stream in the middle: the teacher's host writes on, into a stream that waits."""
     gpu = SimGpu()
     with met(gpu, monkeypatch, COPY, "ring.depth=2", "timeouts.shutdown_s=0.1") as pair:
-        side = [stream for stream in gpu.streams if stream.name == "side"][-1]  # the first one opened the slab
+        side = next(stream for stream in gpu.streams if stream.name == "side")  # the second one opened the slab
         side.held = True
         for turn in range(10):
             pending = pair.submit(ids(turn))

@@ -13,17 +13,17 @@ import shmbridge
 from shmbridge import errors
 
 FLOORS = [
-    {"devices", "errors", "launch", "layout", "peer", "stacks"},
+    {"cuda_errors", "devices", "errors", "launch", "layout", "peer", "stacks"},
     {"schema"},
     {"config", "batching", "trace", "model_path"},
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
     {"session"},
     {"owner", "payload", "head", "fingerprint", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
-    {"slots", "reply", "shared_head", "encode", "token_ids", "cuda_exchange"},
+    {"slots", "reply", "shared_head", "encode", "token_ids", "cuda_exchange", "cuda_reads"},
     {"host_plane", "cuda_plane"},
     {"combine", "parity", "planes", "cuda_probe"},
-    {"stopping", "stuck"},
+    {"stopping", "stuck", "rank_device"},
     {"requests"},
     {"streams", "probing", "pending"},
     {"collect", "prefetch", "offering"},

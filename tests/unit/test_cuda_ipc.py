@@ -1,0 +1,60 @@
+"""Streams and pools as shmbridge.cuda_ipc takes them from torch, over stand-ins for torch's own classes."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from shmbridge import cuda_ipc
+
+CPU = torch.device("cpu")
+
+
+def test_a_side_stream_is_nobody_elses_as_long_as_there_is_one_left(monkeypatch):
+    """torch hands out 32 in turn, each time as another object."""
+    turn = itertools.count()
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.number = next(turn) % 32
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Stream) and self.number == other.number
+
+        def __hash__(self) -> int:
+            return self.number
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda_ipc, "_streams", weakref.WeakSet())
+    lane = cuda_ipc.side_stream(CPU)
+    for _ in range(100):  # restarts
+        assert cuda_ipc.side_stream(CPU) != lane
+    held = [lane] + [cuda_ipc.side_stream(CPU) for _ in range(31)]
+    assert len(set(held)) == 32
+    assert cuda_ipc.side_stream(CPU) in held
+
+
+def test_a_slab_has_a_pool_of_its_own_for_life_and_nothing_is_given_back_for_it(monkeypatch):
+    """Giving the cache back waits for every stream, also for one that waits for a process that is gone."""
+    used = []
+
+    class Pool:
+        pass
+
+    @contextmanager
+    def use(pool: Pool, device: torch.device):
+        used.append(weakref.ref(pool))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "MemPool", Pool)
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("it waits for every stream"))
+    monkeypatch.setattr(cuda_ipc, "_pools", [])
+    sizes = [cuda_ipc.allocate(nbytes, CPU).numel() for nbytes in (1, 50 * cuda_ipc.MIB + 1)]
+    assert sizes == [20 * cuda_ipc.MIB, 52 * cuda_ipc.MIB]
+    assert len({id(pool()) for pool in used}) == 2
+    assert all(pool() for pool in used)
