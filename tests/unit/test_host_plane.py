@@ -29,6 +29,11 @@ RAISES = 66
 STREAM = "payload.stream={chunk_positions: 3, chunks: 2}"
 
 
+class Stream(SimpleNamespace):
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
 class Recorder:
     """Stands for torch.cuda: `calls` in order, from all threads."""
 
@@ -70,9 +75,10 @@ class Recorder:
     def stream(self, device: torch.device) -> SimpleNamespace:
         name = f"{self.side}'s copies"
         follow = lambda other: self.calls.append(f"{name} follow {other.name}")  # noqa: E731
-        return SimpleNamespace(name=name, wait_stream=follow)
+        return Stream(name=name, wait_stream=follow)
 
-    def event(self) -> SimpleNamespace:
+    def event(self, blocking: bool) -> SimpleNamespace:
+        assert blocking, "a thread that waits for it would spin"
         name = f"{self.side}{self.events}"
         self.events += 1
         return SimpleNamespace(
