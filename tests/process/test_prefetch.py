@@ -495,7 +495,7 @@ def test_a_full_ring_tells_who_holds_it():
             "6 requests are in flight and the ring has ring.depth=6 slots. Leased: sequence 0 (step 7). Answered and not "
             "read: sequence 2 (step 9). Being computed: sequence 4 (step 11), sequence 5 (no step). Released or cancelled, "
             "and waiting because slots come free in order: 1 behind sequence 0, 1 behind sequence 2. Read and release "
-            "sequence 0 before you submit again, or raise ring.depth."
+            "sequence 0, or cancel it, before you submit again; or raise ring.depth and give prefetch a smaller `ahead`."
         )
         os.write(opening, b"xx")
         lease.release()
