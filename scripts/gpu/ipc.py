@@ -140,12 +140,13 @@ def importer(case: str, card: int, pipe: Connection) -> None:
         if case == "gone":
             pipe.send(f"opened; its memory holds {_numbers(memory)}")
             return
+        copied = torch.empty_like(memory)  # now: to allocate beside a stream that is stuck may wait for it
         pipe.send("open")
         pipe.recv()
         seen = event.query()
         stream.wait_event(event)
         with cuda_ipc.on(stream):
-            copied = memory.clone()
+            copied.copy_(memory, non_blocking=True)
         done = cuda_ipc.event()
         done.record(stream)
         pipe.send("waits")

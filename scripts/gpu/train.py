@@ -18,11 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -197,13 +198,20 @@ def prepare(options: argparse.Namespace) -> tuple[Models, str]:
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if kind == "smollm2":
-            _take_smollm2(partial, options)
-        else:
-            _make(MADE[kind], partial, options)
+        made = (take_smollm2, partial, options) if kind == "smollm2" else (make, MADE[kind], partial, options)
+        _in_a_process_of_its_own(*made)
         partial.rename(folder)
     told = "SmolLM2-135M and a third of its layers, real text" if kind == "smollm2" else _told(MADE[kind])
     return Models(folder / "teacher", folder / "student", folder / "tokens.pt"), told + why
+
+
+def _in_a_process_of_its_own(work: Callable[..., None], *arguments: Any) -> None:
+    """So that no CUDA context of this one takes memory on a card while runs are measured."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"train: the models could not be made (exit code {process.exitcode}; the error is above)")
 
 
 def _told(made: Made) -> str:
@@ -211,7 +219,7 @@ def _told(made: Made) -> str:
     return f"random weights and tokens: teacher {next(text)}, student {next(text)}, {made.vocab} words"
 
 
-def _make(made: Made, folder: Path, options: argparse.Namespace) -> None:
+def make(made: Made, folder: Path, options: argparse.Namespace) -> None:
     """Random weights; on the GPU, where billions of them take seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -234,12 +242,10 @@ def _make(made: Made, folder: Path, options: argparse.Namespace) -> None:
                 LlamaForCausalLM(config).save_pretrained(folder / name)
         finally:
             torch.set_default_dtype(torch.float32)
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
     torch.save(torch.randint(made.vocab, (256, options.seq)), folder / "tokens.pt")
 
 
-def _take_smollm2(folder: Path, options: argparse.Namespace) -> None:
+def take_smollm2(folder: Path, options: argparse.Namespace) -> None:
     """Out of the package; the student is cut out of the teacher as in the demo."""
     sys.path.insert(0, str(ROOT / "scripts" / "demo"))
     import corpus

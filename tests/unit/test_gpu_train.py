@@ -77,7 +77,8 @@ def test_the_table_of_a_distillation_has_every_figure():
 def test_the_launcher_takes_the_commands_of_every_layout(tmp_path):
     """Its plan for eight cards of a made-up nvidia-smi, with models from configurations."""
     options = train.parse(["--models", "tiny", "--out", str(tmp_path), "--device", "cpu"])
-    models, _ = train.prepare(options)
+    train.make(train.MADE["tiny"], tmp_path, options)
+    models = train.Models(tmp_path / "teacher", tmp_path / "student", tmp_path / "tokens.pt")
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
         f"#!/bin/sh\nprintf '{''.join(f'{i}, GPU-{i}, 81559, 81000, Default, [N/A]' + chr(92) + 'n' for i in range(8))}'\n"
