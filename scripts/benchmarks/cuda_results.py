@@ -12,8 +12,8 @@ from benchmarks import tables
 from benchmarks.cell import size_text
 from benchmarks.tables import Facts, Target
 
-COPY_SHARE = 0.95  # of the bandwidth of a plain copy
-CPU_US = 50.0
+COPY_SHARE = 0.97  # of the bandwidth of a plain copy
+CPU_US = 30.0
 
 
 @dataclass
