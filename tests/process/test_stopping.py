@@ -364,3 +364,16 @@ def test_a_signal_to_all_may_reach_a_rank_before_the_launcher_has_told_of_the_st
         rank.join()
         assert lane.ring.closed
         assert (lane.records[0].failure is None) == told
+
+
+@pytest.mark.one_plane
+def test_a_rank_whose_handler_only_takes_note_does_not_wait_for_a_teacher_that_loads():
+    def train(bridge: Bridge) -> None:
+        with pytest.raises(RunStopped, match="while the teacher was loading"):
+            bridge.wait_ready()
+
+    with bench() as it:
+        rank = it.rank(0, train)
+        until(lambda: it.owner.lanes[0].records[0].phase is Phase.BARRIER)
+        it.owner.ask_to_stop()
+        assert rank.join() == 0
