@@ -523,6 +523,22 @@ def test_a_group_that_was_told_to_wait_does_not_wait_for_ever(welcome, silence_s
         assert set(texts) == {"the kept teacher big is loading"}
 
 
+@pytest.mark.slow
+def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
+    """Every five seconds: a group takes silence for a keeper that is stopped."""
+    gate = kept.directory / "gate"
+    os.mkfifo(gate)
+    start = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    start.says("loads the model")
+    with contextlib.closing(attached.Line("big")) as line:
+        question = lease.Attach(line.welcome.fingerprint, config.from_json(bytes(line.welcome.settings)))
+        with pytest.raises(DeadlineExceeded, match="big is loading"):
+            line.ask(question, lease.Granted, silence_s=8.0, within_s=12.0)
+    gate.write_bytes(b"")
+    assert start.process.wait(60) == 0
+    kept.stop()
+
+
 def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
     monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
     with Mute([welcome], [lease.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
