@@ -226,6 +226,7 @@ def test_how_a_rank_ends_is_told_past_torchrun(directory, mode, code, message):
         assert f": {message}" in run.text
 
 
+@pytest.mark.slow
 def test_log_flags_of_the_users_own_hide_neither_the_ranks_nor_their_failure(directory):
     with launch(directory, *flags("--torchrun", "--tee 3"), "--", "train.py", "exit7") as run:
         assert run.wait() == 7

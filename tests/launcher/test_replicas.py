@@ -236,6 +236,7 @@ def test_all_that_do_not_end_are_killed_after_one_grace(tmp_path):
         assert "SIGKILL for teacher0 (pid" in run.text
 
 
+@pytest.mark.slow
 def test_the_command_runs_two_teachers_and_ends_when_one_is_killed(tmp_path):
     """With torchrun and teacher_job."""
     (tmp_path / "toy.py").write_text(TEACHER)

@@ -93,7 +93,8 @@ def says_nothing_of_failures(run: Launched) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "number", "code"), [("interrupt", signal.SIGINT, 130), ("notes", signal.SIGTERM, 143)]
+    ("mode", "number", "code"),
+    [("interrupt", signal.SIGINT, 130), pytest.param("notes", signal.SIGTERM, 143, marks=pytest.mark.matrix)],
 )
 def test_a_rank_gets_the_signal_that_was_sent_once_and_saves(directory, mode, number, code):
     """Row 23. The teacher, and the DataLoader's worker, serve it until it has."""

@@ -27,6 +27,7 @@ def bench(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_overlap(tmp_path):
     found = bench("overlap", "--quick", "--json", str(tmp_path / "overlap.json"))
     figures = json.loads((tmp_path / "overlap.json").read_text())

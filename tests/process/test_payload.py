@@ -590,6 +590,7 @@ def test_out_of_memory_halves_a_forward_of_which_positions_are_wanted(saved, pac
 # How the model runs
 
 
+@pytest.mark.slow
 @pytest.mark.one_plane
 def test_a_compiled_teacher_answers_the_same(tmp_path, monkeypatch):
     compiled: list[nn.Module] = []
