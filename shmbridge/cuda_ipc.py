@@ -152,10 +152,11 @@ def current_stream(device: torch.device) -> Stream:
 
 
 def side_stream(device: torch.device) -> Stream:
-    """A stream that no other holder of a side stream in this process has, as long as torch has one left."""
+    """A stream that no other holder of a side stream in this process has, and that is idle, as long as torch has one left. One
+    that nobody holds may still wait for a process that is gone."""
     for _ in range(_SIDE_STREAMS):
         stream = torch.cuda.Stream(device)
-        if stream not in _streams:
+        if stream not in _streams and stream.query():
             break
     _streams.add(stream)
     return stream

@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from shmbridge import cuda_errors, planes, rank_device, trace
+from shmbridge import planes, rank_device, stuck, trace
 from shmbridge.board import Phase
 from shmbridge.errors import (
     AttachError,
@@ -29,7 +29,7 @@ from shmbridge.errors import (
 )
 from shmbridge.offer import Extent, Offer
 from shmbridge.payload import DTYPES
-from shmbridge.peer import Identity, Peer
+from shmbridge.peer import Identity
 from shmbridge.planes import RankPlane
 from shmbridge.reply import Reply
 from shmbridge.ring import Chunk, ReplyHead
@@ -41,7 +41,6 @@ from shmbridge.token_ids import IntArray
 T = TypeVar("T")
 
 _GPU_LOOK_S = 0.001
-_DEATH_S = 2.0  # the memory of a process that is killed goes before the process is seen to end
 _EXPLAINED = 256  # ended leases and chunks of which an error can tell the sequence
 _CHANGED = re.compile(r"is at version \d+; expected version (\d+)")  # autograd, of a saved tensor
 
@@ -255,23 +254,16 @@ class Requests:
         raise died from error
 
     def blame(self, error: BaseException, number: int | None = None) -> TeacherDied | None:
-        """What to raise in place of `error` where that is CUDA's, no later call of CUDA can succeed, and a teacher whose memory
-        this rank's GPU reads is gone. Waits for its end for _DEATH_S. None: another error, or every teacher lives."""
-        teachers = [Peer(who) for who in self.plane.teachers()] if cuda_errors.is_sticky(error) else []
-        if not teachers:
-            return None
-
-        def dead() -> Peer | None:
-            return next((peer for peer in teachers if not peer.alive()), None)
-
-        gone = self._open.bell.wait(dead, lambda: None, time.monotonic() + _DEATH_S)
+        """What to raise in place of an error of CUDA that the death of a teacher explains: see stuck.dead_teacher. None: another
+        error."""
+        gone = stuck.dead_teacher(self._open, error, self.plane.teachers())
         if gone is None:
             return None
         last = self._released if number is None else number
-        self.broken_at = gone.identity, last
+        self.broken_at = gone, last
         said = (str(error).splitlines() or [""])[0]
         return TeacherDied(
-            f"rank {self._open.lane.index}, reply {last}: the GPU reports {said!r}, and the teacher (pid {gone.identity.pid}) whose "
+            f"rank {self._open.lane.index}, reply {last}: the GPU reports {said!r}, and the teacher (pid {gone.pid}) whose "
             "memory it was reading is gone. CUDA can no longer be used in this process, which ends: start again from the last "
             "checkpoint."
         )

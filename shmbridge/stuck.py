@@ -1,18 +1,38 @@
-"""A GPU that waits for a dead teacher waits for ever, and its host with it: in C, where no exception and no signal handler
-gets through. The heartbeat's thread sees it, says why on the board, and ends the process."""
+"""What a teacher's death does to a rank's GPU.
+
+A GPU that waits for a dead teacher waits for ever, and its host with it: in C, where no exception and no signal handler gets
+through. The heartbeat's thread sees it, says why on the board, and ends the process. Or every call of CUDA raises an error, which
+the rank's own thread tells from one of the training loop.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from shmbridge import trace
+from shmbridge import cuda_errors, trace
 from shmbridge.peer import Identity, Peer
 from shmbridge.session import TrainerSession
 
 PATIENCE_S = 5.0
 EXIT_CODE = 75
+DEATH_S = 2.0  # the memory of a process that is killed goes before the process is seen to end
+
+
+def dead_teacher(session: TrainerSession, error: BaseException, teachers: Iterable[Identity]) -> Identity | None:
+    """The one of `teachers`, whose memory this rank's GPU reads, that explains an error of CUDA after which no call of CUDA
+    succeeds: it is gone, or within DEATH_S. None: another error, or all of them live."""
+    if not cuda_errors.is_sticky(error):
+        return None
+    peers = [Peer(who) for who in teachers]
+    if not peers:
+        return None
+
+    def dead() -> Identity | None:
+        return next((peer.identity for peer in peers if not peer.alive()), None)
+
+    return session.bell.wait(dead, lambda: None, time.monotonic() + DEATH_S)
 
 
 class Stuck:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shmbridge import cuda_plane, heartbeat, requests, stuck
+from shmbridge import cuda_plane, heartbeat, stuck
 from shmbridge.errors import TeacherDied
 from shmbridge.heartbeat import Heartbeat
 from shmbridge.peer import Identity
@@ -118,7 +118,7 @@ def raises(*_: object) -> None:
 
 def test_a_cuda_error_while_the_teacher_lives_is_the_loops_own(monkeypatch):
     monkeypatch.setattr(cuda_plane, "cuda_ipc", FakeCuda())
-    monkeypatch.setattr(requests, "_DEATH_S", 0.01)
+    monkeypatch.setattr(stuck, "DEATH_S", 0.01)
     with bench(1, "plane=cuda_ipc") as it:
         it.teacher(Echo())
         with pytest.raises(RuntimeError, match=f"^{SAID}$"), it.bridge() as bridge:

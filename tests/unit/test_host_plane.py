@@ -75,7 +75,7 @@ class Recorder:
     def stream(self, device: torch.device) -> SimpleNamespace:
         name = f"{self.side}'s copies"
         follow = lambda other: self.calls.append(f"{name} follow {other.name}")  # noqa: E731
-        return Stream(name=name, wait_stream=follow)
+        return Stream(name=name, wait_stream=follow, query=lambda: True)
 
     def event(self, blocking: bool) -> SimpleNamespace:
         assert blocking, "a thread that waits for it would spin"
