@@ -51,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return REFUSED
     if argv[0] == "help":
         argv = [*argv[1:], "--help"]
-    if argv[0] in parsers.COMMANDS:
-        return _command(argv)
     from shmbridge.errors import ShmbridgeError
 
     try:
+        if argv[0] in parsers.COMMANDS:
+            parsers.refuse_missing_word(argv)
+            return _command(argv)
         arguments, script = _split(argv)
         if "--" not in argv:
             parsers.refuse_missing_separator(parser, argv)
@@ -127,14 +128,25 @@ def reclaim(console: Console) -> None:
 
 
 def values(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that were given, as dotted settings. Raises ConfigError for a GPU list that is there but blank."""
+    """The flags that were given, as dotted settings. None takes back what the config file has: --cpu its GPUs, --train-gpus
+    its ranks on the CPU.
+
+    Raises:
+        ConfigError: a GPU list, or --config, is there but blank.
+    """
     from shmbridge.errors import ConfigError
 
-    for flag in ("teacher_gpu", "train_gpus"):
+    for flag in ("teacher_gpu", "train_gpus", "config"):
         text = getattr(args, flag)
         if text is not None and not text.strip():
-            raise ConfigError(f"--{flag.replace('_', '-')} is empty; name GPUs such as 0-6, or leave the flag out.")
-    values = {key: value for flag, key in _FLAGS.items() if (value := getattr(args, flag, None)) is not None}
+            what = "give a file or the name of a ready configuration" if flag == "config" else "name GPUs such as 0-6"
+            raise ConfigError(f"--{flag.replace('_', '-')} is empty; {what}, or leave the flag out.")
+    values: dict[str, Any] = {}
+    if args.cpu is not None:
+        values |= {"train.gpus": None, "teacher.gpus": None}
+    if args.train_gpus is not None:
+        values |= {"train.cpu_ranks": None}
+    values |= {key: value for flag, key in _FLAGS.items() if (value := getattr(args, flag, None)) is not None}
     return values | ({"enabled": False} if getattr(args, "no_teacher", False) else {})
 
 

@@ -68,7 +68,9 @@ def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("the run")
     _add_run_flags(run)
     run.add_argument("--attach", metavar="NAME", help="train with the teacher that `teacher start NAME` keeps loaded")
-    run.add_argument("--no-teacher", action="store_true", help="run the same training script without a teacher")
+    run.add_argument(
+        "--no-teacher", action="store_true", help="run the same script without a teacher; it must look at reply.missing"
+    )
     run.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
 
 
@@ -191,6 +193,13 @@ def whole() -> argparse.ArgumentParser:
         else:
             add_command_flags(sub, name)
     return parser
+
+
+def refuse_missing_word(argv: Sequence[str]) -> None:
+    """Raises ConfigError where a command stands alone that needs another word."""
+    needed = {"teacher": "a command: start, status or stop", "completion": "a shell: bash, zsh or fish"}
+    if len(argv) == 1 and argv[0] in needed:
+        raise ConfigError(f"`{PROGRAM} {argv[0]}` needs {needed[argv[0]]}.")
 
 
 def refuse_missing_separator(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

@@ -76,6 +76,10 @@ def check_script(script: Sequence[str], args: Sequence[str]) -> None:
             f"the training command begins with {first}; give the script alone (`-- train.py ...` or `-- -m package.module`): "
             "shmbridge-launch starts torchrun itself."
         )
+    if Path(first).is_dir():
+        raise ConfigError(
+            f"the training script {first!r} is a directory; name the script in it, such as {first}/train.py."
+        )
     if not first.startswith("-") and not Path(first).is_file():
         raise ConfigError(f"the training script {first!r} does not exist in {Path.cwd()}.")
     if first in _MODULE and len(script) < 2:

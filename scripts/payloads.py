@@ -23,11 +23,12 @@ ROWS = (
 
 def main(words: int = 128_256, width: int = 4096) -> None:
     print(f"{words:,} words, hidden states of {width:,} numbers\n")
-    print(f"{'setting':<50}{'bytes per position':>18}   what it is for")
+    print(f"{'setting, as it is typed':<52}{'bytes per position':>18}   what it is for")
     for setting, purpose in ROWS:
         payload = config.load(overrides=[setting]).payload
         nbytes = sum(spec.item_bytes for spec in payload_outputs(payload, words, width, "bfloat16"))
-        print(f"{setting:<50}{nbytes:>18,}   {purpose}")
+        typed = f"'{setting}'" if " " in setting else setting
+        print(f"{typed:<52}{nbytes:>18,}   {purpose}")
     head = HeadSpec("bfloat16", words, width).nbytes
     print(f"\npayload.hidden shares the output head once per session: {head / 2**20:,.0f} MiB")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -289,7 +290,7 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
     Args:
         source: a YAML file, or `FILE#section` for one (dotted) section of a file that holds other settings too.
         overrides: `a.b=c` strings; `c` is read as YAML.
-        values: dotted keys with ready values, as the command line's flags give them.
+        values: dotted keys with ready values, as the command line's flags give them. None takes back what `source` has.
 
     Raises:
         ConfigError: names the setting, what was found and what was expected.
@@ -303,12 +304,16 @@ def given(
     """What `load` resolves: the settings that were given alone, as nested mappings. Raises ConfigError."""
     tree = _read(source) if source else {}
     for key, value in (values or {}).items():
-        _assign(tree, key, value)
-    for override in overrides:
+        if value is None:
+            _take_back(tree, key)
+        else:
+            _assign(tree, key, value)
+    words = list(overrides)
+    for at, override in enumerate(words):
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"found {override!r} where a setting a.b=c was expected, such as ring.depth=4")
-        _assign(tree, key, _parse_yaml(text, f"override {override!r}"))
+        _assign(tree, key, _value_of(key, text, words[at:]))
     return tree
 
 
@@ -358,6 +363,27 @@ def _read(source: str) -> dict[str, Any]:
     return tree
 
 
+def _value_of(key: str, text: str, words: Sequence[str]) -> Any:
+    """The value of an override. `words` are the override, `key=text`, and the words that follow it on the command line, which
+    belong to it where the shell split it."""
+    if not text.strip() and schema.is_text(Config, key):
+        return ""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        message = f"override {words[0]!r} is not YAML"
+        if _open_brackets(text) <= 0:
+            raise ConfigError(f"{message}: {getattr(error, 'problem', None) or error}") from None
+        joined = (" ".join(words[:count]) for count in range(2, len(words) + 1))
+        whole = next((one for one in joined if not _open_brackets(one)), "payload.logits={dtype: float32}")
+        raise ConfigError(f"{message}; quote it for the shell: {shlex.quote(whole)}") from None
+
+
+def _open_brackets(text: str) -> int:
+    """How many braces and brackets are opened and not closed."""
+    return sum(text.count(bracket) for bracket in "{[") - sum(text.count(bracket) for bracket in "}]")
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
@@ -374,6 +400,15 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
     tree[leaf] = value
+
+
+def _take_back(tree: dict[str, Any], key: str) -> None:
+    *parents, leaf = key.split(".")
+    section: Any = tree
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    if isinstance(section, dict):
+        section.pop(leaf, None)
 
 
 def _with_gpus_as_text(tree: Mapping[str, Any]) -> Mapping[str, Any]:

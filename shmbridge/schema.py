@@ -43,6 +43,15 @@ def section_of(kind: types.Type) -> types.StructType | None:
     return next((option for option in options if isinstance(option, types.StructType)), None)
 
 
+def is_text(struct: type[msgspec.Struct], key: str) -> bool:
+    """Whether the (dotted) setting `key` is declared and takes any text."""
+    kind: types.Type | None = of(struct)
+    for name in key.split("."):
+        section = section_of(kind) if kind else None
+        kind = next((field.type for field in section.fields if field.name == name), None) if section else None
+    return isinstance(kind, types.StrType)
+
+
 def expected(kind: types.Type, unit: str = "") -> str:
     """What a setting of this type accepts, such as `an integer of at least 1 (requests)`."""
     match kind:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher import cli
 from shmbridge import config, owner, schema
@@ -124,6 +125,10 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
             ["--cpu", "2", "--lr", "3", "--", "train.py"],
             "unknown flag --lr; `shmbridge-launch --help` lists the flags\n",
         ),
+        ([*flags("--config", ""), "--", "train.py"], "--config is empty; give a file or"),
+        ([*flags(), "--", "."], "the training script '.' is a directory; name the script in it"),
+        (["teacher"], "`shmbridge-launch teacher` needs a command: start, status or stop"),
+        (["completion"], "`shmbridge-launch completion` needs a shell: bash, zsh or fish"),
         (["ring.depth", "--", "train.py"], "found 'ring.depth' where a setting a.b=c was expected"),
         (
             [*flags(), "--dry-run", "--", "-m", "nosuch.module"],
@@ -168,11 +173,23 @@ def test_config_prints_every_setting_with_comment_unit_and_default(directory, mo
     assert len(uncommented) > 50
     assert config.load("all.yaml") == config.Config()
     assert config.load("all.yaml", ["payload.hidden={}"]).payload.named == ("hidden",), "logits stay a default"
-    assert cli.main(["config", "ring.depth=4", "--config", "long-context", "--cpu", "3"]) == 0
+    assert cli.main(["config", "ring.depth=4", "--config", "long-context", "--teacher-restarts", "3"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
-    assert config.load("resolved.yaml") == config.load("long-context", ["ring.depth=4"], {"train.cpu_ranks": 3})
+    assert config.load("resolved.yaml") == config.load("long-context", ["ring.depth=4"], {"teacher.restarts": 3})
     assert cli.main(["config", "ring.dept=4"]) == 2
     assert "did you mean `ring.depth`?" in capsys.readouterr().err
+
+
+def test_the_flags_for_cpu_and_gpus_replace_what_the_file_places_elsewhere(capsys):
+    def places(*arguments: str) -> tuple[str, str, int]:
+        assert cli.main(["config", *arguments]) == 0
+        found = yaml.safe_load(capsys.readouterr().out)
+        return found["teacher"]["gpus"], found["train"]["gpus"], found["train"]["cpu_ranks"]
+
+    assert places("--config", "eight-gpus", "--cpu", "2") == ("", "", 2)
+    assert places("--config", "eight-gpus", "--cpu", "2", "--teacher-gpu", "7") == ("7", "", 2)
+    assert places("--config", "cpu", "--train-gpus", "0-1") == ("", "0-1", 0)
+    assert places("--config", "cpu", "--train-gpus", "0", "--cpu", "1") == ("", "0", 1), "a contradiction of its own"
 
 
 def test_every_setting_is_documented():

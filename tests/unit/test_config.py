@@ -70,13 +70,27 @@ def test_the_dump_reads_back_the_same(tmp_path):
         ("ring.depth", "found 'ring.depth' where a setting a.b=c was expected"),
         ("ring.depth.x=1", "'depth' is a value, not a section"),
         ("name=../../etc", "`name` is"),
-        ("ring=[", "is not YAML"),
+        ("ring=[", r"is not YAML; quote it for the shell: 'payload\.logits=\{dtype: float32\}'$"),
+        ("name='a", r"override \"name='a\" is not YAML: [^\n]*$"),
     ],
 )
 def test_bad_settings_are_named(override, message):
     overrides = ["ring.depth=2", override] if override == "ring.depth.x=1" else [override]
     with pytest.raises(ConfigError, match=message):
         config.load(overrides=overrides)
+
+
+def test_an_override_that_the_shell_split_is_shown_whole():
+    split = ["payload.topk={k:", "256,", "temperatures:", "[1,", "2]}", "ring.depth=4"]
+    with pytest.raises(ConfigError, match=r"shell: 'payload\.topk=\{k: 256, temperatures: \[1, 2\]\}'$"):
+        config.load(overrides=split)
+
+
+def test_an_empty_override_of_a_text_setting_is_the_empty_text():
+    got = config.load("eight-gpus", ["teacher.gpus=", "train.gpus= ", "name=", "train.cpu_ranks=2"])
+    assert (got.teacher.gpus, got.train.gpus, got.name) == ("", "", "")
+    with pytest.raises(ConfigError, match=r"ring\.depth is None; expected an integer"):
+        config.load(overrides=["ring.depth="])
 
 
 def test_missing_file_is_named():
