@@ -317,7 +317,10 @@ class Supervisor:
         if saving:
             self._saving = True
             self._jobs[TRAIN].hold()
-            self._console.say(f"rank {listed([str(rank) for rank in saving])}: save hook (timeouts.save_s)")
+            ranks = listed([str(rank) for rank in saving])
+            who = f"ranks {ranks} run their save hooks" if len(saving) > 1 else f"rank {ranks} runs its save hook"
+            most = seconds(self._plan.config.timeouts.save_s)
+            self._console.say(f"{who}, {most} at most (timeouts.save_s)")
         if self._owner:
             self._owner.ask_to_stop()  # before any rank ends: its end is then known to be no failure
         self._signal_ranks(after_s=self._plan.config.timeouts.save_s if saving else 0.0)

@@ -12,8 +12,8 @@ class Reply:
     """What the teacher answered: named tensors with the axes (batch, seq) in front, (batch, seq, vocab) for `logits`; with
     (positions,) in their place where the request chose positions, and in a chunk.
 
-    `missing` is True where there is no answer because the bridge is off; there are no tensors then. `composition` tells
-    where the request stood in the teacher's forward, which the bits of the reply depend on; None in a chunk.
+    `missing` is True where there is no answer, because the bridge is off or the teacher is lost; there are no tensors then.
+    `composition` tells where the request stood in the teacher's forward, which the bits of the reply depend on; None in a chunk.
 
     Where the tensors are lent (a lease or a chunk on the CPU, or with cuda.read=in_place), they lie in memory that the teacher
     writes again once the lease or the chunk has ended. A backward that needs a lent tensor, a view of it or a detach() of it
@@ -63,9 +63,20 @@ class Reply:
         if self._released:
             raise Closed(f"the lease on sequence {self.sequence} was released; use the reply inside its `with` block.")
         if name not in self._tensors:
-            has = "no tensors, because the bridge is off" if self.missing else ", ".join(self._tensors)
-            raise KeyError(f"the reply has no {name!r}; it has {has}")
+            raise KeyError(self._why_not(name))
         return self._tensors[name]
+
+    def _why_not(self, name: str) -> str:
+        """Why there is no tensor `name`, and the remedy."""
+        if self.missing:
+            return (
+                f"the reply has no {name!r}: it is missing, because the bridge is off or the teacher is lost; look at "
+                "reply.missing first and use the script's own loss then, as scripts/example.py does"
+            )
+        told = f"the reply has no {name!r}; it has {', '.join(self._tensors)}"
+        if name == "logits" and "hidden" in self:
+            return f"{told}; with payload.hidden={{}} read LazyLogits(reply.hidden, bridge.head)"
+        return f"{told}; set payload.hidden={{}}" if name == "hidden" else told
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

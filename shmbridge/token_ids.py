@@ -43,7 +43,8 @@ def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape, p
         raise RequestRefused(f"input_ids has {batch} rows; a request takes {shape.max_batch}. Raise ring.max_batch.")
     if agreed.max_seq is not None and seq > agreed.max_seq and not packed:
         raise RequestRefused(
-            f"input_ids is {seq} tokens long; the teacher {agreed.model} has {agreed.max_seq} positions."
+            f"input_ids is {seq} tokens long; the teacher {agreed.model!r} has {agreed.max_seq} positions. "
+            f"Truncate to {agreed.max_seq} tokens, or take a teacher with more positions."
         )
     if not ids.flags.c_contiguous:
         ids = np.ascontiguousarray(ids)
@@ -51,7 +52,7 @@ def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape, p
     if np.maximum.reduce(ids.view(unsigned), axis=None) >= limit:  # one pass: a negative ID is a huge unsigned one
         row, column = np.argwhere(ids.view(unsigned) >= limit)[0]
         raise RequestRefused(
-            f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher {agreed.model} takes 0 to {limit - 1}. "
+            f"input_ids[{row}, {column}] is {ids[row, column]}; the teacher {agreed.model!r} takes 0 to {limit - 1}. "
             "Use the teacher's tokenizer, or mask positions such as -100 out before you submit."
         )
     return ids

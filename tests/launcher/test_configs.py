@@ -64,5 +64,7 @@ def test_long_context():
 
 
 def test_the_cpu():
-    made, _ = planned("cpu.yaml")
+    made, counted = planned("cpu.yaml")
     assert (made.teachers, made.ranks) == (((),), 2)
+    assert made.config.ring.max_tokens >= 4 * 512, "a batch of scripts/example.py"
+    assert rows(counted)["replies"] == "128 MiB"

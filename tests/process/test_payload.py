@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from shmbridge.bridge import Bridge
 from shmbridge.errors import ConfigError, PlanError, RequestRefused, TeacherError
 from shmbridge.head import Head
 from shmbridge.payload import Batch
+from shmbridge.reply import Reply
 from shmbridge.teacher import HuggingFaceTeacher
 from tests.harness import Bench, bench
 from tests.process.test_bridge import ids
@@ -692,3 +694,20 @@ def test_what_a_session_cannot_take_never_reaches_its_teacher(saved):
                 bridge.submit(sent, **given)
         assert it.owner.lanes[0].ring.requested == 0
         bridge.exchange(sent)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "asked", "told"),
+    [
+        ({}, "hidden", "the bridge is off or the teacher is lost; look at reply.missing first"),
+        (
+            {"hidden": torch.zeros(1)},
+            "logits",
+            "it has hidden; with payload.hidden={} read LazyLogits(reply.hidden, bridge.head)",
+        ),
+        ({"logits": torch.zeros(1)}, "hidden", "it has logits; set payload.hidden={}"),
+    ],
+)
+def test_a_tensor_that_the_reply_lacks_is_told_with_the_remedy(tensors, asked, told):
+    with pytest.raises(KeyError, match=re.escape(told)):
+        getattr(Reply(tensors, 0, None, None), asked)
