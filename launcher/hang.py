@@ -42,7 +42,8 @@ class Report(msgspec.Struct, frozen=True):
         return "\n\n".join(part for part in (*parts, status.rings(self.facts), self._stacks()) if part)
 
     def _title(self) -> str:
-        return f"hang report, {self.at}: {self.why}\n{status.head(self.facts, self.name, self.run)}"
+        kind = "report" if self.verdict.kind in verdict.HEALTHY else "hang report"
+        return f"{kind}, {self.at}: {self.why}\n{status.head(self.facts, self.name, self.run)}"
 
     def _verdict(self) -> str:
         sentence = self.verdict.sentence[:1].upper() + self.verdict.sentence[1:]

@@ -16,6 +16,7 @@ from launcher.places import Place
 from launcher.text import listed, seconds
 from shmbridge.board import Phase
 
+HEALTHY = ("closed", "moving")  # the kinds of verdict of a session in which nothing hangs
 STALE_S = 5.0  # a heartbeat comes every second
 STILL_S = 5.0  # who has moved within so many seconds does not hang; less where timeouts.report_s is short
 
