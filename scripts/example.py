@@ -1,9 +1,10 @@
 """Distil a teacher into a student: a DDP loop with the teacher behind the bridge. Copy it and change what is yours.
 
-    shmbridge-launch --config configs/eight-gpus.yaml --teacher TEACHER -- scripts/example.py STUDENT TEXT OUT
+    shmbridge-launch --config eight-gpus --teacher TEACHER -- scripts/example.py STUDENT TEXT OUT
+    shmbridge-launch --config cpu --teacher TEACHER -- scripts/example.py STUDENT TEXT OUT
 
-STUDENT: a model with the teacher's vocabulary. TEXT: a file with one document a line. OUT: where the trained student is
-saved. A run that is stopped saves a checkpoint there, and the same command then goes on from it.
+STUDENT: a model with its tokenizer and the teacher's vocabulary; its loss needs payload.hidden={}, which both configs set.
+TEXT: a file with one document a line. OUT: where the student is saved; after a stop the same command goes on from there.
 """
 
 import os
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +31,7 @@ dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 tokenizer = AutoTokenizer.from_pretrained(student_path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 student = AutoModelForCausalLM.from_pretrained(student_path, dtype=torch.float32).to(device)
-model = DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
+model = torch.nn.parallel.DistributedDataParallel(student, device_ids=[device] if device.type == "cuda" else None)
 optimizer = torch.optim.AdamW(student.parameters(), lr=LR)
 step, checkpoint = 0, out / "checkpoint.pt"
 if checkpoint.exists():

@@ -22,3 +22,10 @@ processes   where every process is started, watched and ended
 machine     cores, and the facts that stand above every table
 tables      the look of all output
 """
+
+import importlib.util
+import sys
+
+if importlib.util.find_spec("rich") is None:  # all output needs it: one line in place of a traceback
+    print("needs rich: pip install '.[test]'", file=sys.stderr)
+    sys.exit(2)

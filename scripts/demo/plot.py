@@ -24,7 +24,7 @@ def plot(out: Path) -> None:
     The scores before training are far above the rest and stand in the titles.
     """
     summary = json.loads((out / "summary.json").read_text())
-    figure, (kl, perplexity) = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    figure, (kl, perplexity) = plt.subplots(1, 2, figsize=(10.5, 5.2))
     before = summary["students"]["distilled"]["held_out"][0]
     draw_training(kl, out, "distilled", lambda loss: loss)
     draw_training(perplexity, out, "text alone", math.exp)
@@ -45,7 +45,7 @@ def plot(out: Path) -> None:
         axis.grid(alpha=0.25)
         axis.margins(x=0.08)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13))  # below the curves
     figure.suptitle(title(summary), fontsize=11)
     figure.tight_layout()
     figure.savefig(out / "losses.png", dpi=150)
@@ -54,11 +54,11 @@ def plot(out: Path) -> None:
 
 def draw_training(axis: Any, out: Path, name: str, of: Any) -> None:
     """What the student minimises, on its training batches."""
-    lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / f"{name.replace(' ', '-')}.jsonl").read_text().splitlines()]
     windows = [lines[i : i + AVERAGED] for i in range(len(lines) - AVERAGED + 1)]
     steps = [window[AVERAGED // 2]["step"] for window in windows]
     values = [of(sum(line["loss"] for line in window) / AVERAGED) for window in windows]
-    label = f"{name}, training batches (mean of {AVERAGED})"
+    label = f"{name}, training batches (mean of {AVERAGED} steps)"
     axis.plot(steps, values, color=COLOURS[name], alpha=0.35, linewidth=1, label=label)
 
 

@@ -18,7 +18,8 @@ WARMUP = 0.1  # share of the training
 
 
 class Trainee:
-    """One student under DDP with AdamW. Its losses go to `out`/NAME.jsonl, a line for each step, written by rank 0."""
+    """One student under DDP with AdamW. Rank 0 writes its losses to `out`/NAME.jsonl, a line for each step; spaces of its name
+    are dashes there."""
 
     def __init__(
         self, name: str, student: torch.nn.Module, lr: float, autocast: torch.autocast, out: Path, line: Line
@@ -33,7 +34,8 @@ class Trainee:
         self._lr = lr
         self._autocast = autocast
         self._line = line
-        self._file = open(out / f"{name}.jsonl", "w") if dist.get_rank() == 0 else None  # noqa: SIM115
+        losses = out / f"{name.replace(' ', '-')}.jsonl"
+        self._file = open(losses, "w") if dist.get_rank() == 0 else None  # noqa: SIM115
         self._device = device = next(student.parameters()).device
         self._trunk = DistributedDataParallel(student.model, device_ids=[device] if device.type == "cuda" else None)
         self._weights = [weight for weight in student.parameters() if weight.requires_grad]

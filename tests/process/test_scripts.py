@@ -73,7 +73,7 @@ def test_the_demo_distils_a_student_and_trains_another_on_the_text_alone(tmp_pat
     assert [score["step"] for score in control["held_out"]] == [score["step"] for score in distilled["held_out"]]
     assert 0 < distilled["held_out"][-1]["kl"] < 0.7 * distilled["held_out"][0]["kl"]
     assert 0 < control["held_out"][-1]["perplexity"] < 0.7 * control["held_out"][0]["perplexity"]
-    for name in ("distilled", "text alone"):
+    for name in ("distilled", "text-alone"):
         lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
@@ -192,3 +192,15 @@ def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
     agreed, _ = offering.make(build(None, settings, device, 0), settings, device)
     assert agreed.vocab_size == 50
     assert agreed.outputs == (OutputSpec("hidden", "float32", ("seq", 16)), OutputSpec("value", "float32", ("seq",)))
+
+
+def test_scripts_that_print_tables_say_that_they_need_rich():
+    code = (
+        "import runpy, sys\nsys.modules['rich'] = None\nfor name in ('bench', 'faults', 'soak'):\n"
+        "    try: runpy.run_path(f'scripts/{name}.py', run_name='__main__')\n"
+        "    except SystemExit as end: print(name, end.code)"
+    )
+    variables = {**os.environ, "PYTHONPATH": "scripts"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert ended.stdout.splitlines() == ["bench 2", "faults 2", "soak 2"], ended.stderr
+    assert ended.stderr.splitlines() == ["needs rich: pip install '.[test]'"] * 3
