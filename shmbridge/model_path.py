@@ -18,9 +18,15 @@ def local(model: str) -> Path | None:
     """The directory or file that `model` names; None where it names a model on the hub.
 
     Raises:
-        ConfigError: it can only be a path, and nothing is there. Names the absolute path and the nearest name that exists.
+        ConfigError: it can only be a path, and nothing is there; or a file is there that is not .gguf. Names the absolute path
+            and the nearest name that exists.
     """
     path = Path(model).expanduser()
+    if path.is_file() and path.suffix != ".gguf":
+        raise ConfigError(
+            f"teacher.model is {model!r}: {os.path.abspath(path)} is a file, and not a .gguf file. Give the directory of a "
+            "model, a hub id, a .gguf file, or module:build for a teacher of your own."
+        )
     if path.exists():
         return path
     first = path.parts[0] if len(path.parts) > 1 else ""
@@ -66,7 +72,8 @@ def require_on_hub(model: str, revision: str = "") -> None:
         at = f" (revision {revision})" if revision else ""
         raise ConfigError(
             f"teacher.model is {model!r}: there is no directory {os.path.abspath(model)}, and the model {model}{at} was not "
-            f"found on the hub {huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {reason}). {_hub_remedy()}"
+            f"found on the hub {huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {reason})."
+            f"{_nearest(Path(model))} {_hub_remedy()}"
         ) from None
 
 

@@ -1,7 +1,7 @@
 """The teacher's process: `python -m shmbridge.teacher_job`, started by the launcher.
 
 Attach, load the model, probe it, offer what it returns, serve. Whatever is raised on the way is written on the board
-before the process ends, so that every rank stops with the teacher's own traceback.
+before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is told without one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -46,6 +47,11 @@ def main() -> int:
     except PeerLost as error:
         session.record.fail_with(error)
         trace.logger.error("the teacher stops: %s", error)
+        return 1
+    except ConfigError as error:  # its message tells the user all; a traceback would hide it
+        session.record.fail(str(error))
+        session.wake_ranks()
+        trace.logger.error("%s", error)
         return 1
     except BaseException as error:
         session.record.fail_with(error)
@@ -136,7 +142,7 @@ def build(session: TeacherSession, settings: Config, device: torch.device, gpus:
     if is_builder(model):
         module, _, name = model.partition(":")
         sys.path.insert(0, str(Path.cwd()))
-        builder = getattr(importlib.import_module(module), name, None)
+        builder = getattr(_import(module, model), name, None)
         if not callable(builder):
             raise ConfigError(f"teacher.model is {model!r}; module {module} has no function {name!r}.")
         forward: Forward = builder(settings)
@@ -148,6 +154,21 @@ def build(session: TeacherSession, settings: Config, device: torch.device, gpus:
     from shmbridge.teacher import HuggingFaceTeacher
 
     return HuggingFaceTeacher(settings, device, session.record.progress, gpus)
+
+
+def _import(module: str, model: str) -> ModuleType:
+    """The module of a custom teacher. Raises ConfigError, which tells where it was looked for, if there is none."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        extra = os.environ.get("PYTHONPATH")
+        raise ConfigError(
+            f"teacher.model is {model!r}: there is no module {error.name!r} in the working directory {Path.cwd()}, on "
+            f"PYTHONPATH ({extra or 'not set'}) or in the packages of {sys.executable}. Start where the module is, or add its "
+            "directory to PYTHONPATH."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
             "unknown flag --lr; `shmbridge-launch --help` lists the flags\n",
         ),
         ([*flags("--config", ""), "--", "train.py"], "--config is empty; give a file or"),
+        ([*flags(teacher="train.py"), "--dry-run", "--", "train.py"], "train.py is a file, and not a .gguf file. Give"),
         ([*flags(), "--", "."], "the training script '.' is a directory; name the script in it"),
         (["teacher"], "`shmbridge-launch teacher` needs a command: start, status or stop"),
         (["completion"], "`shmbridge-launch completion` needs a shell: bash, zsh or fish"),
@@ -406,11 +407,12 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 
 def test_a_model_that_the_hub_does_not_give_is_asked_for_once_and_told_once(directory):
+    (directory / "gpt2-small").mkdir()
     with (
         hub() as (address, asked),
         launch(
             directory,
-            *flags(teacher="held/gpt2"),
+            *flags(teacher="gpt2-smal"),
             "--",
             "train.py",
             "none",
@@ -421,11 +423,20 @@ def test_a_model_that_the_hub_does_not_give_is_asked_for_once_and_told_once(dire
         ) as run,
     ):
         assert run.wait() == 1
-        assert asked == ["/held/gpt2/resolve/main/config.json"]
+        assert asked == ["/gpt2-smal/resolve/main/config.json"]
         report = next(directory.glob("runs/*/report.txt")).read_text()
-    for told in (f"there is no directory {directory}/held/gpt2", "the model held/gpt2", address, "set HF_TOKEN"):
+        log = next(directory.glob("runs/*/teacher.log")).read_text()
+    here = f"{directory}/gpt2-smal"
+    for told in (
+        f"there is no directory {here}",
+        "the model gpt2-smal",
+        address,
+        "set HF_TOKEN",
+        f"Did you mean {here}l?",
+    ):
         assert told in report
-    assert report.count("Traceback") == report.count("in require_on_hub") == 1
+    assert "Traceback" not in report + log
+    assert log.count("there is no directory") == 1
 
 
 @pytest.mark.parametrize("model", ["held/gpt2", "./held/gpt2", "held/distil/weights", "hald.gguf", "~/nowhere", "a b"])

@@ -165,6 +165,9 @@ def test_a_teacher_of_ones_own_is_found_in_the_working_directory(tmp_path, monke
         return build(None, config.load(overrides=[f"teacher.model={model}", "teacher.args={k: 3}"]), CPU, 0)
 
     assert torch.equal(make("my_teacher:build")(Batch(ids(1, 2), None))["x"], ids(1, 2) * 3)
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    with pytest.raises(ConfigError, match=rf"no module 'my_techer' in .* {tmp_path}, on PYTHONPATH \(/some/where\)"):
+        make("my_techer:build")
     with pytest.raises(ConfigError, match="module my_teacher has no function 'nothing'"):
         make("my_teacher:nothing")
     with pytest.raises(ConfigError, match=r"returned a int; expected forward"):
