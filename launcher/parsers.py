@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import shlex
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "completion": "print the completion script of a shell: bash, zsh or fish",
     "help": "print this help",
 }
+_SPLIT = re.compile(r"=[{\[][^}\]]*$")  # a setting whose brace or bracket does not close
 SHELLS = ("bash", "zsh", "fish")
 
 _EXAMPLE = f"{PROGRAM} --teacher-gpu 7 --train-gpus 0-6 --teacher meta-llama/Llama-3.1-8B -- train.py --lr 1e-4"
@@ -205,7 +207,9 @@ def refuse_missing_word(argv: Sequence[str]) -> None:
 def refuse_missing_separator(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     """Raises ConfigError where a training script follows without `--`, or a word is no command."""
     own = _length_of_own(parser, argv)
-    if own == len(argv):
+    if own == len(argv) or (
+        own and _SPLIT.search(argv[own - 1])
+    ):  # the shell split a setting: the settings' reader tells
         return
     word, script = argv[own], list(argv[own:])
     near = [] if own or word.endswith(".py") else difflib.get_close_matches(word, COMMANDS, n=1)

@@ -130,6 +130,10 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
         ([*flags(), "--", "."], "the training script '.' is a directory; name the script in it"),
         (["teacher"], "`shmbridge-launch teacher` needs a command: start, status or stop"),
         (["completion"], "`shmbridge-launch completion` needs a shell: bash, zsh or fish"),
+        (
+            ["--cpu", "2", "payload.logits={dtype:", "float32}", "train.py"],
+            "shell: 'payload.logits={dtype: float32}'\n",
+        ),
         (["ring.depth", "--", "train.py"], "found 'ring.depth' where a setting a.b=c was expected"),
         (
             [*flags(), "--dry-run", "--", "-m", "nosuch.module"],
