@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +17,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from shmbridge import schema
+from shmbridge import overriding, schema
 from shmbridge.errors import ConfigError
 from shmbridge.launch import folder
 
@@ -305,15 +304,11 @@ def given(
     tree = _read(source) if source else {}
     for key, value in (values or {}).items():
         if value is None:
-            _take_back(tree, key)
+            overriding.take_back(tree, key)
         else:
-            _assign(tree, key, value)
-    words = list(overrides)
-    for at, override in enumerate(words):
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"found {override!r} where a setting a.b=c was expected, such as ring.depth=4")
-        _assign(tree, key, _value_of(key, text, words[at:]))
+            overriding.assign(tree, key, value)
+    for key, value in overriding.read(list(overrides), Config):
+        overriding.assign(tree, key, value)
     return tree
 
 
@@ -363,52 +358,11 @@ def _read(source: str) -> dict[str, Any]:
     return tree
 
 
-def _value_of(key: str, text: str, words: Sequence[str]) -> Any:
-    """The value of an override. `words` are the override, `key=text`, and the words that follow it on the command line, which
-    belong to it where the shell split it."""
-    if not text.strip() and schema.is_text(Config, key):
-        return ""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        message = f"override {words[0]!r} is not YAML"
-        if _open_brackets(text) <= 0:
-            raise ConfigError(f"{message}: {getattr(error, 'problem', None) or error}") from None
-        joined = (" ".join(words[:count]) for count in range(2, len(words) + 1))
-        whole = next((one for one in joined if not _open_brackets(one)), "payload.logits={dtype: float32}")
-        raise ConfigError(f"{message}; quote it for the shell: {shlex.quote(whole)}") from None
-
-
-def _open_brackets(text: str) -> int:
-    """How many braces and brackets are opened and not closed."""
-    return sum(text.count(bracket) for bracket in "{[") - sum(text.count(bracket) for bracket in "}]")
-
-
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{where} is not YAML: {error}") from None
-
-
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"setting {key!r}: {parent!r} is a value, not a section")
-    tree[leaf] = value
-
-
-def _take_back(tree: dict[str, Any], key: str) -> None:
-    *parents, leaf = key.split(".")
-    section: Any = tree
-    for parent in parents:
-        section = section.get(parent) if isinstance(section, dict) else None
-    if isinstance(section, dict):
-        section.pop(leaf, None)
 
 
 def _with_gpus_as_text(tree: Mapping[str, Any]) -> Mapping[str, Any]:

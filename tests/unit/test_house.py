@@ -15,6 +15,7 @@ from shmbridge import errors
 FLOORS = [
     {"cuda_errors", "devices", "errors", "launch", "layout", "peer", "stacks"},
     {"schema"},
+    {"overriding"},
     {"config", "batching", "trace", "model_path"},
     {"offer", "segment", "board"},
     {"doorbell", "ring", "heartbeat"},
