@@ -123,7 +123,6 @@ def main(
 ) -> int:
     """Run the stages that are asked for and have not passed, then show all that is known."""
     options = _parse(arguments, stages)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         where = (look or look_around)()
     except Unusable as reason:
@@ -379,4 +378,5 @@ def markdown(stages: Sequence[Stage], records: dict[str, Record], where: Where, 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

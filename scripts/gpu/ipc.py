@@ -147,7 +147,7 @@ def importer(case: str, card: int, pipe: Connection) -> None:
         stream.wait_event(event)
         with cuda_ipc.on(stream):
             copied.copy_(memory, non_blocking=True)
-        done = cuda_ipc.event()
+        done = cuda_ipc.timed_event()
         done.record(stream)
         pipe.send("waits")
         pipe.recv()
