@@ -6,6 +6,7 @@ Each function says the trap that it walks around.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 import weakref
@@ -26,7 +27,6 @@ Event = torch.cuda.Event
 Stream = torch.cuda.Stream
 
 _streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # that `side_stream` gave and somebody holds
-_pools: list[object] = []  # of slabs: a pool that nobody holds is given back, with a wait for the device
 
 
 class MemoryHandle(msgspec.Struct, frozen=True):
@@ -53,7 +53,8 @@ def unusable(device: torch.device) -> str | None:
             f"the allocator of the teacher's process is {backend}, whose memory cannot be exported; take `backend:` out of "
             "PYTORCH_CUDA_ALLOC_CONF there"
         )
-    memory = allocate(1, device)
+    # Not in a pool: some versions of torch never use expandable segments there, and others raise an error.
+    memory = torch.zeros(_OWN_BLOCK, dtype=torch.uint8, device=device)
     if _is_expandable(export_memory(memory)):
         return (
             "the teacher's process allocates expandable segments, whose handles do not open in other processes; take "
@@ -79,8 +80,10 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     which torch shares out among other tensors of the exporter. torch.cuda.empty_cache() would have the same effect, but it waits
     for every stream, also for one that waits for a process that is gone. Never an inference tensor.
     """
-    pool = torch.cuda.MemPool()
-    _pools.append(pool)
+    with torch.cuda.device(device):  # a pool belongs to the current one
+        pool = torch.cuda.MemPool()
+    # A pool that is destroyed waits for the device, also at the end of the interpreter. A count that nobody takes back keeps it.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
     with torch.inference_mode(False), torch.cuda.use_mem_pool(pool, device):
         return torch.zeros(block_bytes(nbytes), dtype=torch.uint8, device=device)
 

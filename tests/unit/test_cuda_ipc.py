@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import types
 import weakref
 from contextlib import contextmanager
 
@@ -45,23 +47,41 @@ def test_a_side_stream_is_nobody_elses_and_idle_as_long_as_there_is_one_left(mon
     assert cuda_ipc.side_stream(CPU) in held
 
 
-def test_a_slab_has_a_pool_of_its_own_for_life_and_nothing_is_given_back_for_it(monkeypatch):
-    """Giving the cache back waits for every stream, also for one that waits for a process that is gone."""
-    used = []
+def test_a_slab_has_a_pool_of_its_own_that_not_even_the_end_of_the_interpreter_destroys(monkeypatch):
+    """Giving the cache back waits for every stream, also for one that waits for a process that is gone; so does a pool that is
+    destroyed. At its end Python destroys whatever a module, or anything else that it knows, refers to."""
+    used, current = [], []
 
-    class Pool:
-        pass
+    @contextmanager
+    def on(device: torch.device):
+        current.append(device)
+        yield
+        current.pop()
+
+    class Pool:  # torch's belongs to the current device
+        def __init__(self) -> None:
+            assert current == [CPU]
 
     @contextmanager
     def use(pool: Pool, device: torch.device):
         used.append(weakref.ref(pool))
         yield
 
+    monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("it waits for every stream"))
-    monkeypatch.setattr(cuda_ipc, "_pools", [])
     sizes = [cuda_ipc.allocate(nbytes, CPU).numel() for nbytes in (1, 50 * cuda_ipc.MIB + 1)]
     assert sizes == [20 * cuda_ipc.MIB, 52 * cuda_ipc.MIB]
     assert len({id(pool()) for pool in used}) == 2
-    assert all(pool() for pool in used)
+    for pool in used:
+        assert not [one for one in gc.get_referrers(pool()) if not isinstance(one, types.FrameType)]
+
+
+def test_expandable_segments_are_looked_for_outside_of_a_pool(monkeypatch):
+    """In a pool some versions of torch never use them, and others refuse to allocate."""
+    handles = {"expandable": cuda_ipc.MemoryHandle(b"\x01e" + bytes(30), 1, 0, b"", 0, b"", False)}
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(torch.cuda, "MemPool", lambda: pytest.fail("in a pool"))
+    monkeypatch.setattr(cuda_ipc, "export_memory", lambda memory: handles["expandable"])
+    assert "expandable segments" in str(cuda_ipc.unusable(CPU))
