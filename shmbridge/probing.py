@@ -71,7 +71,7 @@ def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Con
     ids = _token_ids(forward, settings)
     mask = torch.ones_like(ids)
     mask[-1, -1] = 0
-    words = vocab_size(forward, settings) or 1
+    words = _words(forward, settings)
     with torch.inference_mode():
         _try(forward, encoder, ids, None, settings, device)
         _try(forward, encoder, ids, mask, settings, device)
@@ -155,9 +155,13 @@ def _token_ids(forward: Forward, settings: Config) -> torch.Tensor:
     room = shape.max_tokens if shape.chunks else shape.max_positions
     seq = min(_SEQ, room, getattr(forward, "max_seq", None) or _SEQ)
     rows = _ROWS if _ROWS * seq <= room and shape.max_batch >= _ROWS else 1
+    return torch.arange(rows * seq).reshape(rows, seq) * _STRIDE % _words(forward, settings)
+
+
+def _words(forward: Forward, settings: Config) -> int:
+    """Token IDs of these batches are below it; each of them is a target too, which payload.vocab bounds."""
     known = vocab_size(forward, settings) or 1
-    words = min(known, settings.payload.vocab or known)  # each ID is a target too
-    return torch.arange(rows * seq).reshape(rows, seq) * _STRIDE % words
+    return min(known, settings.payload.vocab or known)
 
 
 def _encoded(

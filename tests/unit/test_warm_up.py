@@ -37,11 +37,11 @@ class Model:
         return {"logits": torch.zeros(*batch.input_ids.shape, self.vocab_size)}
 
 
-def warm_up(model: Model) -> TokenLimit:
+def warm_up(model: Model, settings: config.Config = SETTINGS) -> TokenLimit:
     made = Model()
-    _, encoder = offering.make(made, SETTINGS, CPU)
-    limit = TokenLimit(SETTINGS.teacher.max_batch_tokens)
-    probing.warm_up(model, encoder, limit, SETTINGS, CPU)
+    _, encoder = offering.make(made, settings, CPU)
+    limit = TokenLimit(settings.teacher.max_batch_tokens)
+    probing.warm_up(model, encoder, limit, settings, CPU)
     return limit
 
 
@@ -49,6 +49,19 @@ def test_a_small_batch_with_and_without_a_mask_and_one_of_ring_max_tokens_are_co
     model = Model()
     assert warm_up(model).tokens == SETTINGS.teacher.max_batch_tokens
     assert (model.shapes, model.masked) == ([(2, 6), (2, 6), (8, 64)], 1)
+
+
+def test_no_target_lies_beyond_payload_vocab(caplog):
+    """On a GPU an index out of bounds would end the teacher's process."""
+    overrides = [
+        "teacher.model=tests:teacher",
+        "ring.max_tokens=512",
+        "payload={logprobs: {}, vocab: 3}",
+        "parity=false",
+    ]
+    with caplog.at_level("INFO", "shmbridge"):
+        warm_up(Model(), config.load(overrides=overrides))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(("fits", "left"), [(300, 256), (100, 64), (40, 32), (0, 1)])
