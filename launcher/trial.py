@@ -47,7 +47,7 @@ class Command(NamedTuple):
     environment: Mapping[str, str]
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # like KeyboardInterrupt: no check that goes on after an Exception goes on after this
     """The user ended the launcher during the trial."""
 
     def __init__(self, number: signal.Signals) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_the_trials_processes_see_what_those_of_a_run_would(tmp_path, monkeypatc
     assert exporter.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-0"
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-0,GPU-0000-1"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in exporter.environment
+
+
+def test_a_signal_during_the_trial_ends_the_command(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise trial.Stopped(signal.SIGINT)
+
+    monkeypatch.setattr(trial, "run", stop)
+    for name, value in fake_gpus.torch(tmp_path, 2).items():
+        monkeypatch.setenv(name, value)
+    assert command.main(as_json=True) == 128 + signal.SIGINT
+    assert not capsys.readouterr().out
 
 
 def test_every_fact_is_documented_by_its_name():
