@@ -359,16 +359,18 @@ def outlive(device: torch.device, lane: int) -> None:
 def wait_in_item(device: torch.device, lane: int) -> None:
     """Reads a reply whose teacher is killed, and waits for it in C, where no exception gets through; its heartbeat watches."""
     torch.cuda.set_device(device)
-    bridge = shmbridge.connect(lane=lane, device=device)
-    bridge.wait_ready()
-    for step in range(50):
-        pending = bridge.submit(ids(lane, step), step=step)
-        try:
-            with pending.wait() as reply:
-                tell({"read": step})
-                reply["rows"].sum().item()
-        except TornReply:
-            pass  # the event came all the same
+    with shmbridge.connect(
+        lane=lane, device=device
+    ) as bridge:  # whose end tells an error of CUDA from the script's own
+        bridge.wait_ready()
+        for step in range(50):
+            pending = bridge.submit(ids(lane, step), step=step)
+            try:
+                with pending.wait() as reply:
+                    tell({"read": step})
+                    reply["rows"].sum().item()
+            except TornReply:
+                pass  # the event came all the same
     tell({"ended": True})
 
 
