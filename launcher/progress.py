@@ -40,7 +40,8 @@ class Progress:
     def show(self) -> None:
         """Print a line where there is something to tell."""
         now = time.monotonic()
-        ready = [i for i, record in self._waiting.items() if record.ready == self._generation]
+        # A group that waited may have begun the next generation since the last look.
+        ready = [i for i, record in self._waiting.items() if record.ready >= self._generation]
         for replica in ready:
             del self._waiting[replica]
         if ready:

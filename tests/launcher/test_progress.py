@@ -104,3 +104,10 @@ def test_every_replica_is_told_once_it_is_ready(three):
     assert three.after(1) == ["teachers 0 and 2 ready in 7.0 s"]
     assert three.ready
     assert three.after(9) == []
+
+
+def test_a_teacher_that_is_in_the_next_generation_already_is_ready(one):
+    """A group that waited has begun it at once: `teacher start` did not return until that group had ended."""
+    one.set(0, Phase.COLLECTING, ready=GENERATION + 1)
+    one.after(0.1)
+    assert one.ready
