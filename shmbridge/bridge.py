@@ -201,11 +201,12 @@ class Bridge:
         **extras: Unpack[Extras],
     ) -> Reply:
         """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
-        pending = self.submit(input_ids, attention_mask, **extras)
+        sequence = self._requests.next_sequence if self._requests else 0
         try:
-            return pending.copy(timeout)
+            return self.submit(input_ids, attention_mask, **extras).copy(timeout)
         except BaseException:
-            pending.cancel()  # an exception that is being handled, such as a KeyboardInterrupt, would keep its slot
+            if self._requests:  # a KeyboardInterrupt comes anywhere, and its handler may ask the teacher
+                self._requests.cancel_since(sequence)
             raise
 
     def prefetch(

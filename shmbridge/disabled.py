@@ -30,6 +30,7 @@ class DisabledBridge(Bridge):
         self._rank = rank
         self._closed = False
         self._submitted = 0
+        self._requests = None
         self._prefetches = weakref.WeakSet()
 
     @property

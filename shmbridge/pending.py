@@ -64,9 +64,9 @@ class Pending:
     __slots__ = ("_chunks", "_requests", "_sent")
 
     def __init__(self, requests: Requests, sent: Sent) -> None:
-        self._requests: Requests | None = requests
         self._sent = sent
         self._chunks: weakref.ref[Chunks] | None = None  # what `chunks` gave last
+        self._requests: Requests | None = requests
 
     @property
     def sequence(self) -> int:
@@ -103,7 +103,11 @@ class Pending:
             self._requests = None
             return Lease(None, self._sent, _missing(self._sent))
         self._requests = None  # from here on the slot is the lease's, or given back
-        return Lease(requests, self._sent, requests.read(self._sent))
+        try:
+            return Lease(requests, self._sent, requests.read(self._sent))
+        except BaseException:
+            requests.cancel(self.sequence)
+            raise
 
     def chunks(self, timeout: float | None = None) -> Chunks:
         """The reply piece by piece: `for rows, chunk in pending.chunks()`.
@@ -162,8 +166,9 @@ class Pending:
 
     def __del__(self) -> None:
         """Dropped without a lease: cancelled when the bridge is next used. (Any thread may run this.)"""
-        if self._requests is not None:
-            self._requests.dropped.append(self.sequence)
+        requests = getattr(self, "_requests", None)  # absent where a KeyboardInterrupt came within __init__
+        if requests is not None:
+            requests.dropped.append(self._sent.sequence)
 
     def _waiting(self) -> Requests:
         if self._requests is None:

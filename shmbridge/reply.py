@@ -36,12 +36,12 @@ class Reply:
         dropped: list[int] | None = None,
     ) -> None:
         """`lent`: the tensors lie in a slot. `dropped`: where the sequence is noted if nobody calls `forget`."""
+        self.sequence = sequence
         self._dropped = dropped
         self._lent = lent
         self._tensors = tensors
         self._released = False
         self.missing = not tensors
-        self.sequence = sequence
         self.step = step
         self.composition = composition
 
@@ -94,5 +94,6 @@ class Reply:
 
     def __del__(self) -> None:
         """Dropped, and its lease with it: the slot is given back when the bridge is next used. (Any thread may run this.)"""
-        if self._dropped is not None:
-            self._dropped.append(self.sequence)
+        dropped = getattr(self, "_dropped", None)  # absent where a KeyboardInterrupt came within __init__
+        if dropped is not None:
+            dropped.append(self.sequence)

@@ -129,17 +129,22 @@ class Requests:
             raise RingFull(self._holders())
         sequence = ring.claim()
         ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
-        ring.publish_request(sequence)
         try:
+            ring.publish_request(sequence)
             session.ring_teacher()  # the teacher may take this core now: what a signal handler raises is raised here
             session.record.at(step, sequence)
             sent = Sent(sequence, step, extent, "candidates" in arrays)
             if self._trace:
                 self._hand_over("submit", sent, ids.nbytes, started)
         except BaseException:
-            self.dropped.append(sequence)  # no Pending will own its slot
+            self.cancel_since(sequence)  # no Pending will own its slot
             raise
         return sent
+
+    @property
+    def next_sequence(self) -> int:
+        """Of the request that is sent next."""
+        return self._open.ring.requested
 
     @property
     def free_slots(self) -> int:
@@ -183,14 +188,10 @@ class Requests:
         self.teacher_lost = True
 
     def read(self, sent: Sent) -> Reply:
-        """A published reply; the slot is given back where there is none to be had."""
+        """A published reply. Where it raises, the caller cancels the request."""
         started = time.monotonic_ns()
-        try:
-            head = self.head(sent)
-            tensors = self._wanted(self._read(sent.sequence, sent.extent), sent)
-        except BaseException:
-            self._release_slot(sent.sequence)
-            raise
+        head = self.head(sent)
+        tensors = self._wanted(self._read(sent.sequence, sent.extent), sent)
         if self.plane.keeps:
             self._leased[sent.sequence] = sent
         else:
@@ -392,10 +393,15 @@ class Requests:
     # Giving back
 
     def cancel(self, sequence: int) -> None:
-        """Nobody will read the reply to `sequence`, or what is left of it."""
+        """Nobody will read the reply to `sequence`, or what is left of it. Does nothing where its slot was given back."""
         if os.getpid() == self._process and not self._closed:
-            self._cancelled.add(sequence)
+            self.dropped.append(sequence)
             self._free_unwanted(wait=False)
+
+    def cancel_since(self, sequence: int) -> None:
+        """Cancel `sequence` and what was sent after it."""
+        for sent in range(sequence, self._open.ring.requested):
+            self.cancel(sent)
 
     def _free_unwanted(self, wait: bool) -> None:
         """Give back what was dropped: the slot of a reply at once; of a request that nobody reads, once the teacher, which is
@@ -406,6 +412,8 @@ class Requests:
         ring = session.ring
         while self.dropped:
             sequence = self.dropped.pop()
+            if sequence < self._released or sequence in self._released_early:
+                continue
             leased = self._leased.get(sequence)
             if leased:
                 self.release(leased, time.monotonic_ns())
