@@ -290,6 +290,7 @@ def test_a_signal_while_the_session_is_made_leaves_nothing(directory):
     assert not {session for session in set(owner.objects()) - before if _is_dead(session)}
 
 
+@pytest.mark.slow
 def test_a_run_and_a_signal_while_its_session_is_removed(directory):
     """The signal comes too late to change anything."""
     before = set(owner.objects())

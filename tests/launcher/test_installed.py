@@ -83,6 +83,7 @@ def test_a_wheel_has_one_name_and_what_belongs_to_it(wheel):
     assert {"completions/bash", "completions/zsh", "completions/fish"} <= names
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_from_any_directory_with_a_ready_configuration(wheel, tmp_path):
     (tmp_path / "toy.py").write_text(TEACHER)
     (tmp_path / "train.py").write_text(TRAIN)

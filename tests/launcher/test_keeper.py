@@ -451,6 +451,7 @@ def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
     kept.is_gone()
 
 
+@pytest.mark.slow
 def test_a_teacher_that_does_not_become_ready_ends_its_keeper_with_a_report(kept):
     gate = kept.directory / "gate"
     os.mkfifo(gate)

@@ -339,6 +339,7 @@ def test_a_hook_that_raises_changes_nothing_about_ctrl_c(directory):
         assert "ValueError: no room" in run.text
 
 
+@pytest.mark.slow
 def test_the_other_ranks_save_when_one_is_killed(directory):
     with run_of(directory, steps=1_000_000, mode="hook killed", ranks=2) as run:
         assert run.wait() == 137

@@ -183,6 +183,7 @@ bridge.close()
 """
 
 
+@pytest.mark.slow
 def test_a_debugger_in_the_only_rank_reads_from_the_terminal(directory):
     (directory / "asks.py").write_text(ASKS)
     command = [sys.executable, "-m", "shmbridge.launch", "--teacher", "toy:build", "--cpu", "1", "ring.max_tokens=64"]

@@ -68,6 +68,7 @@ def test_json_has_every_figure(tmp_path):
     assert [target["reached"] for target in tree["targets"]] == [True, True]
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_cuda_it_says_so_and_exits_2():
     command = [sys.executable, "scripts/bench.py", "cuda"]

@@ -211,6 +211,7 @@ def test_files_that_stages_name_exist():
                 assert (ROOT / part).exists(), part
 
 
+@pytest.mark.matrix
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_cuda_it_says_so_and_exits_2(tmp_path):
     variables = os.environ | {"PYTHON": sys.executable}
