@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import torch
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU
+    "CUDA error: out of memory",  # CUDA itself, where it loads a kernel or pins memory
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """A GPU's allocator, or the CPU's, which raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """torch's allocator on the GPU, or another one, which raises a plain RuntimeError."""
+    found = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return found or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def is_sticky(error: BaseException) -> bool:

@@ -13,16 +13,17 @@ CPU = torch.device("cpu")
 SETTINGS = config.load(
     overrides=["teacher.model=tests:teacher", "ring.max_tokens=512", "payload.topk={k: 2}", "parity=false"]
 )
+FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 class Model:
-    """Logits of 5 words. It runs out of memory above `fits` tokens, and may raise `error`."""
+    """Logits of 5 words. It runs out of memory above `fits` tokens, which `full` tells, and may raise `error`."""
 
     vocab_size = 5
     max_seq = 64
 
-    def __init__(self, fits: int = 10**6, error: Exception | None = None) -> None:
-        self.fits, self.error = fits, error
+    def __init__(self, fits: int = 10**6, error: Exception | None = None, full: Exception = FULL) -> None:
+        self.fits, self.error, self.full = fits, error, full
         self.shapes: list[tuple[int, int]] = []
         self.masked = 0
 
@@ -30,7 +31,7 @@ class Model:
         self.shapes.append(tuple(batch.input_ids.shape))
         self.masked += batch.attention_mask is not None
         if batch.input_ids.numel() > self.fits:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.full
         if self.error:
             raise self.error
         assert batch.input_ids.max() < self.vocab_size
@@ -69,6 +70,19 @@ def test_out_of_memory_halves_the_forward_and_the_start_goes_on(fits, left):
     model = Model(fits)
     assert warm_up(model).tokens == left
     assert model.shapes[-1][0] * model.shapes[-1][1] == left
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_what_cuda_and_its_libraries_allocate_by_themselves_runs_out_of_memory_alike(said):
+    """They raise no torch.OutOfMemoryError, and the GPU can be used as before."""
+    assert warm_up(Model(300, full=RuntimeError(said))).tokens == 256
 
 
 def test_another_error_is_the_requests_own_and_a_broken_gpu_ends_the_start():
