@@ -72,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _gpus(options: argparse.Namespace) -> dict[str, str]:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+    except FileNotFoundError:  # as in some containers
+        found = []
     cards = {"teacher on": options.teacher, "rank on": options.rank}
     names = {who: f"{torch.cuda.get_device_name(card)} ({card})" for who, card in cards.items()}
     return {**names, "driver": found[0] if found else "unknown", "CUDA": str(torch.version.cuda)}

@@ -161,9 +161,17 @@ class Rank:
             return {"rank_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, "cards_gib": []}
         most = torch.tensor(torch.cuda.max_memory_allocated() / GIB, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return {"rank_gib": float(most), "cards_gib": cards_gib()}
+
+
+def cards_gib() -> list[float]:
+    """Memory in use on each card of the machine; empty without nvidia-smi, as in some containers."""
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    try:
         told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-        return {"rank_gib": float(most), "cards_gib": [int(mib) / 1024 for mib in told if mib.isdecimal()]}
+    except FileNotFoundError:
+        return []
+    return [int(mib) / 1024 for mib in told if mib.isdecimal()]
 
 
 if __name__ == "__main__":

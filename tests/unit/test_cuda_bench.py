@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import cuda_results  # noqa: E402
+from benchmarks import cuda, cuda_results  # noqa: E402
 from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step  # noqa: E402
 from benchmarks.tables import Facts  # noqa: E402
 
@@ -70,6 +71,12 @@ def test_json_has_every_figure(tmp_path):
 
 @pytest.mark.matrix
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_nvidia_smi_the_driver_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "NVIDIA H100")
+    assert cuda._gpus(argparse.Namespace(teacher=1, rank=0))["driver"] == "unknown"
+
+
 def test_without_cuda_it_says_so_and_exits_2():
     command = [sys.executable, "scripts/bench.py", "cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)

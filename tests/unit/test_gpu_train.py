@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from gpu import train  # noqa: E402
+from gpu import distil, train  # noqa: E402
 
 
 def arm(step_s: float, loss: float, **more: float) -> dict[str, object]:
@@ -72,6 +72,11 @@ def test_the_table_of_a_distillation_has_every_figure():
     shown = train.markdown("Distillation (made up)", [found(train.Layout("apart", "1", "0"))])
     assert "apart. A step: teacher 80.0 ms, student 100.0 ms; with the teacher ahead a rank waits 1% of it." in shown
     assert "| bridge, teacher ahead | 102.0 ms | 40,157 | 1.02 | 9.50 GiB | 20.0, 31.5 GiB | 2.0000, 1.0000 |" in shown
+
+
+def test_without_nvidia_smi_what_is_in_use_on_the_cards_is_not_told(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert distil.cards_gib() == []
 
 
 def test_the_launcher_takes_the_commands_of_every_layout(tmp_path):
