@@ -279,6 +279,7 @@ class RankCudaPlane:
         with torch.inference_mode(False):  # the first reply may be an evaluation's, and training writes here as well
             self._reads = Reads(cuda_ipc.pinned(2 * ON_THEIR_WAY, device), cuda_ipc.pause)
             self._here = cuda_ipc.zero(device)
+        self._opening: tuple[Identity, int] | None = None  # the host waits for an event of this teacher's
         self._side = cuda_ipc.side_stream(device)
         self._waits: deque[tuple[Event, Event]] = deque()
         self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
@@ -365,14 +366,18 @@ class RankCudaPlane:
             self._reads.oldest() is None
         ):  # closing waits for the device, which may wait for an event of a teacher that is gone
             self._retired.clear()
-        slab = Opened(export, self._device)
+        teacher = Identity(export.pid, export.start)
+        self._opening = teacher, export.first
+        try:
+            slab = Opened(export, self._device)
+        finally:
+            self._opening = None
         found = slab.slots, slab.stride, slab.generation
         if found != self._expected:
             raise AttachError(
                 f"the teacher's slab has slots, stride, generation {found}, expected {self._expected}: garbled."
             )
         events = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
-        teacher = Identity(export.pid, export.start)
         opened = _Import(nth, export.first, teacher, slab, _slots(slab, self._agreed), events, {})
         self._opened[nth] = opened
         if nth == max(self._opened):  # no teacher waits for the answer to an older one
@@ -418,8 +423,8 @@ class RankCudaPlane:
 
     def stands_at(self) -> tuple[Identity, int] | None:
         """See planes.RankPlane."""
-        read = self._reads.stands_at()
-        return read and (read.teacher, read.number)
+        read, opening = self._reads.stands_at(), self._opening
+        return (read.teacher, read.number) if read else opening
 
 
 def _poison(torn: torch.Tensor, firsts: list[torch.Tensor]) -> None:

@@ -60,8 +60,9 @@ class RankPlane(Protocol):
         CUDA; any thread may ask."""
 
     def stands_at(self) -> tuple[Identity, int] | None:
-        """The read that this rank's GPU has come to and not got past: the teacher's process, and the reply's number. None while
-        it is still at work that was launched before. Makes no call of CUDA; any thread may ask."""
+        """The read that this rank's GPU has come to and not got past: the teacher's process, and the reply's number. While the
+        host opens a teacher's memory, the first reply in it. None while the GPU is still at work that was launched before.
+        Makes no call of CUDA; any thread may ask."""
 
     def check(self) -> None: ...
 

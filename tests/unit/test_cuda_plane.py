@@ -516,6 +516,30 @@ def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypat
         assert right(rows, sent)
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_rank_that_opens_a_new_teachers_slab_stands_at_its_reply(refused, monkeypatch):
+    """Opening waits for an event of that teacher's, which may be killed meanwhile: the watchdog must know."""
+    gpu, real, seen = SimGpu(), cuda_plane.Opened, []
+
+    def opened(export, device):
+        seen.append(rank.stands_at())
+        if refused:
+            raise AttachError("refused")
+        return real(export, device)
+
+    with met(gpu, monkeypatch, COPY) as pair:
+        rank = pair.plane("rank")
+        take_over(pair)
+        pending = pair.submit(ids(0))
+        pair.teach()
+        monkeypatch.setattr(cuda_plane, "Opened", opened)
+        with suppress(AttachError):
+            pair.read(pending)
+        gpu.run()
+        assert seen == [(rank.teachers()[0], 0)]
+        assert rank.stands_at() is None
+
+
 @READS
 def test_a_teacher_that_died_without_an_answer_is_passed_over(read, monkeypatch):
     """Handles of a process that is gone do not open."""
