@@ -280,8 +280,15 @@ def _shown(command: Sequence[str], out: Path) -> str:
 
 def _shared_memory() -> set[str]:
     """The names in /dev/shm that are this user's."""
-    with os.scandir("/dev/shm") as entries:
-        return {entry.name for entry in entries if entry.stat(follow_symlinks=False).st_uid == os.getuid()}
+    found = set()
+    for name in os.listdir("/dev/shm"):
+        try:
+            owner = os.lstat(f"/dev/shm/{name}").st_uid
+        except FileNotFoundError:  # gone meanwhile: a launcher that was ended still clears up
+            continue
+        if owner == os.getuid():
+            found.add(name)
+    return found
 
 
 def judge(out: Path, stage: Stage, code: int | None) -> tuple[str, list[str]]:

@@ -63,6 +63,12 @@ def test_a_stage_that_passed_does_not_run_again_unless_it_is_asked_for(tmp_path,
     assert [ran(tmp_path, name) for name in "abc"] == [2, 2, 1]
 
 
+def test_a_name_in_dev_shm_may_go_while_they_are_listed(monkeypatch):
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [*real(path), "gone-meanwhile"])
+    assert "gone-meanwhile" not in check._shared_memory()
+
+
 def test_a_result_counts_for_its_code_and_machine_alone(tmp_path):
     stages = [stage("a", "pass")]
     for where in (WHERE, Where(WHERE.cards, "999.2", WHERE.versions, WHERE.code)):
