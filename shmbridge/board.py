@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from shmbridge.errors import AttachError, PeerLost
+from shmbridge.errors import AttachError, DeadlineExceeded, PeerLost
 from shmbridge.layout import (
     DECLARED_CAPACITY,
     DECLARED_OFFSET,
@@ -148,14 +148,14 @@ class Record:
         assert len(offer) <= OFFER_CAPACITY
         self._write(OFFER_OFFSET, RecordWord.OFFER, offer)
 
-    def fail(self, reason: str, trace: str = "", *, consequence: bool = False) -> None:
-        """Write this participant's failure; only its first one is kept."""
+    def fail(self, reason: str, trace: str = "", *, consequence: bool = False, phase: str = "") -> None:
+        """Write this participant's failure; only its first one is kept. `phase`: where it failed, if that is not its phase now."""
         self.relay(
             Failure(
                 role=self.role,
                 rank=self.rank,
                 pid=os.getpid(),
-                phase=str(self.phase),
+                phase=phase or str(self.phase),
                 step=self.step,
                 sequence=self.sequence,
                 reason=reason,
@@ -169,7 +169,8 @@ class Record:
         """`fail` for an exception; a PeerLost is marked as a consequence."""
         reason = traceback.format_exception_only(error)[-1].strip()
         trace = "".join(traceback.format_exception(error))
-        self.fail(reason, trace, consequence=isinstance(error, PeerLost))
+        phase = error.phase if isinstance(error, DeadlineExceeded) else ""  # the wait is over, and it was what failed
+        self.fail(reason, trace, consequence=isinstance(error, PeerLost), phase=phase)
 
     def relay(self, failure: Failure) -> None:
         """Write what this participant learnt of another one that can no longer write; only the first is kept."""

@@ -79,7 +79,14 @@ class TeacherError(ShmbridgeError):
 
 
 class DeadlineExceeded(ShmbridgeError, TimeoutError):
-    """A wait reached its deadline although every party was alive."""
+    """A wait reached its deadline although every party was alive. `phase` is the one in which this process waited."""
+
+    phase = ""
+
+    def within(self, phase: str) -> DeadlineExceeded:
+        """This error, with its phase."""
+        self.phase = phase
+        return self
 
 
 class PeerLost(ShmbridgeError):

@@ -498,7 +498,7 @@ class Requests:
             self.meter.waited(time.monotonic() - started)
             session.record.enter(Phase.TRAINING)
         if found is None:
-            raise DeadlineExceeded(self._late(sequence, step, limit))
+            raise DeadlineExceeded(self._late(sequence, step, limit)).within(str(Phase.WAITING))
         return found
 
     def _late(self, sequence: int, step: int | None, limit: float) -> str:

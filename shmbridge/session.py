@@ -444,7 +444,7 @@ class TrainerSession(_Attached):
         finally:
             self.record.enter(Phase.TRAINING)
         if ready is None:
-            raise DeadlineExceeded(self._late_teacher(timeout_s))
+            raise DeadlineExceeded(self._late_teacher(timeout_s)).within(str(Phase.BARRIER))
         if not ready:
             raise RunStopped("the run was stopped while the teacher was loading.")
         text = self.teacher.offer

@@ -18,7 +18,7 @@ from shmbridge.session import SESSION_VARIABLE
 from tests.harness import until
 
 ROOT = Path(__file__).parents[2]
-END_S = 240
+END_S = 150
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 

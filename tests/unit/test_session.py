@@ -224,9 +224,11 @@ def test_the_barrier_names_a_teacher_that_never_came_and_one_that_is_slow():
         record.sign_in()
         record.enter(Phase.LOADING)
         record.progress(3, 7)
-        with pytest.raises(DeadlineExceeded, match=r"phase loading \(3 of 7\)"):
+        with pytest.raises(DeadlineExceeded, match=r"phase loading \(3 of 7\)") as late:
             session.wait_ready(0.01)
         assert session.record.phase is Phase.TRAINING
+        session.record.fail_with(late.value)
+        assert session.record.failure.phase == "barrier"
 
 
 def test_a_rank_at_the_barrier_learns_that_the_teacher_died():
