@@ -191,13 +191,16 @@ def test_a_debugger_in_the_only_rank_reads_from_the_terminal(directory):
     if pid == 0:
         os.chdir(directory)
         os.execv(sys.executable, [*command, "--", "asks.py"])
+    code = None
     try:
         shown = read_until(terminal, b"(Pdb)")
         os.write(terminal, b"answer += 1\nc\n")
         shown += read_until(terminal, b"done in")
+        _, code = os.waitpid(pid, 0)
     finally:
         os.close(terminal)  # which hangs up on the launcher, where it still runs
-        _, code = os.waitpid(pid, 0)
+        if code is None:
+            os.waitpid(pid, 0)
     assert b"the answer is 42" in shown, shown.decode()
     assert code == 0
 
@@ -226,7 +229,8 @@ class Distils(Trainer):
 with shmbridge.connect() as bridge:
     bridge.wait_ready()
     model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    arguments = TrainingArguments("out", enable_jit_checkpoint=True, report_to=[], disable_tqdm=True, use_cpu=True)
+    how = {"enable_jit_checkpoint": True, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments("out", **how)
     Distils(model, arguments, train_dataset=[{"input_ids": torch.arange(4)}] * 10**6, callbacks=[Tells()]).train()
 """
 
