@@ -7,11 +7,11 @@ Ranks are sessions of their own, so killing torchrun's process group misses them
 launcher would leave them behind. The shim is a child subreaper: whatever loses its parent below it becomes its child. It
 is told by the kernel when the launcher dies, and its own direct child is killed by the kernel when the shim dies.
 
-    STOP_SIGNALS, HOLD_SIGNAL  go on to the direct child alone
-    KILL_SIGNAL             SIGKILL for everything below
-    the launcher dies       the same
-    the direct child ends   SIGKILL for everything that is left, then the same exit code, or death by the same signal
-    other signals           ignored; those of a user or a scheduler are ignored in the direct child too, until it handles them
+    STOP_SIGNALS and HOLD_SIGNAL   go on to the direct child alone
+    KILL_SIGNAL                    SIGKILL for everything below
+    the launcher dies              the same
+    the direct child ends          SIGKILL for everything that is left, then the same exit code, or death by the same signal
+    other signals                  ignored; those of a user or a scheduler also in the direct child, until it handles them
 
 Slurm sends a signal to every process of a step at once. The launcher is among them and decides what follows, so its own
 requests to a job are signals that nobody else sends.

@@ -310,7 +310,7 @@ class Supervisor:
             self._teardown.kill()
 
     def _stop(self, number: signal.Signals) -> None:
-        """Ranks with a save hook save first; the rest is sent its signal now."""
+        """Stop the run. Where ranks have save hooks, these run first, and all ranks are sent their signal after that."""
         grace = f"ranks have {seconds(self._grace_s)} (timeouts.shutdown_s) to save and end"
         self._console.say(f"{number.name}: stopping; {grace}; Ctrl-C kills at once")
         saving = self._ranks.with_save_hook

@@ -400,7 +400,7 @@ class Requests:
 
     def cancel_since(self, sequence: int) -> None:
         """Cancel `sequence` and what was sent after it."""
-        for sent in range(sequence, self._open.ring.requested):
+        for sent in range(max(sequence, self._released), self._open.ring.requested):
             self.cancel(sent)
 
     def _free_unwanted(self, wait: bool) -> None:
