@@ -72,14 +72,10 @@ def of_wheel(wheel: Path, directory: Path, *arguments: str) -> Any:
 def test_a_wheel_has_one_name_and_what_belongs_to_it(wheel):
     assert {path.name.split("-")[0] for path in wheel.iterdir()} == {"shmbridge"}
     names = {str(path.relative_to(wheel / "shmbridge")) for path in (wheel / "shmbridge").rglob("*")}
-    assert {
-        "launcher/cli.py",
-        "launcher/shim.py",
-        "launcher/doctor/host.py",
-        "configs/eight-gpus.yaml",
-        "losses/chunked.py",
-        "py.typed",
-    } <= names
+    modules = {str(path.relative_to(ROOT / "shmbridge")) for path in (ROOT / "shmbridge").rglob("*.py")}
+    modules |= {str(path.relative_to(ROOT)) for path in (ROOT / "launcher").rglob("*.py")}
+    assert modules <= names, f"packages of pyproject.toml lacks the folders of {modules - names}"
+    assert {"configs/eight-gpus.yaml", "py.typed"} <= names
     assert {"completions/bash", "completions/zsh", "completions/fish"} <= names
 
 

@@ -32,18 +32,20 @@ FLOORS = [
     {"disabled", "teacher"},
     {"connection", "teacher_job"},
 ]
+THIRD_PARTY = ("transformers", "accelerate", "trl", "peft", "datasets", "lightning")
+TRAINER = Path("shmbridge/integrations/transformers")  # the integration with transformers' Trainer
 
 
 def imports(file: Path) -> set[str]:
-    """Modules of this project that `file` imports anywhere, as `package.module`."""
+    """What `file` imports anywhere of this project, torch and THIRD_PARTY, as `package.module` or `package.name`."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    ours = ("shmbridge", "launcher", "torch", "transformers", "accelerate")
-    return {name for name in found if name.split(".")[0] in ours}
+    known = ("shmbridge", "launcher", "torch", *THIRD_PARTY)
+    return {name for name in found if name.split(".")[0] in known}
 
 
 def test_every_module_has_a_floor():
@@ -65,18 +67,29 @@ def test_losses_stand_alone():
         assert all(name.startswith(allowed) for name in others), f"{file} imports {others}"
 
 
-def test_integrations_import_nothing_and_use_what_the_process_has_imported():
+def test_an_integration_outside_its_folder_imports_nothing_and_uses_what_the_process_has_imported():
     for file in Path("shmbridge/integrations").glob("*.py"):
         assert not imports(file), file
 
 
-def test_transformers_is_imported_in_one_module():
-    users = [
-        file.stem
-        for file in Path("shmbridge").glob("*.py")
-        if any(name.split(".")[0] == "transformers" for name in imports(file))
-    ]
-    assert users == ["teacher"]
+def test_the_trainers_integration_uses_what_a_user_may_use():
+    public = {f"shmbridge.{name}" for name in (*shmbridge.__all__, "losses", "trace")}  # trace: the logger
+    for file in TRAINER.rglob("*.py"):
+        for name in imports(file):
+            package, _, rest = name.partition(".")
+            assert package in ("shmbridge", "torch", "transformers", "accelerate"), f"{file} imports {name}"
+            own = name.startswith(("shmbridge.integrations.transformers", "shmbridge.losses."))
+            assert package != "shmbridge" or not rest or own or name in public, f"{file} imports {name}"
+
+
+def test_third_party_packages_are_imported_where_they_are_needed_alone():
+    for package in ("shmbridge", "launcher"):
+        for file in Path(package).rglob("*.py"):
+            if TRAINER not in file.parents:
+                found = imports(file)
+                third = {name.split(".")[0] for name in found} & set(THIRD_PARTY)
+                assert third == ({"transformers"} if file == Path("shmbridge/teacher.py") else set()), file
+                assert not any(name.startswith("shmbridge.integrations.transformers") for name in found), file
 
 
 def test_the_public_names_are_these():
