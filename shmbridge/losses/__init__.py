@@ -20,19 +20,31 @@ under data parallelism, and a streamed teacher.
 
 from shmbridge.head import Head
 from shmbridge.losses.divergence import LOG_FLOOR, TopK
-from shmbridge.losses.functional import forward_kl, generalized_jsd, reverse_kl, topk_kl
-from shmbridge.losses.items import count_items, mask_from_labels
+from shmbridge.losses.functional import (
+    DistillationLoss,
+    cross_entropy,
+    distillation_loss,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    topk_kl,
+)
+from shmbridge.losses.items import count_items, mask_from_labels, targets_from_labels
 from shmbridge.losses.rows import LazyLogits
 
 __all__ = [
     "LOG_FLOOR",
+    "DistillationLoss",
     "Head",
     "LazyLogits",
     "TopK",
     "count_items",
+    "cross_entropy",
+    "distillation_loss",
     "forward_kl",
     "generalized_jsd",
     "mask_from_labels",
     "reverse_kl",
+    "targets_from_labels",
     "topk_kl",
 ]

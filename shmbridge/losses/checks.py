@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shmbridge.losses.chunked import Piece
 from shmbridge.losses.divergence import TopK
+from shmbridge.losses.items import IGNORE_INDEX
 from shmbridge.losses.rows import LazyLogits, Source, plain, shape
 
 
@@ -37,15 +38,35 @@ def pieces(
         raise ValueError(f"the stream ended after {reached} of {total} rows; a stream can be read once only.")
 
 
-def check_settings(temperature: float, num_items: float | Tensor | None, chunk_rows: int | None) -> None:
+def check_settings(
+    num_items: float | Tensor | None, chunk_rows: int | None, *, temperature: float = 1.0, beta: float = 0.5
+) -> None:
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; expected a number above 0.")
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta is {beta}; expected 0 (forward KL) to 1 (reverse KL).")
     if isinstance(num_items, Tensor) and num_items.numel() != 1:
         raise ValueError(f"num_items is {tuple(num_items.shape)}; expected one number, such as count_items gives.")
     if not isinstance(num_items, Tensor) and num_items is not None and not 0.0 < num_items < math.inf:
         raise ValueError(f"num_items is {num_items}; expected a number above 0, or None for the rows of this call.")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; expected 1 or more, or None for what CHUNK_BYTES allow.")
+
+
+def check_weights(kd_weight: float, ce_weight: float, teacher: object, targets: Tensor | None) -> None:
+    for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}; expected 0 or a number above it.")
+    if ce_weight and targets is None:
+        raise ValueError(
+            f"ce_weight is {ce_weight} and targets are None; expected the next token of each of the student's rows, "
+            "such as targets_from_labels(labels) gives."
+        )
+    if not ce_weight and (teacher is None or not kd_weight):
+        raise ValueError(
+            f"kd_weight is {kd_weight} and ce_weight {ce_weight}, {'without' if teacher is None else 'with'} a teacher: "
+            "no term would give a gradient. Set ce_weight above 0, or kd_weight with a teacher."
+        )
 
 
 def check_student(student: Tensor | LazyLogits, inplace: bool) -> tuple[int, ...]:
@@ -79,6 +100,23 @@ def check_mask(mask: Tensor, lead: list[int]) -> Tensor:
     if mask.is_floating_point():
         raise ValueError(f"the mask is {mask.dtype}; expected bool, or integers of which 0 leaves a row out.")
     return plain(mask).reshape(-1) != 0
+
+
+def check_targets(targets: Tensor, lead: list[int], vocab: int) -> Tensor:
+    """(rows,) int64."""
+    if list(targets.shape) not in (lead, [math.prod(lead)]):
+        raise ValueError(f"the targets are {tuple(targets.shape)}; expected {tuple(lead)}, the student's rows.")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"the targets are {targets.dtype}; expected int64 token IDs.")
+    targets = plain(targets).reshape(-1)
+    if targets.numel():
+        low, high = (int(bound) for bound in torch.aminmax(targets.masked_fill(targets == IGNORE_INDEX, 0)))
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"the targets run from {low} to {high}; expected 0 to {vocab - 1}, the student's vocabulary, or "
+                f"{IGNORE_INDEX} for a row without one."
+            )
+    return targets.long()
 
 
 def _check_teacher(teacher: Source, leads: list[list[int]], vocab: int, kind: Any) -> None:

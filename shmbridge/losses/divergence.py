@@ -8,6 +8,8 @@ Dean 2015), so its gradient carries T^2 / T = T:
     JSD          see `generalized_jsd`            T (1 - beta) q (u - sum q u),  u = log q - log m
     top-k KL     forward KL over k + 1 buckets    as above for the k words, T q (1 - p_tail / q_tail) for the others
 
+Cross entropy with a target w is forward KL of a teacher whose mass is all on w, at T = 1: -log q(w), gradient q - [w].
+
 Every function takes logits that it may overwrite, (rows, vocab) float32 or float64, and returns the rows' losses
 (rows,) and `weight` () times the gradient (rows, vocab), or None where `weight` is None. They work in place: no more
 than TEMPORARIES tensors of the chunk's size live at once, the two arguments included.
@@ -47,7 +49,13 @@ class TopK(NamedTuple):
     tail_logmass: Tensor
 
 
-def forward_kl(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None) -> LossAndGradient:
+class Targets(NamedTuple):
+    """The words of cross entropy: ids (rows, 1) int64."""
+
+    ids: Tensor
+
+
+def forward_kl(student: Tensor, teacher: Tensor, weight: Tensor | None, *, temperature: float) -> LossAndGradient:
     """KL(P || Q)."""
     q, log_q = _softmax_(student, temperature)
     p, log_p = _softmax_(teacher, temperature)
@@ -59,7 +67,7 @@ def forward_kl(student: Tensor, teacher: Tensor, temperature: float, weight: Ten
     return losses, q.mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(temperature * weight)
 
 
-def reverse_kl(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None) -> LossAndGradient:
+def reverse_kl(student: Tensor, teacher: Tensor, weight: Tensor | None, *, temperature: float) -> LossAndGradient:
     """KL(Q || P)."""
     q, log_q = _softmax_(student, temperature)
     u = log_q.sub_(_softmax_(teacher, temperature)[1].clamp_(min=LOG_FLOOR))
@@ -69,7 +77,7 @@ def reverse_kl(student: Tensor, teacher: Tensor, temperature: float, weight: Ten
 
 
 def generalized_jsd(
-    student: Tensor, teacher: Tensor, temperature: float, weight: Tensor | None, *, beta: float
+    student: Tensor, teacher: Tensor, weight: Tensor | None, *, temperature: float, beta: float
 ) -> LossAndGradient:
     """beta KL(P || M) + (1 - beta) KL(Q || M) with M = beta P + (1 - beta) Q and 0 < beta < 1.
 
@@ -87,7 +95,7 @@ def generalized_jsd(
     return losses, u.sub_(row).mul_(q).mul_((1 - beta) * temperature * weight) if weight is not None else None
 
 
-def topk_kl(student: Tensor, teacher: TopK, temperature: float, weight: Tensor | None) -> LossAndGradient:
+def topk_kl(student: Tensor, teacher: TopK, weight: Tensor | None, *, temperature: float) -> LossAndGradient:
     """KL over k + 1 buckets: the teacher's k words, and all others as one."""
     ids = teacher.ids
     log_p = _log_buckets(teacher, temperature)
@@ -108,6 +116,18 @@ def topk_kl(student: Tensor, teacher: TopK, temperature: float, weight: Tensor |
     buckets = log_q.exp().mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(temperature * weight)
     gradient = within.mul_(buckets[:, -1:] / rest_sum)
     return losses, gradient.scatter_(-1, ids, buckets[:, :-1])
+
+
+def cross_entropy(student: Tensor, targets: Targets, weight: Tensor | None) -> LossAndGradient:
+    """-log q(target), at temperature 1."""
+    q, log_q = _softmax_(student, 1.0)
+    of_target = log_q.gather(-1, targets.ids)
+    losses = -of_target.clamp(min=LOG_FLOOR).squeeze(-1)
+    if weight is None:
+        return losses, None
+    clamped = of_target < LOG_FLOOR
+    q.scatter_add_(-1, targets.ids, torch.full_like(of_target, -1.0))
+    return losses, q.mul_(torch.where(clamped, 0.0, weight))
 
 
 def _centred_(logits: Tensor, temperature: float) -> Tensor:

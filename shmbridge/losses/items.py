@@ -22,14 +22,27 @@ def mask_from_labels(labels: Tensor, *, shifted: bool) -> Tensor:
             labels[i + 1], and the last row to none. True where the data set has moved them already: row i belongs to
             labels[i].
     """
+    return (_checked(labels) if shifted else targets_from_labels(labels)) != IGNORE_INDEX
+
+
+def targets_from_labels(labels: Tensor) -> Tensor:
+    """The next token of each row: (..., seq) int64, on the labels' device; -100 where it is to be ignored.
+
+    Row i gets labels[i + 1], the last row -100. Labels that the data set has moved already are targets as they are.
+
+    Args:
+        labels: (..., seq) integer, aligned with input_ids, as HuggingFace models take them; -100 where a token is to be
+            ignored.
+    """
+    targets = torch.full_like(_checked(labels), IGNORE_INDEX, dtype=torch.int64)
+    targets[..., :-1] = labels[..., 1:]
+    return targets
+
+
+def _checked(labels: Tensor) -> Tensor:
     if labels.ndim == 0 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected integer token IDs (..., seq).")
-    counts = labels != IGNORE_INDEX
-    if shifted:
-        return counts
-    mask = torch.zeros_like(counts)
-    mask[..., :-1] = counts[..., 1:]
-    return mask
+    return labels
 
 
 def count_items(masks: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> Tensor:

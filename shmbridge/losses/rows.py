@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shmbridge.head import Head
-from shmbridge.losses.divergence import TopK
+from shmbridge.losses.divergence import Targets, TopK
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -32,7 +32,9 @@ class LazyLogits:
     head: Head
 
 
-Source = Tensor | LazyLogits | TopK
+Table = TopK | Targets
+"""A few numbers or words for each row, as a named tuple of tensors."""
+Source = Tensor | LazyLogits | Table
 
 
 def shape(source: Tensor | LazyLogits) -> tuple[int, ...]:
@@ -77,11 +79,8 @@ def ready(source: Source, dtype: torch.dtype, device: torch.device) -> Source:
     if isinstance(source, LazyLogits):
         hidden = flat(plain(source.hidden.detach()))
         return LazyLogits(hidden, ready_head(source.head, hidden.dtype))
-    if isinstance(source, TopK):
-        logprobs, ids, tail = (plain(tensor.detach()) for tensor in source)
-        return TopK(
-            flat(logprobs).to(device, dtype), flat(ids).to(device, torch.int64), tail.reshape(-1, 1).to(device, dtype)
-        )
+    if isinstance(source, tuple):
+        return type(source)(*(_column(tensor, source[0].ndim, dtype, device) for tensor in source))
     return flat(plain(source.detach()))
 
 
@@ -91,10 +90,10 @@ def ready_head(head: Head, dtype: torch.dtype) -> Head:
     return replace(head, weight=weight, bias=None if head.bias is None else plain(head.bias.detach().to(dtype)))
 
 
-def read(source: Source, rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor | TopK:
-    """The rows of a `ready` source, as tensors that may be overwritten: logits (r, vocab), or a TopK."""
-    if isinstance(source, TopK):
-        return TopK(*(take(tensor, rows) for tensor in source))
+def read(source: Source, rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor | Table:
+    """The rows of a `ready` source: logits (r, vocab) that may be overwritten, or a table of columns (r, width)."""
+    if isinstance(source, tuple):
+        return type(source)(*(take(tensor, rows) for tensor in source))
     if isinstance(source, LazyLogits):
         return source.head(take(source.hidden, rows)).to(device, dtype)
     return take(source, rows).to(device, dtype, copy=True)
@@ -114,6 +113,18 @@ def chunks(mask: Tensor | None, span: slice, size: int) -> Iterator[tuple[Rows, 
     for first in range(start, stop, size):
         last = min(first + size, stop)
         yield slice(first, last), slice(first - start, last - start)
+
+
+def among(rows: Rows, chosen: Tensor) -> Rows:
+    """Those of `rows` that `chosen` (n,) counts out, from 0."""
+    return chosen + rows.start if isinstance(rows, slice) else rows[chosen.to(rows.device)]
+
+
+def _column(tensor: Tensor, ndim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, width): a tensor of one axis less than `ndim` has one number for each row."""
+    tensor = plain(tensor.detach())
+    tensor = flat(tensor if tensor.ndim == ndim else tensor.unsqueeze(-1))
+    return tensor.to(device, dtype if tensor.is_floating_point() else torch.int64)
 
 
 def _index(tensor: Tensor, rows: Rows) -> Rows | tuple[Tensor, ...]:
