@@ -264,6 +264,11 @@ class Bridge:
         """
         self._stopping.set(save)
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the user or the scheduler has stopped the run, so that a loop may save and end by itself."""
+        return self._stopping.requested
+
     @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no

@@ -70,6 +70,11 @@ class DisabledBridge(Bridge):
     def on_stop(self, save: Callable[[], object]) -> None:
         """Signals end this rank as they always did."""
 
+    @property
+    def stop_requested(self) -> bool:
+        """False: signals reach the script."""
+        return False
+
     @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         yield

@@ -35,6 +35,11 @@ class Stopping:
                 self._takes_sigterm = True
         self._hook = hook
 
+    @property
+    def requested(self) -> bool:
+        """Whether the run is to stop."""
+        return self._told()
+
     def heed(self) -> None:
         """Save and raise RunStopped where the run is to stop."""
         if self._hook and self._asked():
