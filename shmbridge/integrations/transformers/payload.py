@@ -1,0 +1,87 @@
+"""What the teacher sends, as what the losses take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from shmbridge import Bridge, Pending, Reply, RequestRefused
+from shmbridge.integrations.transformers.config import DistillationConfig
+from shmbridge.losses import LazyLogits, TopK
+
+Source = Tensor | LazyLogits | TopK
+Stream = Iterator[tuple[slice, Any]]
+"""Of (rows, Source); all of one kind."""
+
+
+class TeacherRows:
+    """Reads the replies of a run in the form that a loss takes."""
+
+    def __init__(self, bridge: Bridge, config: DistillationConfig) -> None:
+        """Waits for the teacher. Raises RequestRefused where its payload does not fit the loss."""
+        names = {output.name for output in bridge.teacher.outputs}
+        payload = bridge.settings.payload
+        self._bridge = bridge
+        self._streams = payload.stream is not None
+        self._tail = 0
+        if config.loss == "topk":
+            self._kind = "topk"
+            if "topk_ids" not in names:
+                raise RequestRefused(
+                    f"DistillationConfig.loss is topk and the teacher sends {_listed(names)}; set 'payload.topk={{k: 64}}', or another "
+                    "loss."
+                )
+            temperatures = list(payload.topk.temperatures) if payload.topk else []
+            if config.temperature not in temperatures:
+                raise RequestRefused(
+                    f"DistillationConfig.temperature is {config.temperature:g} and payload.topk.temperatures {temperatures}; set "
+                    f"'payload.topk={{temperatures: [{config.temperature:g}]}}'."
+                )
+            self._tail = temperatures.index(config.temperature)
+            return
+        self._kind = "hidden" if "hidden" in names else "logits"
+        if self._kind not in names:
+            raise RequestRefused(
+                f"DistillationConfig.loss is {config.loss} and the teacher sends {_listed(names)}; set payload.hidden={{}} (exact and "
+                "small) or payload.logits={}, or loss topk."
+            )
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the teacher sends hidden states, whose logits the loss makes a few rows at a time."""
+        return self._kind == "hidden"
+
+    @contextmanager
+    def read(self, pending: Pending) -> Iterator[Source | Stream | None]:
+        """Wait for a reply and lend it: the teacher's rows for the requested positions in order, or a stream of them. None where
+        the reply is missing. Raises what `Pending.wait` and `Pending.chunks` raise."""
+        if not self._streams:
+            with pending.wait() as reply:
+                yield None if reply.missing else self._source(reply)
+            return
+        chunks = pending.chunks()
+        try:
+            first = next(chunks)
+            if first[1].missing:
+                yield None
+            else:
+                yield ((rows, self._source(chunk)) for rows, chunk in chain([first], chunks))
+        finally:
+            chunks.close()
+
+    def of(self, reply: Reply) -> Source:
+        """The rows of a whole reply."""
+        return self._source(reply)
+
+    def _source(self, reply: Reply) -> Source:
+        if self._kind == "topk":
+            return TopK(reply["topk_logprobs"], reply["topk_ids"], reply["tail_logmass"][..., self._tail])
+        return LazyLogits(reply.hidden, self._bridge.head) if self.hidden else reply.logits
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))

@@ -1,0 +1,206 @@
+"""HuggingFace's Trainer with a teacher beside it.
+
+    get_batch_samples   draws the micro-batches of an optimizer step; those of the next one are asked for as well
+    training_step       the turn of a micro-batch
+    compute_loss        the student's forward, whose loss waits for the reply
+    prediction_step     asks directly; what was sent ahead is withdrawn, and sent again before its turn
+
+Whatever a micro-batch was asked for, it is cancelled when its epoch is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import has_length
+
+import shmbridge
+from shmbridge import Bridge
+from shmbridge.integrations.transformers.checks import check_settings, shard_iterable_datasets
+from shmbridge.integrations.transformers.config import DistillationConfig
+from shmbridge.integrations.transformers.metrics import Metrics
+from shmbridge.integrations.transformers.objective import Objective
+from shmbridge.integrations.transformers.stopping import CheckpointOnStop
+from shmbridge.integrations.transformers.student import find_head
+from shmbridge.integrations.transformers.window import Turn, Window
+
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+
+class DistillationMixin(_Trainer):
+    """Distils from the run's teacher, in any class that derives from transformers.Trainer:
+
+        class MyTrainer(DistillationMixin, SFTTrainer): ...
+
+    Args:
+        distillation: the loss and its weights. None: the defaults.
+        bridge: a bridge that the script has connected itself. None: shmbridge.connect().
+        All others are Trainer's.
+
+    Training and evaluation begin when the teacher is loaded and its replies are checked (`Bridge.wait_ready`). In a run without
+    a teacher (shmbridge-launch --no-teacher) everything is as in the class that it is mixed into.
+
+    Raises:
+        NotLaunched: the script was started without shmbridge-launch.
+        ValueError: a setting of Trainer has no place beside a teacher; names it and what to set.
+    """
+
+    def __init__(
+        self, *args: Any, distillation: DistillationConfig | None = None, bridge: Bridge | None = None, **kwargs: Any
+    ) -> None:
+        self.distillation = distillation or DistillationConfig()
+        self.bridge = bridge or shmbridge.connect()
+        self._window = Window(self.bridge)
+        self._objective: Objective | None = None  # until the teacher is ready
+        self._metrics_of_kd: Metrics | None = None
+        self._turn: Turn | None = None  # the micro-batch that compute_loss is called for
+        self._loss_only = False  # an evaluation does not want the student's logits
+        self._last_report = 0  # the optimizer step
+        super().__init__(*args, **kwargs)
+        self._checkpoint: CheckpointOnStop | None = None
+        if self.bridge.enabled:
+            check_settings(self)
+            self._checkpoint = CheckpointOnStop(self)
+
+    # What Trainer calls
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.train, once the teacher is ready."""
+        self._wait_for_teacher()
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            if self._checkpoint:
+                self._checkpoint.save_if_stopped()
+            raise
+        finally:
+            self._turn = None
+            self._window.close()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.evaluate, once the teacher is ready."""
+        self._wait_for_teacher()
+        return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer.predict, once the teacher is ready."""
+        self._wait_for_teacher()
+        return super().predict(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.bridge.enabled:
+            shard_iterable_datasets(self.args)
+        super().create_accelerator_and_postprocess()
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's, with its batches left on the CPU until they are sent. Trainer moves them to the device afterwards."""
+        self._window.close()  # auto_find_batch_size begins again
+        return self._on_cpu(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return self._on_cpu(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return self._on_cpu(super().get_test_dataloader(*args, **kwargs))
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, of micro-batches that the teacher is asked about. Their labels are counted in their own step."""
+        if self.bridge.enabled:
+            if self._checkpoint:
+                self._checkpoint.begin_step()
+            ahead = self.distillation.look_ahead
+            if ahead is None:
+                ahead = num_batches if has_length(self.callback_handler.train_dataloader) else 1
+            epoch_iterator = iter(self._window.draw(epoch_iterator, num_batches, ahead, self.state.global_step))
+        return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.bridge.enabled:
+            self._turn = self._window.turn(inputs, self.state.global_step)
+        return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.bridge.enabled and inputs.get("labels") is not None:
+            self._turn = self._window.turn(inputs, self.state.global_step)
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._loss_only = False
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """kd_weight x KD + ce_weight x CE of a micro-batch, normalised as Trainer normalises its own loss."""
+        if self._objective is None or self._metrics_of_kd is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        turn, self._turn = self._turn or self._window.turn(inputs, self.state.global_step), None
+        items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
+        found = self._objective.compute(model, inputs, turn, items, return_outputs and not self._loss_only)
+        self._metrics_of_kd.add("train" if model.training else "eval", found.kd, found.ce, found.tokens)
+        loss = found.loss
+        if items is not None and self.args.average_tokens_across_devices:  # of all ranks; DDP averages over ranks
+            loss = loss * (self.accelerator.num_processes // getattr(self, "get_tp_size", lambda: 1)())
+        router_loss = getattr(found.outputs, "aux_loss", None)
+        if router_loss is not None:  # a mean, which the items do not normalise
+            steps = 1 if items is None or not model.training else self.current_gradient_accumulation_steps
+            loss = loss + self.accelerator.unwrap_model(model).config.router_aux_loss_coef * router_loss / steps
+        return (loss, found.outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the metrics of the replies. Trainer logs in every rank, because these are means over the ranks."""
+        if self._metrics_of_kd is not None:
+            evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
+            if "loss" in logs:
+                steps, self._last_report = self.state.global_step - self._last_report, self.state.global_step
+                logs.update(self._metrics_of_kd.report("train", steps, self.accelerator))
+            elif evaluated:
+                found = self._metrics_of_kd.report("eval", 1, self.accelerator)
+                logs.update({evaluated.removesuffix("loss") + name: value for name, value in found.items()})
+        super().log(logs, *args, **kwargs)
+
+    def store_flos(self) -> None:
+        """Trainer's is a collective, and a checkpoint on a stop must not wait for the other ranks."""
+        if self._checkpoint and self._checkpoint.saving:
+            return  # what was computed since the last log is not counted
+        super().store_flos()
+
+    # Within
+
+    def _wait_for_teacher(self) -> None:
+        """The startup barrier, and the checks of `Bridge.wait_ready`. Once."""
+        if self._objective is not None or not self.bridge.enabled:
+            return
+        objective = Objective(self.bridge, self.distillation, find_head(self.model))
+        words = getattr(getattr(self.model.get_output_embeddings(), "weight", None), "shape", (None,))[0]
+        tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
+        self.bridge.wait_ready(
+            vocab_size=words,
+            tokenizer=tokenizer,
+            loss=objective.divergence,
+        )
+        self._metrics_of_kd = Metrics(self.bridge, "jsd" if self.distillation.loss == "jsd" else "kl")
+        self._objective = objective
+
+    def _on_cpu(self, loader: Any) -> Any:
+        """accelerate's loader moves batches to the device before it yields them, unless it has none."""
+        if self.bridge.enabled and hasattr(loader, "device"):
+            loader.device = None
+        return loader
+
+
+class DistillationTrainer(DistillationMixin, Trainer):
+    """transformers.Trainer with a teacher beside it: see DistillationMixin."""
