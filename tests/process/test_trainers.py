@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 
@@ -14,13 +15,14 @@ LOOPS = ("fabric", "nanochat", "torchtitan")
 @pytest.mark.parametrize(
     ("depth", "loops"),
     [
-        (1, LOOPS),
-        pytest.param(2, (*LOOPS, "lightning"), marks=pytest.mark.matrix),
+        (5, LOOPS),
+        pytest.param(6, (*LOOPS, "lightning"), marks=pytest.mark.matrix),
     ],
 )
 def test_each_trainers_loop_trains_as_its_control(tmp_path, depth, loops):
     """Rows and losses of every micro-step of two ranks, to the last bit; torchtitan's takes three batches before the first forward."""
-    pytest.importorskip("lightning")
+    if not find_spec("lightning"):
+        loops = [name for name in loops if name not in ("fabric", "lightning")]
     finish(
         tmp_path,
         *("--teacher", "teachers:build", "payload.logits={dtype: float32}", f"ring.depth={depth}"),
