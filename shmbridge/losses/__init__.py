@@ -19,6 +19,7 @@ under data parallelism, and a streamed teacher.
 """
 
 from shmbridge.head import Head
+from shmbridge.losses.candidates import candidate_reverse_kl, top_candidates
 from shmbridge.losses.divergence import LOG_FLOOR, TopK
 from shmbridge.losses.functional import (
     DistillationLoss,
@@ -38,6 +39,7 @@ __all__ = [
     "Head",
     "LazyLogits",
     "TopK",
+    "candidate_reverse_kl",
     "count_items",
     "cross_entropy",
     "distillation_loss",
@@ -46,5 +48,6 @@ __all__ = [
     "mask_from_labels",
     "reverse_kl",
     "targets_from_labels",
+    "top_candidates",
     "topk_kl",
 ]

@@ -102,21 +102,50 @@ def check_mask(mask: Tensor, lead: list[int]) -> Tensor:
     return plain(mask).reshape(-1) != 0
 
 
-def check_targets(targets: Tensor, lead: list[int], vocab: int) -> Tensor:
-    """(rows,) int64."""
-    if list(targets.shape) not in (lead, [math.prod(lead)]):
-        raise ValueError(f"the targets are {tuple(targets.shape)}; expected {tuple(lead)}, the student's rows.")
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"the targets are {targets.dtype}; expected int64 token IDs.")
-    targets = plain(targets).reshape(-1)
-    if targets.numel():
-        low, high = (int(bound) for bound in torch.aminmax(targets.masked_fill(targets == IGNORE_INDEX, 0)))
+def check_words(what: str, words: Tensor, lead: list[int], vocab: int) -> Tensor:
+    """One for each row, or IGNORE_INDEX: (rows,) int64."""
+    if list(words.shape) not in (lead, [math.prod(lead)]):
+        raise ValueError(f"{what} are {tuple(words.shape)}; expected {tuple(lead)}, the student's rows.")
+    if words.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{what} are {words.dtype}; expected int64 token IDs.")
+    words = plain(words).reshape(-1)
+    if words.numel():
+        low, high = (int(bound) for bound in torch.aminmax(words.masked_fill(words == IGNORE_INDEX, 0)))
         if low < 0 or high >= vocab:
             raise ValueError(
-                f"the targets run from {low} to {high}; expected 0 to {vocab - 1}, the student's vocabulary, or "
+                f"{what} run from {low} to {high}; expected 0 to {vocab - 1}, the student's vocabulary, or "
                 f"{IGNORE_INDEX} for a row without one."
             )
-    return targets.long()
+    return words.long()
+
+
+def check_candidates(candidates: Tensor, logprobs: Tensor, lead: list[int], vocab: int, mask: Tensor | None) -> None:
+    if candidates.ndim < 2 or candidates.shape != logprobs.shape:
+        raise ValueError(
+            f"the candidates are {tuple(candidates.shape)} and candidate_logprobs {tuple(logprobs.shape)}; expected "
+            "(..., c) both."
+        )
+    *found, c = candidates.shape
+    _check_lead("the candidates", found, [lead, [math.prod(lead)]])
+    if not 1 <= c <= vocab:
+        raise ValueError(f"a row has {c} candidates; expected 1 to {vocab}, the student's vocabulary.")
+    if candidates.dtype not in (torch.int32, torch.int64) or not logprobs.is_floating_point():
+        raise ValueError(
+            f"the candidates are {candidates.dtype} and candidate_logprobs {logprobs.dtype}; expected int64 and a float "
+            "dtype."
+        )
+    ids = plain(candidates).reshape(math.prod(lead), c)
+    ids = ids if mask is None else ids[mask.to(ids.device)]
+    if not ids.numel():
+        return
+    ids = ids.sort(-1).values
+    low, high = int(ids[:, 0].min()), int(ids[:, -1].max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"the candidates run from {low} to {high}; expected 0 to {vocab - 1}, the student's vocabulary."
+        )
+    if (ids.diff() == 0).any():
+        raise ValueError("a row has a candidate twice; expected different words, such as top_candidates gives.")
 
 
 def _check_teacher(teacher: Source, leads: list[list[int]], vocab: int, kind: Any) -> None:

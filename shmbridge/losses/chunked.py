@@ -40,8 +40,15 @@ class Term:
 
     formula: Callable[[Tensor, Any, Tensor | None], LossAndGradient]
     weight: float  # 0: only the term's value is computed
-    mask: Tensor | None  # (rows,) bool, the rows that the term is summed over; None: all
-    num_items: float | Tensor
+    mask: Tensor | None  # (rows,) bool on the student's device, the rows that the term is summed over; None: all
+    num_items: float | Tensor | None  # what the sum is divided by; None: those rows
+
+    def divisor(self, student: Student, rows: int) -> Tensor:
+        """() in the student's dtype; `rows` is how many the student has."""
+        items = self.num_items
+        if items is None:
+            items = max(1, rows) if self.mask is None else self.mask.sum().clamp(min=1)
+        return torch.as_tensor(items, dtype=student.dtype, device=student.device).reshape(())
 
 
 @dataclass
@@ -109,10 +116,8 @@ class ChunkedLoss(torch.autograd.Function):
         source, weight, bias = (None if tensor is None else tensor.detach() for tensor in inputs)
         assert source is not None
         student = task.student(source, weight, bias)
-        inverses = [
-            torch.as_tensor(term.num_items, dtype=student.dtype, device=student.device).reshape(()).reciprocal()
-            for term in task.terms
-        ]
+        rows = source.shape[:-1].numel()
+        inverses = [term.divisor(student, rows).reciprocal() for term in task.terms]
         scales = [term.weight * inverse for term, inverse in zip(task.terms, inverses, strict=True)]
         # In float16 the division waits for the loss scaling, which then saves from underflow what it is there to save.
         later = torch.stack(scales).max() if student.rounds_to == torch.float16 else torch.ones_like(scales[0])

@@ -9,6 +9,7 @@ Dean 2015), so its gradient carries T^2 / T = T:
     top-k KL     forward KL over k + 1 buckets    as above for the k words, T q (1 - p_tail / q_tail) for the others
 
 Cross entropy with a target w is forward KL of a teacher whose mass is all on w, at T = 1: -log q(w), gradient q - [w].
+Reverse KL from candidates and a sampled word is derived in docs/losses.md.
 
 Every function takes logits that it may overwrite, (rows, vocab) float32 or float64, and returns the rows' losses
 (rows,) and `weight` () times the gradient (rows, vocab), or None where `weight` is None. They work in place: no more
@@ -28,10 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shmbridge.losses.items import IGNORE_INDEX
+
 TEMPORARIES = 5
 LOG_FLOOR = -1e5
 _BOUND = 1e20  # -inf and finfo.min as numbers that differences and temperatures leave finite
 _LN_2 = math.log(2)
+_LEAST = torch.finfo(torch.float32).eps  # mass that 1 - sum of float32 probabilities can tell from none
 
 LossAndGradient = tuple[Tensor, Tensor | None]
 
@@ -50,9 +54,24 @@ class TopK(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The words of cross entropy: ids (rows, 1) int64."""
+    """The words of cross entropy: ids (rows, 1) integer."""
 
     ids: Tensor
+
+
+class Candidates(NamedTuple):
+    """Words of each row and what the teacher gives them.
+
+    ids: (..., c) integer, no word twice in a row.
+    logprobs: (..., c) float; log-probabilities of the full softmax at temperature 1.
+    sampled: (...) integer; a word drawn from the student, IGNORE_INDEX: none.
+    sampled_logprobs: (...) float, as logprobs.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    sampled: Tensor
+    sampled_logprobs: Tensor
 
 
 def forward_kl(student: Tensor, teacher: Tensor, weight: Tensor | None, *, temperature: float) -> LossAndGradient:
@@ -128,6 +147,33 @@ def cross_entropy(student: Tensor, targets: Targets, weight: Tensor | None) -> L
     clamped = of_target < LOG_FLOOR
     q.scatter_add_(-1, targets.ids, torch.full_like(of_target, -1.0))
     return losses, q.mul_(torch.where(clamped, 0.0, weight))
+
+
+def candidate_reverse_kl(student: Tensor, teacher: Candidates, weight: Tensor | None) -> LossAndGradient:
+    """KL(Q || P) over c + 1 buckets, the candidates and the rest, and what a sampled word tells of the rest.
+
+    With the rest's mass q_R and p_R, b = log(q_R / p_R), and s = log q(x) - log p(x) - b for a sampled word x of the rest,
+    else 0:
+
+        value       v = sum_C q u + q_R b + s,  u = log q - log p
+        gradient    q (u - v) for the candidates, q (b - v) for the rest, and s more for x
+    """
+    ids, log_p, sampled, sampled_log_p = teacher
+    q, log_q = _softmax_(student, 1.0)
+    u = log_q.gather(-1, ids).clamp_(min=LOG_FLOOR) - log_p.clamp(min=LOG_FLOOR)
+    q_ids = q.gather(-1, ids)
+    rest = q.scatter_(-1, ids, 0.0)
+    q_rest, p_rest = rest.sum(-1, keepdim=True), 1.0 - log_p.exp().sum(-1, keepdim=True)
+    b = q_rest.clamp(min=_LEAST).log() - p_rest.clamp(min=_LEAST).log()
+    outside = (sampled != IGNORE_INDEX) & (ids != sampled).all(-1, keepdim=True)
+    x = torch.where(outside, sampled, 0)
+    of_x = log_q.gather(-1, x).clamp_(min=LOG_FLOOR) - sampled_log_p.clamp(min=LOG_FLOOR)
+    s = torch.where(outside, of_x - b, 0.0)
+    value = (q_ids * u).sum(-1, keepdim=True) + q_rest * b + s
+    if weight is None:
+        return value.squeeze(-1), None
+    gradient = rest.mul_(b - value).scatter_(-1, ids, q_ids * (u - value)).scatter_add_(-1, x, s)
+    return value.squeeze(-1), gradient.mul_(weight)
 
 
 def _centred_(logits: Tensor, temperature: float) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from shmbridge.losses import divergence
-from shmbridge.losses.checks import check_mask, check_settings, check_student, check_targets, check_weights, pieces
+from shmbridge.losses.checks import check_mask, check_settings, check_student, check_weights, check_words, pieces
 from shmbridge.losses.chunked import Piece, Term, run
 from shmbridge.losses.divergence import LossAndGradient, Targets, TopK
 from shmbridge.losses.items import IGNORE_INDEX
-from shmbridge.losses.rows import LazyLogits, Source
+from shmbridge.losses.rows import LazyLogits, Source, device_of
 
 Logits = Tensor | LazyLogits
 Stream = Iterable[tuple[slice, Logits]]
@@ -236,24 +236,19 @@ def _compute(
     check_settings(num_items, chunk_rows, temperature=temperature, beta=beta)
     check_weights(kd_weight, ce_weight, teacher, targets)
     *lead, vocab = check_student(student, inplace)
-    device = student.head.weight.device if isinstance(student, LazyLogits) else student.device
-    counted = None if mask is None else check_mask(mask, lead).to(device)
+    counted = None if mask is None else check_mask(mask, lead).to(device_of(student))
     formula = _formula(loss, temperature, beta)
-
-    def term(formula: Callable[..., LossAndGradient], weight: float, rows: Tensor | None) -> Term:
-        return Term(formula, weight, rows, _count(rows, lead) if num_items is None else num_items)
-
     terms = []
     stream: Iterator[tuple[slice, list[Source]]] = iter([(slice(0, prod(lead)), [])])
     if teacher is not None:
-        terms.append(term(formula, kd_weight, counted))
+        terms.append(Term(formula, kd_weight, counted, num_items))
         kind = TopK if loss == "topk" else Logits
         stream = ((rows, [piece]) for rows, piece in pieces(teacher, lead, vocab, counted, kind))
     if targets is not None:
-        words = check_targets(targets, lead, vocab).to(device)
+        words = check_words("the targets", targets, lead, vocab).to(device_of(student))
         there = words != IGNORE_INDEX
         same = there.all() if counted is None else torch.equal(there, counted)  # then a chunk has no rows to pick
-        terms.append(term(divergence.cross_entropy, ce_weight, counted if same else there))
+        terms.append(Term(divergence.cross_entropy, ce_weight, counted if same else there, num_items))
         stream = ((rows, [*sources, Targets(words[rows].unsqueeze(-1))]) for rows, sources in stream)
     total, values = run(student, terms, stream, inplace=inplace, chunk_rows=chunk_rows)
     zero = torch.zeros_like(values[0])
@@ -275,8 +270,3 @@ def _formula(loss: str, temperature: float, beta: float) -> Callable[..., LossAn
     if loss not in formulas:
         raise ValueError(f"loss is {loss!r}; expected one of {', '.join(formulas)}.")
     return partial(formulas[loss], temperature=temperature)
-
-
-def _count(mask: Tensor | None, lead: list[int]) -> float | Tensor:
-    """The rows of this call; 1 if there is none."""
-    return max(1, prod(lead)) if mask is None else mask.sum().clamp(min=1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shmbridge.head import Head
-from shmbridge.losses.divergence import Targets, TopK
+from shmbridge.losses.divergence import Candidates, Targets, TopK
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -32,7 +32,7 @@ class LazyLogits:
     head: Head
 
 
-Table = TopK | Targets
+Table = TopK | Targets | Candidates
 """A few numbers or words for each row, as a named tuple of tensors."""
 Source = Tensor | LazyLogits | Table
 
@@ -42,6 +42,11 @@ def shape(source: Tensor | LazyLogits) -> tuple[int, ...]:
     if isinstance(source, LazyLogits):
         return (*source.hidden.shape[:-1], source.head.weight.shape[0])
     return tuple(source.shape)
+
+
+def device_of(student: Tensor | LazyLogits) -> torch.device:
+    """Where the student's logits are."""
+    return student.head.weight.device if isinstance(student, LazyLogits) else student.device
 
 
 def as_dtensor(tensor: Tensor) -> DTensor | None:
@@ -80,7 +85,8 @@ def ready(source: Source, dtype: torch.dtype, device: torch.device) -> Source:
         hidden = flat(plain(source.hidden.detach()))
         return LazyLogits(hidden, ready_head(source.head, hidden.dtype))
     if isinstance(source, tuple):
-        return type(source)(*(_column(tensor, source[0].ndim, dtype, device) for tensor in source))
+        columns = [_column(tensor, source[0].ndim, dtype, device) for tensor in source]
+        return type(source)(*columns)
     return flat(plain(source.detach()))
 
 
