@@ -1,4 +1,5 @@
-"""Memory-bounded distillation losses: forward and reverse KL, generalised JSD, and KL over the teacher's top k.
+"""Memory-bounded distillation losses: forward and reverse KL, generalised JSD, KL over the teacher's top k, and reverse KL on
+the student's candidates; cross entropy alone, or beside one of the first four.
 
     loss = forward_kl(student_logits, reply.logits, temperature=2.0, mask=mask, num_items=num_items)
     loss = forward_kl(LazyLogits(hidden, Head(lm_head.weight)), reply.logits, mask=mask, num_items=num_items)
@@ -15,7 +16,8 @@ under data parallelism, and a streamed teacher.
     chunked      the loop and its autograd node
     checks       what is refused at the door
     functional   the losses
-    items        masks and the normaliser
+    candidates   the loss on the student's candidates, and which words these are
+    items        masks, targets and the normaliser
 """
 
 from shmbridge.head import Head

@@ -19,6 +19,7 @@ from shmbridge import config, encode, offering, teacher
 from shmbridge.bridge import Bridge
 from shmbridge.errors import ConfigError, PlanError, RequestRefused, TeacherError
 from shmbridge.head import Head
+from shmbridge.losses import candidate_reverse_kl, targets_from_labels, top_candidates
 from shmbridge.payload import Batch
 from shmbridge.reply import Reply
 from shmbridge.teacher import HuggingFaceTeacher
@@ -137,6 +138,31 @@ def test_every_payload_in_one_reply_tells_the_models_own_distribution(saved):
         close(asked["logprobs"][there].double(), exact[there].gather(-1, targets[there][:, None])[:, 0])
         assert (asked["logprobs"][~there] == 0).all()
         close(asked["candidate_logprobs"].double(), exact.gather(-1, candidates))
+
+
+def test_candidate_reverse_kl_takes_a_reply_as_it_is(saved):
+    """Row i of the candidates and the token drawn after it are of the same distribution, in the request and the reply."""
+    path, sent = saved(), ids(2, 9)
+    student = torch.randn(2, 9, WORDS, generator=torch.Generator().manual_seed(4))
+    candidates, sampled = top_candidates(student, 3), targets_from_labels(sent)
+    with serving(path, "payload.logprobs={candidates: 3}") as it, it.bridge() as bridge:
+        reply = bridge.exchange(sent, candidates=candidates)
+        loss = candidate_reverse_kl(
+            student,
+            candidates,
+            reply["candidate_logprobs"],
+            sampled=sampled,
+            sampled_logprobs=reply["logprobs"],
+            num_items=1,
+        )
+    log_q, log_p = student.double().log_softmax(-1), logits_of(path, sent).double().log_softmax(-1)
+    u, rest = log_q - log_p, torch.ones(2, 9, WORDS).scatter(-1, candidates, 0)
+    mass = (log_q.exp() * rest).sum(-1)
+    baseline = (mass / (log_p.exp() * rest).sum(-1)).log()
+    rows = (log_q.exp() * u * (1 - rest)).sum(-1) + mass * baseline
+    words = sent[:, 1:, None].long()
+    of_sampled = (u - baseline[..., None])[:, :-1].gather(-1, words) * rest[:, :-1].gather(-1, words)
+    close(loss.double(), rows.sum() + of_sampled.sum())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
