@@ -62,7 +62,7 @@ class DistillationMixin(_Trainer):
         self._metrics_of_kd: Metrics | None = None
         self._turn: Turn | None = None  # the micro-batch that compute_loss is called for
         self._loss_only = False  # an evaluation does not want the student's logits
-        self._last_report = 0  # the optimizer step
+        self._steps = 0  # optimizer steps since the last report
         super().__init__(*args, **kwargs)
         self._checkpoint: CheckpointOnStop | None = None
         if self.bridge.enabled:
@@ -113,6 +113,7 @@ class DistillationMixin(_Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, of micro-batches that the teacher is asked about. Their labels are counted in their own step."""
         if self.bridge.enabled:
+            self._steps += 1
             if self._checkpoint:
                 self._checkpoint.begin_step()
             ahead = self.distillation.look_ahead
@@ -165,8 +166,8 @@ class DistillationMixin(_Trainer):
         if self._metrics_of_kd is not None:
             evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
             if "loss" in logs:
-                steps, self._last_report = self.state.global_step - self._last_report, self.state.global_step
-                logs.update(self._metrics_of_kd.report("train", steps, self.accelerator))
+                logs.update(self._metrics_of_kd.report("train", self._steps, self.accelerator))
+                self._steps = 0
             elif evaluated:
                 found = self._metrics_of_kd.report("eval", 1, self.accelerator)
                 logs.update({evaluated.removesuffix("loss") + name: value for name, value in found.items()})
