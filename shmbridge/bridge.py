@@ -270,6 +270,15 @@ class Bridge:
         return self._stopping.requested
 
     @contextmanager
+    def defer_stop(self) -> Iterator[None]:
+        """In the block a stop of the run interrupts no call of the bridge: requests are answered as before, and `stop_requested`
+        tells of the stop. Ranks that agree on it between two steps save and end at the same step, in a collective where saving
+        is one. For ranks with a hook (`on_stop`), within timeouts.save_s. The loss of the teacher or of a rank is raised as ever.
+        """
+        with self._stopping.deferred():
+            yield
+
+    @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
         fault that this rank's loop stands still; hang reports name the phase."""

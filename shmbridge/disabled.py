@@ -76,6 +76,10 @@ class DisabledBridge(Bridge):
         return False
 
     @contextmanager
+    def defer_stop(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         yield
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from shmbridge import trace
 from shmbridge.errors import RunStopped
@@ -21,6 +22,7 @@ class Stopping:
         self._session = session
         self._hook: Hook | None = None
         self._signalled = False
+        self._deferrals = 0
         self._takes_sigterm = False
         self._process = os.getpid()
 
@@ -39,6 +41,15 @@ class Stopping:
     def requested(self) -> bool:
         """Whether the run is to stop."""
         return self._told()
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """In the block a stop does not interrupt the bridge."""
+        self._deferrals += 1
+        try:
+            yield
+        finally:
+            self._deferrals -= 1
 
     def heed(self) -> None:
         """Save and raise RunStopped where the run is to stop."""
@@ -64,8 +75,8 @@ class Stopping:
         self._takes_sigterm = False
 
     def _asked(self) -> bool:
-        """Not within the hook: what it asks of a teacher that lives is still answered."""
-        return self._hook is not None and self._told()
+        """Whether a call of the bridge is to stop. Not within the hook: what it asks of a teacher that lives is still answered."""
+        return self._hook is not None and not self._deferrals and self._told()
 
     def _told(self) -> bool:
         return self._signalled or self._session.asked_to_stop

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shmbridge import trace
+from shmbridge import RunStopped, trace
 
 _LOOK_S = 0.05
 
@@ -19,7 +21,9 @@ _LOOK_S = 0.05
 class CheckpointOnStop:
     """Saves what Trainer saves, at the last optimizer step that was done. A resumed run does the interrupted step again.
 
-    The bridge notices the stop inside the student's forward. The checkpoint is saved when the exception has left it.
+    The ranks look before each micro-batch whether one of them was asked to stop, and save together. A rank that would leave by itself
+    might leave another in an all-reduce. The loss of the teacher or of a rank is noticed inside the student's forward; each rank
+    then saves by itself, when the exception has left the forward.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -28,6 +32,7 @@ class CheckpointOnStop:
         self.saving = False
         """Whether Trainer's checkpoint is being saved because of a stop."""
         self._told = False
+        self._agrees = False
         self._random: list[Any] | None = None
         args = trainer.args
         self._saves = (
@@ -44,11 +49,35 @@ class CheckpointOnStop:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
             self._random = [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
 
-    def save_if_stopped(self) -> None:
-        """Save where the run is to stop, or the bridge has lost the teacher or a rank."""
-        if not self._saves or not (self._told or self._trainer.bridge.stop_requested):
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """In the block a stop ends the ranks where they `look`, and nowhere else."""
+        with self._trainer.bridge.defer_stop() if self._saves else nullcontext():
+            self._agrees = self._saves
+            try:
+                yield
+            finally:
+                self._agrees = False
+
+    def look(self) -> None:
+        """Where a rank was asked to stop, save in all of them and raise RunStopped. A collective."""
+        if not self._agrees:
             return
-        self._saves = False
+        trainer = self._trainer
+        asked = torch.tensor(float(trainer.bridge.stop_requested), device=trainer.accelerator.device)
+        if trainer.accelerator.num_processes > 1:
+            asked = trainer.accelerator.reduce(asked, "sum")
+        if asked:
+            self._save()
+            raise RunStopped("the run is to stop, and a checkpoint was saved (DistillationConfig.save_on_stop).")
+
+    def save_if_stopped(self) -> None:
+        """Save where the run is to stop, or the bridge has lost the teacher or a rank, unless that was done."""
+        if self._saves and (self._told or self._trainer.bridge.stop_requested):
+            self._save()
+
+    def _save(self) -> None:
+        self._saves = self._agrees = False
         self.saving = True
         trainer = self._trainer
         step = trainer.state.global_step

@@ -11,6 +11,7 @@ Whatever a micro-batch was asked for, it is cancelled when its epoch is left.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +76,8 @@ class DistillationMixin(_Trainer):
         """Trainer.train, once the teacher is ready."""
         self._wait_for_teacher()
         try:
-            return super().train(*args, **kwargs)
+            with self._checkpoint.agreed() if self._checkpoint else nullcontext():
+                return super().train(*args, **kwargs)
         except BaseException:
             if self._checkpoint:
                 self._checkpoint.save_if_stopped()
@@ -123,6 +125,8 @@ class DistillationMixin(_Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self._checkpoint:
+            self._checkpoint.look()
         if self.bridge.enabled:
             self._turn = self._window.turn(inputs, self.state.global_step)
         return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[no-any-return]
@@ -130,6 +134,8 @@ class DistillationMixin(_Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
+        if self._checkpoint:
+            self._checkpoint.look()
         if self.bridge.enabled and inputs.get("labels") is not None:
             self._turn = self._window.turn(inputs, self.state.global_step)
         self._loss_only = prediction_loss_only
