@@ -16,7 +16,6 @@ What is in flight is in `requests`, what the caller holds of it in `pending`; he
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -25,22 +24,20 @@ from typing import Any, TypeVar, Unpack
 import torch
 
 from shmbridge import parity, shared_head, trace
-from shmbridge.board import Phase
 from shmbridge.config import Config
 from shmbridge.errors import Closed, PeerLost, RequestRefused, RunStopped, TeacherDied
 from shmbridge.head import Head
 from shmbridge.heartbeat import Heartbeat
-from shmbridge.layout import NO_STEP
 from shmbridge.offer import Extent, Offer
 from shmbridge.peer import Identity
-from shmbridge.pending import Lease, MissingPending, Pending
+from shmbridge.pending import Lease, Pending, SendQueue
 from shmbridge.prefetch import Prefetch, Tokens
 from shmbridge.reply import Reply
-from shmbridge.requests import Requests, Sent
+from shmbridge.requests import Requests
 from shmbridge.session import TrainerSession
 from shmbridge.stats import Stats
 from shmbridge.stopping import Stopping
-from shmbridge.token_ids import Extras, IntArray, check_arrays, check_ids, check_names
+from shmbridge.token_ids import CheckedRequest, Extras, IntArray, check_request
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
 
@@ -63,9 +60,7 @@ class Bridge:
         self._requests: Requests | None = None
         self._checked = False  # the parity check has passed, or is off
         self._head: Head | None = None
-        self._prefetches: weakref.WeakSet[Prefetch[Any]] = weakref.WeakSet()
         self._stopping = Stopping(session)
-        self._missing = 0
 
     @property
     def rank(self) -> int:
@@ -161,36 +156,27 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        return self._submit(None, input_ids, attention_mask, **extras)
+        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
+        self._stopping.heed()
+        return Pending(self._sending, self._sending.send(request))
 
-    def _submit(
+    def _prepare(
         self,
-        asking: Prefetch[Any] | None,
+        queue: SendQueue,
+        /,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
-        if extras:
-            check_names(extras)
-        agreed, shape = self._ready(), self._open.control.shape
-        packed = extras.get("position_ids") is not None
-        ids = check_ids(input_ids, agreed, shape, packed)
-        extent, arrays = check_arrays(ids, attention_mask, extras, agreed, shape)
-        step = extras.get("step")
-        if step is not None and not (isinstance(step, int) and 0 <= step < NO_STEP):
-            raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
-        sending = self._sending
-        if not sending.teacher_lost:
-            self._withdraw_prefetched(asking)
-            try:
-                return Pending(sending, sending.send(ids, extent, arrays, step))
-            except TeacherDied as error:  # while it waited for a cancelled request's slot
-                sending.go_on_without(error)
-        sequence = self._open.ring.requested + self._missing
-        self._missing += 1
-        self._open.record.at(step, sequence)
-        self._open.record.enter(Phase.TRAINING)  # the loop moves, though it asks nobody
-        return MissingPending(Sent(sequence, step, extent, False))
+        """What `submit` does, but for sending: that is up to `queue`."""
+        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
+        return queue.add(self._sending, request.copied())
+
+    def _fill_ring(self, queue: SendQueue) -> None:
+        """Send as many requests of `queue` as the ring has room for. Raises Closed where there are any."""
+        if self._requests:
+            self._stopping.heed()
+        queue.fill_ring()
 
     def exchange(
         self,
@@ -249,10 +235,7 @@ class Bridge:
         """
         depth = self.settings.ring.depth if self.enabled else 1
         ahead = depth - 1 if ahead is None else ahead
-        free_slots = lambda: self.free_slots  # noqa: E731
-        made = Prefetch(self._submit, free_slots, batches, tokens, ahead, state)
-        self._prefetches.add(made)
-        return made
+        return Prefetch(self._prepare, self._fill_ring, batches, tokens, ahead, state)
 
     def on_stop(self, save: Callable[[], object]) -> None:
         """Call `save()` once before this rank stops: at a SIGTERM (as Slurm sends it ahead of the end), a Ctrl-C or SIGTERM of
@@ -357,17 +340,10 @@ class Bridge:
 
     # Within
 
-    def _withdraw_prefetched(self, asking: Prefetch[Any] | None) -> None:
-        """Before a request of `asking`, or of none: what others submitted ahead is withdrawn. Slots come free in order, so
-        the request's slot would stay taken until the loop has read what was submitted before it."""
-        for prefetch in list(self._prefetches):
-            if prefetch is not asking:
-                prefetch.withdraw()
-
     def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
-        self._withdraw_prefetched(None)
-        pending = Pending(self._sending, self._sending.send(ids, extent, arrays, None, probe=True))
+        request = CheckedRequest(ids.data.cast("B"), extent, arrays)
+        pending = Pending(self._sending, self._sending.send(request, probe=True))
         reply = pending.copy(self._open.settings.timeouts.startup_s)
         if reply.missing:
             raise TeacherDied("the teacher was lost during the parity check.")

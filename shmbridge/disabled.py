@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
@@ -14,8 +13,7 @@ from shmbridge.config import Config
 from shmbridge.errors import Closed
 from shmbridge.head import Head
 from shmbridge.offer import Extent, Offer
-from shmbridge.pending import MissingPending, Pending
-from shmbridge.prefetch import Prefetch
+from shmbridge.pending import Pending, SendQueue
 from shmbridge.requests import Sent
 from shmbridge.stats import Stats
 from shmbridge.token_ids import Extras, IntArray
@@ -31,7 +29,6 @@ class DisabledBridge(Bridge):
         self._closed = False
         self._submitted = 0
         self._requests = None
-        self._prefetches = weakref.WeakSet()
 
     @property
     def rank(self) -> int:
@@ -57,15 +54,24 @@ class DisabledBridge(Bridge):
     def wait_ready(self, timeout: float | None = None, **_: Any) -> None:
         """Returns at once."""
 
-    def _submit(
+    def submit(
         self,
-        asking: Prefetch[Any] | None,
         input_ids: torch.Tensor | IntArray,
         attention_mask: torch.Tensor | IntArray | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
         self._submitted += 1
-        return MissingPending(Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False))
+        return Pending(None, Sent(self._submitted - 1, extras.get("step"), Extent(0, 0), False, missing=True))
+
+    def _prepare(
+        self,
+        queue: SendQueue,
+        /,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        **extras: Unpack[Extras],
+    ) -> Pending:
+        return self.submit(input_ids, attention_mask, **extras)
 
     def on_stop(self, save: Callable[[], object]) -> None:
         """Signals end this rank as they always did."""

@@ -1,17 +1,21 @@
-"""A loader with the teacher ahead of it: each batch is handed out after the next ones were submitted.
+"""A loader with the teacher ahead of it: batches are taken from it before their turn, and their requests are sent in order.
 
-On a fixed data set this costs no staleness, because it is the same batch that the teacher saw. What holds at the edges:
+On a fixed data set this costs no staleness, because it is the same batch that the teacher saw. `ahead` batches are taken before
+their turn, however many replies the ring has room for. Requests are sent in order as it has room: when the loop draws, when it
+waits for a reply, and when it has read one. So the loop may draw any number of batches before it reads the first. What holds at
+the edges:
 
-    end of the loader     what was submitted is handed out, then the iteration ends; the next epoch is a new prefetch
+    end of the loader     what was taken is handed out, then the iteration ends; the next epoch is a new prefetch
     the loader raises     the batches before it are handed out first, then its exception is raised, in its place
     a batch is refused    likewise
-    break, or an error    what was submitted and not handed out is cancelled: the teacher drops it, its slots are free again
+    break, or an error    what was taken and not handed out is cancelled: the teacher drops it, its slots are free again
       in the loop         (as soon as no variable holds the iterator; a `with` block does it at its end)
 
-Other requests come first. Before a request of `submit`, `exchange` or another prefetch is sent, what was submitted ahead is
-withdrawn, and it is submitted again before its turn: slots come free in order, so the request's slot would stay taken until the
-loop has read everything in front of it. The teacher computes a withdrawn request twice if it had begun with it. Make such
-requests where the loop holds no reply that is still to be read: behind that one no slot comes free, and a full ring is an error.
+Other requests come first. Before a request of `submit`, `exchange` or another prefetch is sent, what this one has in the ring and
+the loop has not waited for is withdrawn, and it is sent again when the loop draws or waits: slots come free in order, so the
+request's slot would stay taken until the loop has read everything in front of it. The teacher computes a withdrawn request twice
+if it had begun with it. Make such requests where the loop holds no lease: behind that one no slot comes free, and a full ring is
+an error.
 """
 
 from __future__ import annotations
@@ -19,13 +23,12 @@ from __future__ import annotations
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from shmbridge.errors import RequestRefused, ShmbridgeError
 from shmbridge.integrations.accelerate import LoaderState, ReadAhead
-from shmbridge.pending import Pending
+from shmbridge.pending import Pending, SendQueue
 
 T = TypeVar("T")
 
@@ -33,16 +36,14 @@ Tokens = str | Callable[[T], Any] | None
 _TAKEN = ("input_ids", "attention_mask", "position_ids")
 
 
-@dataclass(slots=True)
-class _Taken(Generic[T]):
+class _Taken(NamedTuple):
     """A batch that was taken from the loader and not handed out."""
 
-    batch: T
+    batch: Any
     state: Any
     loaders: list[LoaderState]
-    request: dict[str, Any] = field(default_factory=dict)  # the arguments of `submit`
-    pending: Pending | None = None  # None: still to be submitted, or withdrawn
-    error: Exception | None = None  # why it cannot be submitted
+    pending: Pending | None
+    error: Exception | None  # why there is no pending
 
 
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
@@ -53,35 +54,36 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
 
     def __init__(
         self,
-        submit: Callable[..., Pending],
-        free_slots: Callable[[], int],
+        prepare: Callable[..., Pending],
+        fill_ring: Callable[[SendQueue], None],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
         state: Callable[[], Any] | None,
     ) -> None:
-        """`submit` is the bridge's, with the Prefetch that asks as its first argument."""
+        """`prepare` is the bridge's: a queue and the arguments of `submit` to a Pending that the queue sends."""
         if ahead < 0:
-            raise RequestRefused(f"ahead is {ahead}; 0 submits each batch in its turn.")
-        self._submit = submit
-        self._free_slots = free_slots
+            raise RequestRefused(f"ahead is {ahead}; 0 takes each batch in its turn.")
+        self._prepare = prepare
+        self._fill_ring = fill_ring
+        self._queue = SendQueue()
         self._batches: Iterator[T] | None = iter(batches)
         self._reading = ReadAhead()
         self._tokens = tokens
         self._ahead = ahead
         self._take_state = state
-        self._taken: deque[_Taken[T]] = deque()  # in order; the first `_submitted` of them have a pending
-        self._submitted = 0
+        self._taken: deque[_Taken] = deque()  # in order
         self._error: Exception | None = None  # of the loader, behind what was taken
         self.state: Any = None
         """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
 
     def __next__(self) -> tuple[T, Pending]:
-        self._fill()
+        self._fill_ring(self._queue)
+        while len(self._taken) <= self._ahead and self._take():
+            self._fill_ring(self._queue)
         first = self._taken[0] if self._taken else None
         if first and first.pending:
             self._taken.popleft()
-            self._submitted -= 1
             self.state = first.state
             for loader in first.loaders:
                 loader.restore()
@@ -93,30 +95,8 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         finally:
             del error, first  # the traceback holds this frame
 
-    def _fill(self) -> None:
-        """Submit the loop's own batch, then up to `ahead` more while the ring has room."""
-        while self._has_room() and (self._submitted < len(self._taken) or self._take()):
-            following = self._taken[self._submitted]
-            if following.error:
-                break
-            try:
-                following.pending = self._submit(self, **following.request)
-            except Exception as error:
-                following.error = _without_frames(error)
-                break
-            self._submitted += 1
-        # Where taking is a collective, every rank must take the same number in each call, whatever its ring has room for.
-        while self._reading.collective and len(self._taken) <= self._ahead and self._take():
-            pass
-
-    def _has_room(self) -> bool:
-        """For one more; the loop's own batch is submitted even where the ring will refuse it."""
-        if not self._submitted:
-            return True
-        return self._submitted <= self._ahead and self._free_slots() > 0
-
     def _take(self) -> bool:
-        """Take a batch from the loader, and make a request of it. False where it is at its end, has raised, or may not be asked yet."""
+        """Take a batch from the loader. False where it is at its end, has raised, or may not be asked yet."""
         if self._batches is None or (self._taken and self._reading.at_end):
             return False
         try:
@@ -127,21 +107,13 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             if not isinstance(error, StopIteration):
                 self._error = _without_frames(error)
             return False
-        taken = _Taken(batch, state, loaders)
+        pending, refused = None, None
         try:
-            taken.request = self._request(batch)
+            pending = self._prepare(self._queue, **self._request(batch))
         except Exception as error:
-            taken.error = _without_frames(error)
-        self._taken.append(taken)
+            refused = _without_frames(error)
+        self._taken.append(_Taken(batch, state, loaders, pending, refused))
         return True
-
-    def withdraw(self) -> None:
-        """Cancel what was submitted ahead; it is submitted again before its turn."""
-        self._submitted = 0
-        for taken in self._taken:
-            if taken.pending:
-                taken.pending.cancel()
-                taken.pending = None
 
     def _request(self, batch: T) -> dict[str, Any]:
         """The arguments of `submit`."""
@@ -163,10 +135,13 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         return {"input_ids": batch}
 
     def close(self) -> None:
-        """Cancel what was submitted and not handed out; the iteration ends. Once is enough; more does nothing."""
+        """Cancel what was not handed out; the iteration ends. What was handed out may still be waited for. Once is enough; more
+        does nothing."""
         self._batches = None
         self._error = None
-        self.withdraw()
+        for taken in self._taken:
+            if taken.pending:
+                taken.pending.cancel()
         self._taken.clear()
 
     def __enter__(self) -> Prefetch[T]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple, NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -36,7 +37,7 @@ from shmbridge.ring import Chunk, ReplyHead
 from shmbridge.session import TrainerSession
 from shmbridge.stats import Meter
 from shmbridge.stopping import Stopping
-from shmbridge.token_ids import IntArray
+from shmbridge.token_ids import CheckedRequest
 
 T = TypeVar("T")
 
@@ -46,12 +47,23 @@ _CHANGED = re.compile(r"is at version \d+; expected version (\d+)")  # autograd,
 
 
 class Sent(NamedTuple):
-    """A submitted request."""
+    """A request that was sent, or is `missing`: nobody answers it, because the bridge is off or the teacher is lost."""
 
     sequence: int
     step: int | None
     extent: Extent
     with_candidates: bool
+    missing: bool = False
+
+
+class SendQueue(Protocol):
+    """What Requests needs of a pending.SendQueue."""
+
+    def fill_ring(self) -> None:
+        """Send as many requests as the ring has room for."""
+
+    def withdraw(self) -> None:
+        """Cancel what was sent and is not waited for; it is sent again later."""
 
 
 class Requests:
@@ -61,6 +73,8 @@ class Requests:
         """Map the reply memory. Replies are wanted on `device`; None: the current CUDA device where the launcher gave training
         GPUs, else the CPU. Raises AttachError."""
         self.streams = session.control.shape.chunks > 0
+        self._queue: weakref.ref[SendQueue] | None = None  # the only one that has requests in the ring
+        self._missing = 0  # requests that nobody answers
         self.dropped: list[int] = []  # sequences whose Pending or Reply was dropped; any thread may append
         logged = session.settings.log.stats_every if session.lane.index == 0 else 0
         self.meter = Meter(logged)
@@ -115,20 +129,43 @@ class Requests:
     # Sending
 
     def send(
-        self, ids: IntArray, extent: Extent, arrays: Mapping[str, memoryview], step: int | None, probe: bool = False
+        self,
+        request: CheckedRequest,
+        queue: SendQueue | None = None,
+        timeout: float | None = None,
+        probe: bool = False,
     ) -> Sent:
-        """Copy a checked request into the ring. Raises RingFull. Where the oldest slot is a cancelled request's, it sleeps until
-        the teacher is done with that one."""
+        """Copy a request of `queue`, or of none, into the ring; what another queue has sent is withdrawn before. Where the oldest
+        slot is a cancelled request's, sleep until the teacher is done with that one. Where the teacher is lost and the loop
+        goes on without it, nothing is sent and the request is `missing`.
+
+        Raises:
+            RingFull: names the requests that hold the slots.
+        """
+        session = self._session
+        if not self.teacher_lost:
+            self._turn_to(queue)
+            try:
+                return self._send(request, timeout, probe)
+            except TeacherDied as error:  # while it waited for a cancelled request's slot
+                self.go_on_without(error)
+        sequence = session.ring.requested + self._missing
+        self._missing += 1
+        session.record.at(request.step, sequence)
+        session.record.enter(Phase.TRAINING)  # the loop moves, though it asks nobody
+        return Sent(sequence, request.step, request.extent, False, missing=True)
+
+    def _send(self, request: CheckedRequest, timeout: float | None, probe: bool) -> Sent:
         started = time.monotonic_ns()
         session = self._session
-        self.stopping.heed()
         ring = session.ring
         if self.dropped or self._cancelled:
-            self._free_unwanted(wait=True)
+            self._free_unwanted(wait=True, timeout=timeout)
         if ring.free_slots < 1:
             raise RingFull(self._holders())
+        ids, extent, arrays, step = request
         sequence = ring.claim()
-        ring.write_request(sequence, step, extent, ids.data.cast("B"), arrays, probe=probe)
+        ring.write_request(sequence, step, extent, ids, arrays, probe=probe)
         try:
             ring.publish_request(sequence)
             session.ring_teacher()  # the teacher may take this core now: what a signal handler raises is raised here
@@ -140,6 +177,28 @@ class Requests:
             self.cancel_since(sequence)  # no Pending will own its slot
             raise
         return sent
+
+    def _turn_to(self, queue: SendQueue | None) -> None:
+        """Withdraw what another queue has sent. Slots come free in order, so the slot of a request behind it would stay taken
+        until the loop has read everything in front of it."""
+        current = self._queue() if self._queue else None
+        if current is not queue:
+            if current is not None:
+                current.withdraw()
+            self._queue = weakref.ref(queue) if queue is not None else None
+
+    def has_room(self, queue: SendQueue) -> bool:
+        """Whether `queue` can send a request now, once what another one has sent is withdrawn. Does not sleep."""
+        if self.teacher_lost:
+            return False
+        self._turn_to(queue)
+        return self.free_slots > 0
+
+    def fill_ring(self) -> None:
+        """A reply was read: send the next requests of the queue that sent last."""
+        queue = self._queue() if self._queue else None
+        if queue is not None and not self._closed and os.getpid() == self._process:
+            queue.fill_ring()
 
     @property
     def next_sequence(self) -> int:
@@ -403,7 +462,7 @@ class Requests:
         for sent in range(max(sequence, self._released), self._open.ring.requested):
             self.cancel(sent)
 
-    def _free_unwanted(self, wait: bool) -> None:
+    def _free_unwanted(self, wait: bool, timeout: float | None = None) -> None:
         """Give back what was dropped: the slot of a reply at once; of a request that nobody reads, once the teacher, which is
         told, is done with it. Raises TornReply.
 
@@ -427,7 +486,7 @@ class Requests:
             session.ring_teacher()
         if wait and ring.free_slots < 1 and self._released in self._cancelled:
             oldest = self._released
-            self._sleep(lambda: ring.answered(oldest), oldest, None, None)
+            self._sleep(lambda: ring.answered(oldest), oldest, None, timeout)
         for sequence in sorted(self._cancelled):
             if ring.answered(sequence):
                 self._cancelled.discard(sequence)
@@ -474,8 +533,7 @@ class Requests:
             behind = ", ".join(f"{count} behind {holder}" for holder, count in waiting.items())
             told.append(f"Released or cancelled, and waiting because slots come free in order: {behind}.")
         told.append(
-            f"Read and release sequence {self._released}, or cancel it, before you submit again; or raise ring.depth and give "
-            "prefetch a smaller `ahead`."
+            f"Read and release sequence {self._released}, or cancel it, before you submit again; or raise ring.depth."
         )
         return " ".join(told)
 

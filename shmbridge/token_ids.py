@@ -7,19 +7,52 @@ sent it.
 from __future__ import annotations
 
 import difflib
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
 from shmbridge.errors import RequestRefused
-from shmbridge.layout import IGNORED
+from shmbridge.layout import IGNORED, NO_STEP
 from shmbridge.offer import Extent, Offer
 from shmbridge.session import Shape
 
 IntArray = np.ndarray[Any, np.dtype[Any]]
 
 _UNSIGNED = {np.dtype(np.int64): np.uint64, np.dtype(np.int32): np.uint32}
+
+
+class CheckedRequest(NamedTuple):
+    """What a rank asks, once every limit was checked. The buffers are bytes and may lie in the caller's own tensors."""
+
+    ids: memoryview
+    extent: Extent
+    arrays: Mapping[str, memoryview]  # by the names of layout.ARRAYS
+    step: int | None = None
+
+    def copied(self) -> CheckedRequest:
+        """The same request in memory of its own, so that the caller may change its tensors."""
+        arrays = {name: memoryview(bytes(array)) for name, array in self.arrays.items()}
+        return self._replace(ids=memoryview(bytes(self.ids)), arrays=arrays)
+
+
+def check_request(
+    input_ids: torch.Tensor | IntArray,
+    attention_mask: torch.Tensor | IntArray | None,
+    extras: Extras,
+    agreed: Offer,
+    shape: Shape,
+) -> CheckedRequest:
+    """Check the arguments of `submit`. Raises RequestRefused."""
+    if extras:
+        check_names(extras)
+    ids = check_ids(input_ids, agreed, shape, packed=extras.get("position_ids") is not None)
+    extent, arrays = check_arrays(ids, attention_mask, extras, agreed, shape)
+    step = extras.get("step")
+    if step is not None and not (isinstance(step, int) and 0 <= step < NO_STEP):
+        raise RequestRefused(f"step is {step!r}; expected an int that is not negative, or None.")
+    return CheckedRequest(ids.data.cast("B"), extent, arrays, step)
 
 
 def check_ids(input_ids: torch.Tensor | IntArray, agreed: Offer, shape: Shape, packed: bool = False) -> IntArray:

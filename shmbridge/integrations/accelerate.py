@@ -49,13 +49,6 @@ class ReadAhead:
         self.at_end = False
         """Whether the batch that was read last ends an epoch. Another next() would take the loader off accelerate's list."""
 
-    @property
-    def collective(self) -> bool:
-        """Whether next() is a collective (dispatch_batches=True), so that all ranks must call it at the same places."""
-        return any(
-            isinstance(each, sys.modules["accelerate.data_loader"].DataLoaderDispatcher) for each in self._loaders
-        )
-
     def next(self, batches: Iterator[T]) -> tuple[T, list[LoaderState]]:
         """The next batch, and the states to restore when the loop is given it. Raises what next() raises."""
         seen_by_loop = _states()

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from transformers import BatchEncoding
 
 from shmbridge.bridge import Bridge
 from shmbridge.disabled import DisabledBridge
-from shmbridge.errors import Closed, RequestRefused, RingFull
+from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull
 from shmbridge.payload import Batch
 from shmbridge.pending import Pending
 from tests.harness import Bench, Echo, bench, until
@@ -137,13 +138,16 @@ def test_the_teacher_is_ahead_of_the_loop():
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 5])
-def test_ahead_is_a_limit_as_the_ring_is(ahead):
+def test_ahead_batches_are_taken_and_as_many_sent_as_the_ring_has_room_for(ahead):
     with running("ring.depth=3") as (it, bridge):
         ring = it.owner.lanes[0].ring
-        for turn, (batch, pending) in enumerate(bridge.prefetch(batches(5), ahead=ahead), 1):
+        taken = []
+        source = (taken.append(i) or batch for i, batch in enumerate(batches(5)))
+        for turn, (batch, pending) in enumerate(bridge.prefetch(source, ahead=ahead), 1):
+            assert len(taken) == min(5, turn + ahead)
             assert ring.requested == min(5, turn + min(ahead, 2))
             right(pending, batch)
-        with pytest.raises(RequestRefused, match="ahead is -1; 0 submits each batch in its turn"):
+        with pytest.raises(RequestRefused, match="ahead is -1; 0 takes each batch in its turn"):
             bridge.prefetch([], ahead=-1)
 
 
@@ -434,6 +438,7 @@ def test_a_request_of_the_loops_own_does_not_queue_behind_what_was_prefetched():
         assert own.sequence == 2, "batch 1 was ahead"
         with pytest.raises(RequestRefused):
             bridge.submit("nothing is withdrawn for what is not sent")
+        until(lambda: bridge.free_slots == 3, "the slots of what was cancelled")
         _, pending = next(ahead)
         assert pending.sequence == 3, "batch 1 again, behind the loop's own"
         assert next(ahead)[1].sequence == 4, "which no other request withdrew"
@@ -495,7 +500,7 @@ def test_a_full_ring_tells_who_holds_it():
             "6 requests are in flight and the ring has ring.depth=6 slots. Leased: sequence 0 (step 7). Answered and not "
             "read: sequence 2 (step 9). Being computed: sequence 4 (step 11), sequence 5 (no step). Released or cancelled, "
             "and waiting because slots come free in order: 1 behind sequence 0, 1 behind sequence 2. Read and release "
-            "sequence 0, or cancel it, before you submit again; or raise ring.depth and give prefetch a smaller `ahead`."
+            "sequence 0, or cancel it, before you submit again; or raise ring.depth."
         )
         os.write(opening, b"xx")
         lease.release()
@@ -528,12 +533,181 @@ def test_leases_held_in_the_loop_leave_the_teacher_less_ahead_until_the_ring_is_
             leases.append(pending.wait())
             assert torch.equal(leases[-1].reply["ids"], batch)
             assert ring.requested == 3, f"nothing is free for batch {turn + 3}"
-        with pytest.raises(RingFull, match=r"3 requests are in flight and the ring has ring\.depth=3 slots"):
-            next(ahead)
-        for lease, batch in zip(leases, wanted, strict=False):
-            assert torch.equal(lease.reply["ids"], batch), "held replies are untouched"
+        batch, pending = next(ahead)
+        with pytest.raises(RingFull, match=r"3 requests are in flight and the ring has ring\.depth=3 slots\. Leased: "):
+            pending.wait()
+        for lease, held in zip(leases, wanted, strict=False):
+            assert torch.equal(lease.reply["ids"], held), "held replies are untouched"
             lease.release()
+        right(pending, batch)
+        ahead.close()
         nothing_in_flight(bridge)
+
+
+# Drawn and not sent yet
+
+
+def by_lease(pending: Pending) -> torch.Tensor:
+    with pending.wait() as reply:
+        return reply["ids"].clone()
+
+
+def by_copy(pending: Pending) -> torch.Tensor:
+    return pending.copy()["ids"]
+
+
+def by_chunks(pending: Pending) -> torch.Tensor:
+    return torch.cat([chunk["ids"].clone() for _, chunk in pending.chunks()])
+
+
+READING = {"lease": by_lease, "copy": by_copy, "chunks": by_chunks, "streamed copy": by_copy, "streamed": by_chunks}
+
+
+@contextmanager
+def reading(how: str, depth: int) -> Iterator[tuple[Any, Bridge]]:
+    """The ring as its owner sees it, and the bridge."""
+    overrides = [STREAMED] if how.startswith("streamed") else []
+    with running(f"ring.depth={depth}", *overrides, teacher=lambda batch: {"ids": batch.input_ids}) as (it, bridge):
+        yield it.owner.lanes[0].ring, bridge
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("how", READING)
+def test_a_loop_draws_four_micro_batches_and_reads_them_in_order(how, depth):
+    """With a ring of any depth; the end of each reply sends the next request, and each one is sent once."""
+    wanted = batches(11)
+    with reading(how, depth) as (ring, bridge):
+        ahead, read = bridge.prefetch(wanted), 0
+        while drawn := list(islice(ahead, 4)):
+            for batch, pending in drawn:
+                assert torch.equal(READING[how](pending).flatten(), wanted[read].flatten())
+                assert torch.equal(batch, wanted[read])
+                read += 1
+                taken = min(11, 4 * ((read - 1) // 4 + 1) + depth - 1)
+                assert ring.requested == min(taken, read + depth), "in the ring, without a call of the loop"
+                until(
+                    lambda: ring.replied == ring.requested or ring.streamed > ring.consumed,
+                    "the next replies, or a chunk of one, while the loop does something else",
+                )
+        assert (read, ring.requested) == (11, 11)
+        nothing_in_flight(bridge)
+
+
+@pytest.mark.parametrize("how", READING)
+def test_a_reply_that_is_left_by_an_exception_sends_nothing(how):
+    with reading(how, 1) as (ring, bridge):
+        with bridge.prefetch(batches(3), ahead=0) as ahead:
+            (_, first), (batch, second) = islice(ahead, 2)
+            assert (first.sequence, second.sequence, second.done) == (0, None, False)
+            if how in ("lease", "copy"):
+                with pytest.raises(KeyError), first.wait():
+                    raise KeyError("in the loop")
+            else:
+                reply = first.chunks()
+                next(reply)
+                with pytest.raises(KeyError):
+                    reply.throw(KeyError("in the loop"))
+            assert (ring.requested, second.sequence) == (1, None)
+            assert torch.equal(READING[how](second).flatten(), batch.flatten())
+            assert second.sequence == 1
+        nothing_in_flight(bridge)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("how", READING)
+def test_an_evaluation_between_drawn_micro_batches_withdraws_them_and_none_is_lost(how, depth):
+    wanted, held_out = batches(8), batches(3, seed=5)
+    with reading(how, depth) as (_, bridge):
+        ahead, read = bridge.prefetch(wanted), []
+        for evaluated in (0, 2):  # replies of the step that the loop has read before
+            drawn = [next(ahead) for _ in range(4)]
+            for place, (batch, pending) in enumerate(drawn):
+                if place == evaluated:
+                    for other in held_out:
+                        assert torch.equal(bridge.exchange(other)["ids"], other)
+                    for other, reply in bridge.prefetch(held_out):
+                        assert torch.equal(READING[how](reply).flatten(), other.flatten())
+                    assert pending.sequence is None, "withdrawn, and sent again when it is waited for"
+                assert torch.equal(READING[how](pending).flatten(), batch.flatten())
+                read.append(batch)
+        assert torch.equal(torch.stack(read), torch.stack(wanted))
+        assert next(ahead, None) is None
+        nothing_in_flight(bridge)
+
+
+def test_what_is_waited_for_or_held_is_not_withdrawn():
+    gate, opening = os.pipe()
+    wanted = batches(3)
+    wanted[1][0, 0] = WAITS
+    with running("ring.depth=4", teacher=Gated(gate)) as (_, bridge):
+        ahead = bridge.prefetch(wanted)
+        (_, held), (_, late), (_, third) = ahead
+        lease = held.wait()
+        with pytest.raises(DeadlineExceeded):
+            late.wait(timeout=0)
+        own = bridge.submit(wanted[0])
+        assert (late.sequence, third.sequence, own.sequence) == (1, None, 3)
+        assert torch.equal(lease.reply["ids"], wanted[0])
+        lease.release()
+        os.write(opening, b"x")
+        right(late, wanted[1])
+        right(own, wanted[0])
+        right(third, wanted[2])
+        nothing_in_flight(bridge)
+
+
+def test_unsent_requests_that_are_cancelled_or_dropped_are_not_sent():
+    with running("ring.depth=1") as (it, bridge):
+        wanted = batches(5)
+        drawn = [pending for _, pending in bridge.prefetch(wanted)]
+        drawn[1].cancel()
+        with pytest.raises(Closed, match="this request was waited for or cancelled before"):
+            drawn[1].wait()
+        drawn[2] = drawn[1]
+        for place in (0, 3, 4):
+            right(drawn[place], wanted[place])
+        assert it.owner.lanes[0].ring.requested == 3
+        nothing_in_flight(bridge)
+
+
+def test_reading_out_of_order_is_refused_where_the_ring_is_full():
+    with running("ring.depth=2") as (_, bridge):
+        wanted = batches(4)
+        drawn = [pending for _, pending in bridge.prefetch(wanted)]
+        right(drawn[1], wanted[1])
+        with pytest.raises(
+            RingFull,
+            match=r"ring\.depth=2 .*read: sequence 0 .* 2 batches that this prefetch handed out before this one are not read.* in that order",
+        ):
+            drawn[3].wait()
+        for place in (0, 2, 3):
+            right(drawn[place], wanted[place])
+        nothing_in_flight(bridge)
+
+
+def test_what_was_drawn_is_answered_after_the_prefetch_is_closed():
+    with running("ring.depth=1") as (_, bridge):
+        wanted = batches(5)
+        with bridge.prefetch(wanted, ahead=2) as ahead:
+            drawn = [next(ahead)[1] for _ in range(2)]
+        for pending, batch in zip(drawn, wanted, strict=False):
+            right(pending, batch)
+        nothing_in_flight(bridge)
+        _, last = next(bridge.prefetch(wanted))
+        bridge.close()
+        with pytest.raises(Closed, match="the bridge is closed"):
+            last.wait()
+
+
+def test_a_loader_that_fills_one_buffer_again_and_again():
+    """As nanochat's. The IDs are copied when a batch is taken, and what is withdrawn is sent as it was."""
+    wanted = batches(6)
+    buffer = torch.empty_like(wanted[0])
+    with running("ring.depth=2") as (_, bridge):
+        drawn = [pending for _, pending in bridge.prefetch(buffer.copy_(batch) for batch in wanted)]
+        bridge.exchange(wanted[0])
+        for pending, batch in zip(drawn, wanted, strict=True):
+            right(pending, batch)
 
 
 def test_two_leases_at_a_time_never_fill_a_ring_of_three():
