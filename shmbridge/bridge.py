@@ -203,8 +203,8 @@ class Bridge:
         ahead: int | None = None,
         state: Callable[[], Any] | None = None,
     ) -> Prefetch[T]:
-        """Iterate over (batch, pending) with the teacher ahead of the loop: the next batches are submitted before this one
-        is handed out.
+        """Iterate over (batch, pending) with the teacher ahead of the loop: the next batches are taken before their turn, and
+        their requests are sent in order as the ring has room.
 
             for batch, pending in bridge.prefetch(loader):
             for batch, pending in bridge.prefetch(loader, "tokens"):
@@ -214,24 +214,26 @@ class Bridge:
         and on a `break`, nothing is lost and nothing stays in flight: see shmbridge.prefetch. A loader that accelerate
         prepared behaves as without prefetch: see shmbridge.integrations.accelerate.
 
-        How deep a ring: ring.depth is the number of replies that the loop holds at a time, plus those that are to be ahead.
-        A loop that has read and released a reply before it asks for the next batch holds one, however many micro-batches it
-        accumulates: depth 2 keeps the teacher busy. A loop that draws all k micro-batches of a step first, or keeps their
-        leases until the step's end, holds k: depth k + 1 has the first of the next step ahead, depth 2 k all of them.
+        A loop may draw all micro-batches of a step before it reads the first reply, at any ring.depth: a pending that the ring
+        has no room for is sent when a reply before it was read, at the latest by its own `wait`. Read replies in the order of
+        their batches. ring.depth is the number of leases that the loop holds at a time plus the replies that are to be computed
+        beside them: 2 keeps the teacher busy where one lease is held at a time.
 
         Args:
-            batches: a loader, or any iterable or iterator. Its token IDs must be on the CPU.
+            batches: a loader, or any iterable or iterator. It may use one buffer again and again: the token IDs are copied when
+                a batch is taken.
             tokens: where a batch has its token IDs. None: the batch itself where it is a tensor or an array, or its entries
                 "input_ids", "attention_mask" and "position_ids", the last two where they are there. A key: that entry
                 alone. A function, called once for each batch: to input_ids (batch, seq), or to a dict of what `submit` takes, which is how
                 `positions`, `targets`, `candidates` and `step` are sent.
-            ahead: batches that are submitted before their turn; fewer while the ring has no room. None: ring.depth - 1.
+            ahead: batches that are taken before their turn, beyond those that the loop has drawn. None: ring.depth - 1.
             state: called after each batch is taken from `batches`, such as loader.state_dict; what it gave for the batch of
                 the loop is the iterator's `state`, so that a checkpoint resumes exactly.
 
         Raises (in the batch's turn):
             RequestRefused (a ValueError): it cannot be submitted, or `ahead` is negative.
-            RingFull: the loop itself holds all slots.
+            What `wait_ready` and `batches` raise. What happens to a request that was taken is raised by its pending: RingFull
+            where the loop holds all slots, TeacherError, TeacherDied, DeadlineExceeded.
         """
         depth = self.settings.ring.depth if self.enabled else 1
         ahead = depth - 1 if ahead is None else ahead

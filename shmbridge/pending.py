@@ -136,8 +136,8 @@ class Pending:
         if requests is None or not requests.wait(sent, timeout):
             self._requests = None
             return Lease(None, sent, _missing(sent))
-        self._requests = None  # from here on the slot is the lease's, or given back
         try:
+            self._requests = None  # from here on the slot is the lease's, or given back
             return Lease(requests, sent, requests.read(sent))
         except BaseException:
             requests.cancel(sent.sequence)
@@ -273,8 +273,8 @@ class SendQueue:
         """Cancel what was sent; it is sent again later."""
         for pending in self._queued():
             if pending._requests is not None and pending._sent is not None:
-                sent, pending._sent = pending._sent, None
-                pending._requests.cancel(sent.sequence)
+                pending._requests.dropped.append(pending._sent.sequence)  # first: a KeyboardInterrupt comes anywhere
+                pending._sent = None
 
     def _queued(self) -> list[Pending]:
         """What nobody waited for, cancelled or dropped."""

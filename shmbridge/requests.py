@@ -470,14 +470,12 @@ class Requests:
         session = self._session
         ring = session.ring
         while self.dropped:
-            sequence = self.dropped.pop()
-            if sequence < self._released or sequence in self._released_early:
-                continue
-            leased = self._leased.get(sequence)
-            if leased:
-                self.release(leased, time.monotonic_ns())
-            else:
+            sequence = self.dropped[0]  # removed once it is done: a KeyboardInterrupt comes anywhere
+            if sequence in self._leased:
+                self.release(self._leased[sequence], time.monotonic_ns())
+            elif sequence >= self._released and sequence not in self._released_early:
                 self._cancelled.add(sequence)
+            del self.dropped[0]
         if not self._cancelled:
             return
         first = self._first_unread()
@@ -489,8 +487,8 @@ class Requests:
             self._sleep(lambda: ring.answered(oldest), oldest, None, timeout)
         for sequence in sorted(self._cancelled):
             if ring.answered(sequence):
-                self._cancelled.discard(sequence)
                 self._release_slot(sequence)
+                self._cancelled.discard(sequence)
 
     def _first_unread(self) -> int:
         """The oldest sequence whose reply somebody may still read."""
@@ -503,14 +501,12 @@ class Requests:
         """Leases may end in any order; the cursor follows the oldest that is still held."""
         if os.getpid() != self._process:
             return  # a forked child's copy of a lease
-        if sequence != self._released:
+        if sequence >= self._released:
             self._released_early.add(sequence)
-            return
-        self._released += 1
         while self._released in self._released_early:
-            self._released_early.remove(self._released)
+            self._open.ring.release(self._released, self._open.reader)
             self._released += 1
-        self._open.ring.release(self._released - 1, self._open.reader)
+            self._released_early.discard(self._released - 1)
 
     def _holders(self) -> str:
         """The message of RingFull: which requests hold slots and why, and how many that hold none wait behind them."""

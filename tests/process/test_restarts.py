@@ -371,6 +371,24 @@ def test_training_goes_on_with_missing_replies(tmp_path, caplog):
         assert caplog.text.count("Replies are missing from now on") == 1
 
 
+def test_drawn_batches_that_were_not_sent_are_missing_once_the_teacher_is_lost(tmp_path):
+    with Run(1, 1, "teacher.restarts=0", "on_teacher_lost=continue", "ring.depth=2") as run:
+        teacher = run.serve(Doubling(gate=tmp_path / "never"))
+        run.agree()
+        with run.bridge() as bridge:
+            drawn = [pending for _, pending in bridge.prefetch([ids(0), *[ids(DEADLY)] * 4])]
+            check(drawn[0].copy(), 0)
+            assert [pending.sequence for pending in drawn] == [0, 1, 2, None, None]
+            until(lambda: run.owner.control.teachers[0].sequence == 1)
+            lost(run, teacher)
+            drawn[3].cancel()
+            for pending in (drawn[1], drawn[2], drawn[4]):
+                with pending.wait() as reply:
+                    assert reply.missing
+            assert drawn[4].done
+            assert bridge.free_slots == 2
+
+
 @pytest.mark.one_plane
 def test_training_without_a_teacher_is_seen_to_move(tmp_path):
     """No hang is reported, however long it goes on; and once its loop stands still, one is."""

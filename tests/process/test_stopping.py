@@ -321,11 +321,50 @@ def test_an_interrupted_exchange_gives_its_slot_back(tmp_path):
         assert (tmp_path / "saved").exists()
 
 
+def test_the_end_of_a_lease_sends_the_next_request_and_does_not_save_and_stop():
+    """The loop may have counted half of its step there. It saves in the next call."""
+    with bench(1, "ring.depth=1") as it:
+        it.teacher(Echo())
+
+        def train(bridge: Bridge) -> None:
+            saved: list[int] = []
+            step = 0
+            bridge.on_stop(lambda: saved.append(step))
+            batches = bridge.prefetch([IDS] * 5, ahead=2)
+            _, pending = next(batches)
+            with pending.wait():
+                it.owner.ask_to_stop()
+            assert it.owner.lanes[0].ring.requested == 2
+            step = 1
+            with pytest.raises(RunStopped):
+                next(batches)
+            assert saved == [1]
+
+        assert it.rank(0, train).join() == 0
+
+
+def exchange(bridge: Bridge) -> None:
+    bridge.exchange(IDS)
+
+
+def draw_and_exchange(bridge: Bridge) -> None:
+    """What was sent is withdrawn for the exchange, and sent again."""
+    batches = bridge.prefetch([IDS] * 4, ahead=1)
+    try:
+        drawn = [next(batches), next(batches)]
+        bridge.exchange(IDS)
+        drawn.append(next(batches))
+    finally:
+        batches.close()
+        drawn = []
+
+
+@pytest.mark.parametrize("calls", [exchange, draw_and_exchange])
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # what is raised in a finaliser goes nowhere
-def test_an_exchange_that_is_interrupted_anywhere_gives_its_slot_back():
-    """A KeyboardInterrupt at the n-th line for n = 1, 2, 3, ... until the exchange runs through. The handler, in which the exception
+def test_calls_that_are_interrupted_anywhere_give_their_slots_back(calls):
+    """A KeyboardInterrupt at the n-th line for n = 1, 2, 3, ... until the calls run through. The handler, in which the exception
     still refers to all frames, asks for more replies than the ring has slots."""
     with bench(1, "ring.depth=2", "log.stats_every=0") as it:
         it.teacher(Echo())
@@ -348,7 +387,7 @@ def test_an_exchange_that_is_interrupted_anywhere_gives_its_slot_back():
 
                 sys.settrace(trace)
                 try:
-                    bridge.exchange(IDS)
+                    calls(bridge)
                     sys.settrace(None)
                 except KeyboardInterrupt as error:
                     where = "".join(traceback.format_exception(error))
