@@ -138,7 +138,8 @@ class Bridge:
     ) -> Pending:
         """Hand a batch to the teacher and return at once. The first call waits for the teacher's model.
 
-        All tensors are on the CPU, strided or not, and copied before the call returns.
+        Tensors are on the CPU, strided or not, and copied before the call returns. Tensors on a CUDA device are copied to the
+        host first: the call then waits until the GPU has computed everything that it was given before, which a warning says once.
 
         Args:
             input_ids: (batch, seq) int32 or int64.

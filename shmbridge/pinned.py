@@ -1,4 +1,5 @@
-"""Shared memory that a GPU copies to and from by itself: each process registers its own mapping."""
+"""Host memory that a GPU copies to and from by itself: shared memory, of which each process registers its own mapping, and a copy
+of a tensor."""
 
 from __future__ import annotations
 
@@ -24,6 +25,16 @@ def register(memory: memoryview, keeper: object, device: torch.device) -> bool:
         return False
     weakref.finalize(keeper, _unregister, runtime, address, memory)
     return True
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a CUDA tensor in pinned host memory. The host waits until the current stream of the tensor's device has come to
+    its end."""
+    with torch.cuda.device(tensor.device):  # else CUDA would make a context on the current one
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return host
 
 
 def _unregister(runtime: Any, address: int, memory: memoryview) -> None:

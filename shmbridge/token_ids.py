@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 import torch
 
+from shmbridge import pinned, trace
 from shmbridge.errors import RequestRefused
 from shmbridge.layout import IGNORED, NO_STEP
 from shmbridge.offer import Extent, Offer
@@ -241,11 +242,11 @@ def _to_int32(
 
 def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
     if isinstance(value, torch.Tensor):
-        if value.device.type != "cpu":
-            raise RequestRefused(
-                f"{name} is on {value.device}; submit the CPU tensor that the loader gave, before .to(device): fetching it "
-                "from the GPU would make the training stream wait. (accelerate: prepare_data_loader(loader, device_placement=False).)"
-            )
+        if value.device.type == "cuda":
+            _warn_of_gpu_copy(name, value.device)
+            value = pinned.to_host(value.detach())
+        elif value.device.type != "cpu":
+            raise RequestRefused(f"{name} is on {value.device}; expected a tensor on the CPU, or on a CUDA device.")
         try:
             return value.detach().numpy() if value.requires_grad else value.numpy()
         except (TypeError, RuntimeError) as error:
@@ -253,3 +254,20 @@ def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
     if isinstance(value, np.ndarray):
         return value
     raise RequestRefused(f"{name} is a {type(value).__name__}; expected a torch.Tensor or a NumPy array.")
+
+
+_gpu_copy_told = False
+
+
+def _warn_of_gpu_copy(name: str, device: torch.device) -> None:
+    """Once in a process."""
+    global _gpu_copy_told
+    if not _gpu_copy_told:
+        _gpu_copy_told = True
+        trace.logger.warning(
+            "%s is on %s and is copied to the host: this call waits until the GPU has computed everything that it was given before, "
+            "and the teacher begins only then. To avoid it submit the CPU tensor that the loader gave, before .to(device) "
+            "(accelerate: prepare_data_loader(loader, device_placement=False); DistillationTrainer does so by itself). Told once.",
+            name,
+            device,
+        )

@@ -401,7 +401,7 @@ def test_max_batch_tokens_bounds_every_forward_and_splits_by_rows():
         (torch.ones(3, dtype=torch.int64), r"shape \(3,\); expected \(batch, seq\)"),
         (torch.ones(0, 3, dtype=torch.int64), "empty"),
         (torch.ones(1, 257, dtype=torch.int64), r"Raise ring\.max_tokens"),
-        (torch.ones(1, 3, dtype=torch.int64, device="meta"), "is on meta; submit the CPU tensor"),
+        (torch.ones(1, 3, dtype=torch.int64, device="meta"), "is on meta; expected a tensor on the CPU"),
         ([[1, 2]], "is a list; expected a torch.Tensor"),
         (torch.ones(1, 3, dtype=torch.bfloat16), "input_ids is a tensor of torch.bfloat16"),
         (torch.eye(3, dtype=torch.int64).to_sparse(), "input_ids is a tensor of torch.int64, torch.sparse_coo"),

@@ -24,6 +24,7 @@ from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull
 from shmbridge.payload import Batch
 from shmbridge.pending import Pending
 from tests.harness import Bench, Echo, bench, until
+from tests.late_gpu import LateGpu
 from tests.process.test_bridge import ids
 
 WAITS = 999
@@ -764,6 +765,23 @@ def test_a_generator_of_batch_and_state_goes_through_unchanged():
             seen.append(item)
         assert len(seen) == 5
         assert all(a is b for a, b in zip(seen, given, strict=True))
+
+
+def test_batches_on_a_gpu_are_copied_when_they_are_taken(monkeypatch):
+    """Also where the loader fills one buffer of the GPU again and again."""
+    wanted = batches(5)
+    with running("ring.depth=2") as (_, bridge):
+        gpu = LateGpu(monkeypatch)
+        buffer = torch.zeros_like(wanted[0])
+        given = gpu.tensor(buffer)
+        for step, (batch, pending) in enumerate(
+            bridge.prefetch(given for each in wanted if buffer.copy_(each) is buffer)
+        ):
+            assert batch is given
+            right(pending, wanted[step])
+        assert torch.equal(bridge.exchange(given)["ids"], wanted[4])
+        assert gpu.syncs == 6
+        nothing_in_flight(bridge)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from shmbridge import config
+from shmbridge import config, token_ids
 from shmbridge.errors import RequestRefused
 from shmbridge.offer import Extent, Offer, OutputSpec
 from shmbridge.session import Shape
 from shmbridge.token_ids import check_arrays, check_ids, check_names
+from tests.late_gpu import LateGpu
 
 LOGPROBS = OutputSpec("logprobs", "float32", ("seq",))
 TEACHER = Offer(outputs=(LOGPROBS,), model="tiny", vocab_size=100, max_seq=16, words=90)
@@ -59,6 +60,26 @@ def test_words_and_places_travel_as_int32(kind):
         assert np.frombuffer(arrays[name], np.int32).tolist() == tensor.flatten().tolist(), name
 
 
+def test_arrays_on_a_gpu_are_read_once_they_are_on_the_host_with_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr(token_ids, "_gpu_copy_told", False)
+    gpu = LateGpu(monkeypatch)
+    given = {
+        "ids": torch.from_numpy(IDS),
+        "mask": torch.tensor([[1, 1, 1, 1, 0, 0]] * 2),
+        "positions": torch.tensor([[0, 1, 0, 0, 1, 1], [0] * 6]).bool(),
+        "position_ids": torch.arange(6).expand(2, 6),
+        "targets": torch.tensor([[1, 2, 3, 4, 5, -100]] * 2),
+        "candidates": torch.arange(36, dtype=torch.int32).reshape(2, 6, 3),
+    }
+    assert check(**{name: gpu.tensor(tensor) for name, tensor in given.items()}) == check(**given)
+    assert gpu.syncs == len(given)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    for told in ("input_ids is on cuda:0", "waits until the GPU has computed", "before .to(device)", "Told once"):
+        assert told in caplog.text
+    with pytest.raises(RequestRefused, match=r"input_ids\[1, 5\] is 100; the teacher 'tiny' takes 0 to 99"):
+        check(ids=gpu.tensor(torch.where(given["ids"] == 11, 100, given["ids"])))
+
+
 STARTS_AGAIN = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
 ONES = torch.ones(2, 6, dtype=torch.int64)
 
@@ -71,7 +92,10 @@ ONES = torch.ones(2, 6, dtype=torch.int64)
         ({"positions": ONES * 2}, "positions holds values other than 0 and 1"),
         ({"positions": ONES.float() / 2}, "positions holds values other than 0 and 1"),
         ({"positions": ONES.bfloat16()}, "positions is a tensor of torch.bfloat16"),
-        ({"positions": ONES.bool().to("meta")}, "positions is on meta; submit the CPU tensor"),
+        (
+            {"positions": ONES.bool().to("meta")},
+            "positions is on meta; expected a tensor on the CPU, or on a CUDA device",
+        ),
         ({"positions": [0, 3]}, "positions is a list; expected a torch.Tensor or a NumPy array"),
         ({"mask": torch.ones(2, 7)}, "attention_mask has shape (2, 7)"),
         ({"position_ids": ONES.float()}, "position_ids has dtype float32; expected int32 or int64"),
