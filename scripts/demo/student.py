@@ -23,6 +23,8 @@ def cut(base: str, layers: int) -> torch.nn.Module:
         raise SystemExit(f"--layers is {layers}, but {base} has {depth} layers; give --layers {depth} or fewer")
     kept = torch.linspace(0, depth - 1, layers).round().long().tolist()
     student.model.layers = torch.nn.ModuleList(student.model.layers[i] for i in kept)
+    for i, layer in enumerate(student.model.layers):
+        layer.self_attn.layer_idx = i  # of its keys and values in generate's cache
     student.config.num_hidden_layers = layers
     if getattr(student.config, "layer_types", None):
         student.config.layer_types = [student.config.layer_types[i] for i in kept]
