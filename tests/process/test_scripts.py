@@ -179,6 +179,41 @@ def test_the_example_goes_on_from_where_it_was_stopped(example, tmp_path):
     assert_trained_as(trained_without_a_bridge(example)[1], tmp_path / "student")
 
 
+@pytest.mark.parametrize(
+    ("learner", "payload"),
+    [("teacher", ["payload.hidden={}"]), ("student", ["payload.logits=null", "payload.logprobs={candidates: 8}"])],
+    ids=["reverse_kl", "candidate_reverse_kl"],
+)
+def test_on_policy(example, tmp_path, learner, payload):
+    """Prompts of unlike lengths, samples that end at unlike lengths, text in half of the steps. A student that is the teacher has
+    the loss 0 on its own samples too; another one comes nearer."""
+    words = ["hello", "world", "the cat", "sat on", "a mat and slept"]
+    rows = [{"prompt": " ".join(words[: 1 + i % 5]), "completion": words[i % 3]} for i in range(128)]
+    (tmp_path / "data").write_text("\n".join(json.dumps(row) for row in rows))
+    launch = ["-m", "shmbridge.launch", "--cpu", "2", "--run-dir", str(tmp_path / "runs"), "ring.max_tokens=8192"]
+    script = ["scripts/on_policy.py", str(example / learner), str(tmp_path / "data"), str(tmp_path / "out")]
+    settings = ["--on-policy", "0.5", "--length", "24", "--lr", "1e-2" if learner == "student" else "0"]
+    output = run(*launch, "--teacher", str(example / "teacher"), *payload, "--", *script, *settings)
+    losses = [abs(float(loss)) for loss in re.findall(r"step \d+  loss (-?[\d.]+)", output)]
+    assert len(losses) == 2 * 16
+    if learner == "teacher":
+        assert max(losses) < 1e-5
+    else:
+        before, after = (reverse_kl_to_teacher(example, at) for at in (example / "student", tmp_path / "out"))
+        assert after < 0.8 * before
+
+
+@torch.no_grad()
+def reverse_kl_to_teacher(example: Path, student: Path) -> float:
+    """Nats per token, on samples of the student."""
+    teacher, model = (AutoModelForCausalLM.from_pretrained(path) for path in (example / "teacher", student))
+    torch.manual_seed(0)
+    prompts = torch.randint(0, gguf_file.VOCAB, (32, 4))
+    ids = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=16)
+    log_q, log_p = (each(ids).logits[:, 3:].log_softmax(-1) for each in (model, teacher))
+    return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+
+
 def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
     from transformers import LlamaModel
 
