@@ -5,10 +5,16 @@
 #   one GPU            the teacher on it, two ranks on the CPU
 #   none               the teacher and two ranks on the CPU
 #
-# Arguments go to scripts/demo/train.py: `scripts/demo.sh --minutes 5`.
+# Arguments go to scripts/demo/train.py: `scripts/demo.sh --minutes 5`. With `scripts/demo.sh --on-policy` the student learns
+# from its own samples, beside the same time on text: scripts/demo/on_policy.py, which the other arguments go to.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+script=train
+if [[ ${1:-} == --on-policy ]]; then
+  script=on_policy
+  shift
+fi
 export XDG_CACHE_HOME="$PWD/.cache" # for the converted model: `make clean` removes it
 model=$(python scripts/demo/model.py)
 gpus=$(python -c "import torch; print(torch.cuda.device_count())") # of this torch: a CPU build sees none
@@ -38,4 +44,4 @@ fi
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 
 exec shmbridge-launch --config configs/demo.yaml "${devices[@]}" --teacher "$model" "teacher.dtype=$dtype" -- \
-  scripts/demo/train.py --out runs/demo "${training[@]}" "$@"
+  scripts/demo/$script.py --out runs/demo "${training[@]}" "$@"

@@ -1,0 +1,219 @@
+"""The training script of `scripts/demo.sh --on-policy`: the student's own samples beside the text, for the same time.
+
+    shmbridge-launch --config configs/demo.yaml --cpu 2 --teacher MODEL -- scripts/demo/on_policy.py --minutes 0.75
+
+A student that is cut out of the teacher (student.py) first learns from the teacher's distributions over text, for --warm-up
+minutes. Then two copies of it go on for --minutes each, both with the reverse KL divergence on what follows a prompt:
+`off-policy` on the text's own continuations, `on-policy` on continuations that the student has just generated. Generating is
+part of the time. Both are scored on prompts of held-out text: KL(student || teacher) on samples that the scored student
+generates, and KL(teacher || student) on the text.
+
+This script is made to be watched. The one to copy is scripts/on_policy.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import corpus
+import torch
+import torch.distributed as dist
+from budget import Budget, Line
+from held_out import HeldOut
+from student import cut, head_of, hidden_states
+from trainee import Trainee
+from transformers import AutoTokenizer
+
+import shmbridge
+from shmbridge.losses import LazyLogits, forward_kl, mask_from_labels, reverse_kl
+
+SCORED = 8  # prompts that are scored at a time
+
+Request = dict[str, torch.Tensor]
+Loss = Callable[..., torch.Tensor]
+
+
+def main() -> None:
+    args = parse()
+    with shmbridge.connect() as bridge:
+        if not bridge.enabled:
+            raise SystemExit("the demo needs its teacher")
+        device = torch.device("cpu")
+        if bridge.settings.train.gpus:
+            device = torch.device("cuda", bridge.rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        run(args, bridge, device)
+    dist.destroy_process_group()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Distil on the student's own samples, beside the same time on text.")
+    parser.add_argument("--warm-up", type=float, default=0.75, help="minutes on text before the two ways part")
+    parser.add_argument("--minutes", type=float, default=0.75, help="training time of each way")
+    parser.add_argument("--batch", type=int, default=8, help="rows of each rank")
+    parser.add_argument("--seq", type=int, default=64, help="tokens of each row; the first half is the prompt")
+    parser.add_argument("--layers", type=int, default=4, help="of the students, taken evenly from the teacher's")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the warm-up; a quarter of it afterwards")
+    parser.add_argument("--bf16", action="store_true", help="autocast; fast on GPUs and CPUs with AVX512-BF16 or AMX")
+    parser.add_argument("--held-out", type=int, default=32, help="held-out rows of each rank")
+    parser.add_argument("--characters", type=int, default=1_000_000, help="of text, of which a tenth is held out")
+    parser.add_argument("--terminal", action="store_true", help="draw the progress line over itself")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    return parser.parse_args()
+
+
+class Score(NamedTuple):
+    own: float  # KL(student || teacher) on the student's own samples, nats per token
+    text: float  # KL(teacher || student) on held-out text, nats per token
+
+
+class Way(NamedTuple):
+    name: str
+    seconds: float
+    generating_s: float
+    steps: int
+    score: Score  # afterwards
+
+
+class Sampler:
+    """Continues prompts by samples from a student's own distribution."""
+
+    def __init__(self, student: Any, seq: int, end: int) -> None:
+        """`seq`: tokens of the prompt and its continuation. `end`: the end-of-text token."""
+        self._student = student
+        self._seq = seq
+        self._end = end
+        self.seconds = 0.0
+
+    @torch.no_grad()
+    def __call__(self, prompts: torch.Tensor) -> Request:
+        """A request for the continuations of `prompts` (batch, seq / 2), up to the first end-of-text token of each."""
+        started = time.monotonic()
+        self._student.eval()
+        ids = self._student.generate(
+            input_ids=prompts.to(self._student.device),
+            attention_mask=torch.ones_like(prompts).to(self._student.device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self._seq - prompts.shape[1],
+            eos_token_id=self._end,
+            pad_token_id=self._end,
+        ).cpu()
+        self._student.train()
+        ends = (ids == self._end).long()
+        ends[:, : prompts.shape[1]] = 0
+        self.seconds += time.monotonic() - started
+        return request(ids, prompts.shape[1], attention_mask=(ends.cumsum(1) - ends == 0).long())
+
+
+def request(ids: torch.Tensor, prompt: int, attention_mask: torch.Tensor | None = None) -> Request:
+    """What is sent for windows (batch, seq) whose first `prompt` tokens are given: outputs for the others alone."""
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :prompt] = -100
+    return {"input_ids": ids, "attention_mask": mask, "positions": mask_from_labels(labels, shifted=False)}
+
+
+class Scores:
+    """How far a student is from the teacher: on samples of its own, and on held-out text."""
+
+    def __init__(
+        self, rows: torch.Tensor, end: int, bridge: shmbridge.Bridge, autocast: torch.autocast, device: torch.device
+    ) -> None:
+        """`rows`: (rows, seq) int64 of held-out text on the CPU, as many on every rank."""
+        self._prompts = rows[:, : rows.shape[1] // 2].split(SCORED)
+        self._seq, self._end = rows.shape[1], end
+        self._bridge, self._autocast, self._device = bridge, autocast, device
+        self._text = HeldOut(rows, bridge, device)
+
+    @torch.no_grad()
+    def __call__(self, student: Any) -> Score:
+        """A collective: means over the tokens of all ranks. The random numbers are the same for every student."""
+        sampler = Sampler(student, self._seq, self._end)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(dist.get_rank())
+            for prompts in self._prompts:
+                batch = sampler(prompts)
+                reply = self._bridge.exchange(**batch)
+                with self._autocast:
+                    hidden = hidden_states(student.model, batch["input_ids"].to(self._device))[batch["positions"]]
+                teacher = LazyLogits(reply.hidden, self._bridge.head)
+                sums[0] += reverse_kl(LazyLogits(hidden, head_of(student)), teacher, num_items=1)
+                sums[1] += len(hidden)
+        dist.all_reduce(sums)
+        return Score(float(sums[0] / sums[1]), self._text.score(student, self._autocast).kl)
+
+
+def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)
+    base = bridge.teacher.path
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokens = args.out / f"tokens-{Path(base).name}-{args.characters}.pt"
+    if rank == 0:
+        corpus.build(tokenizer, args.characters, tokens)
+    dist.barrier()
+    bridge.wait_ready(tokenizer=tokenizer)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    held_out = corpus.spread(corpus.held_out(tokens, args.seq), args.held_out, rank, world)
+    score = Scores(held_out, tokenizer.eos_token_id, bridge, autocast, device)
+    prompt = args.seq // 2
+
+    def train(
+        name: str, student: torch.nn.Module, lr: float, minutes: float, loss: Loss, *, generates: bool = False
+    ) -> Way:
+        """Train on the same windows as every other way, or on the student's own continuations of their first halves."""
+        trainee = Trainee(name, student, lr, autocast, args.out, Line(terminal=args.terminal))
+        sampler = Sampler(student, args.seq, tokenizer.eos_token_id)
+        windows = corpus.shuffled(corpus.train(tokens, args.seq), args.batch, rank, world)
+        requests = (sampler(ids[:, :prompt]) if generates else request(ids, prompt) for ids in windows)
+        started = time.monotonic()
+        with bridge.prefetch(requests, dict) as following:  # generates the next batch before this one's reply is read
+            for share, (batch, pending) in zip(Budget(60 * minutes, device).steps(1.0), following, strict=False):
+                hidden = trainee.forward(batch["input_ids"])[batch["positions"]]
+                with pending.wait() as reply:
+                    teacher = LazyLogits(reply.hidden, bridge.head)
+                    trainee.learn(loss(LazyLogits(hidden, trainee.head), teacher), share)
+        return Way(name, time.monotonic() - started, sampler.seconds, trainee.steps, score(student))
+
+    student = cut(base, args.layers).to(device)
+    before = train("warm-up", student, args.lr, args.warm_up, forward_kl)
+    ways = [
+        train("off-policy", copy.deepcopy(student), args.lr / 4, args.minutes, reverse_kl),
+        train("on-policy", copy.deepcopy(student), args.lr / 4, args.minutes, reverse_kl, generates=True),
+    ]
+    if rank == 0:
+        report(args.out, before, ways)
+
+
+def report(out: Path, before: Way, ways: list[Way]) -> None:
+    """summary.json and the last words, by rank 0."""
+    summary = {way.name: {**way._asdict(), "score": way.score._asdict()} for way in (before, *ways)}
+    (out / "on-policy.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    def line(text: str, values: Iterable[Any], form: str) -> str:
+        return f"{text:<36}" + "".join(f"{value:>12{form}}" for value in values)
+
+    both = (before, *ways)
+    print()
+    print(line("", ("before", *(way.name for way in ways)), ""))
+    print(line("own samples  KL(student || teacher)", (way.score.own for way in both), ".3f"))
+    print(line("text         KL(teacher || student)", (way.score.text for way in both), ".3f"))
+    print(line("steps", (way.steps for way in both), ""))
+    print(line("seconds", (way.seconds for way in both), ".0f"))
+    print(line("  of which generating", (way.generating_s for way in both), ".0f"))
+
+
+if __name__ == "__main__":
+    main()
