@@ -1,0 +1,361 @@
+"""DistillationMixin in Trainer and in TRL's SFTTrainer, step by step against controls that share no code with it.
+
+Two ranks train under the launcher; one rank trains in a process of the test's own.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+import shmbridge
+from shmbridge import teacher
+from tests.distilling import TOLERANCE, VOCAB, WORDS, At, Case, compare, control, distilled, save_teacher
+from tests.harness import Child, bench, until
+from tests.process.test_host import finish, launch
+
+pytestmark = pytest.mark.filterwarnings("default")  # those of the hosts
+
+CASES: dict[str, dict[str, Any]] = {
+    "padded": {"args": {"gradient_accumulation_steps": 4, "num_train_epochs": 2}, "evaluate": 2, "metrics": True},
+    "with cross entropy": {"distillation": {"ce_weight": 0.5, "temperature": 2.0}, "evaluate": 3},
+    "top k": {"distillation": {"loss": "topk", "temperature": 2.0}},
+    "tied": {"tied": True, "distillation": {"loss": "jsd"}, "args": {"gradient_checkpointing": True}},
+    "without a length": {"iterable": True, "args": {"max_steps": 7, "gradient_accumulation_steps": 2}},
+    "fsdp": {"fsdp": True, "args": {"gradient_accumulation_steps": 2}},
+    "lora": {"lora": True, "distillation": {"loss": "reverse_kl"}, "trainer": "sft", "evaluate": 3},
+    "packed": {"trainer": "sft", "args": {"packing": True, "max_length": 32}, "rows": 60},
+}
+MATRIX: dict[str, dict[str, Any]] = {
+    f"{trainer}, {loss}, accumulation {accumulation}": {
+        "trainer": trainer,
+        "distillation": {"loss": loss, "ce_weight": 0.5 * (accumulation == 4)},
+        "args": {"gradient_accumulation_steps": accumulation},
+        "evaluate": 3,
+        "tied": loss == "jsd",
+    }
+    for trainer in ("trainer", "sft")
+    for loss in ("forward_kl", "reverse_kl", "jsd")
+    for accumulation in (1, 4)
+} | {
+    "padding-free": {"trainer": "sft", "args": {"padding_free": True, "max_length": None}, "evaluate": 3},
+    "packed, accumulation 4": {
+        "trainer": "sft",
+        "args": {"packing": True, "max_length": 32, "gradient_accumulation_steps": 4},
+        "rows": 90,
+        "metrics": True,
+        "evaluate": 1,
+    },
+    "lora, padded": {"lora": True, "args": {"gradient_accumulation_steps": 4}},
+    "fsdp, tied, accumulation 4": {"fsdp": True, "tied": True, "args": {"gradient_accumulation_steps": 4}},
+    "fsdp, checkpointing": {"fsdp": True, "args": {"gradient_checkpointing": True}, "evaluate": 2, "metrics": True},
+    "rows without a label": {
+        "unlabelled": 2,
+        "args": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    },
+    "one row": {"rows": 1, "args": {"num_train_epochs": 3}},
+    "no look-ahead": {"distillation": {"look_ahead": 0}, "args": {"gradient_accumulation_steps": 4}, "evaluate": 1},
+    "far ahead": {"distillation": {"look_ahead": 7}, "args": {"num_train_epochs": 2}, "evaluate": 2},
+    "unused parameters": {"args": {"ddp_find_unused_parameters": True, "gradient_accumulation_steps": 2}},
+    "tokens of each rank": {"args": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}},
+    "evaluated first": {"args": {"eval_on_start": True, "num_train_epochs": 2}, "evaluate": 2},
+    "workers": {"args": {"dataloader_num_workers": 2, "num_train_epochs": 2}},
+}
+HIDDEN = ("payload.hidden={}", f"payload.topk={{k: {WORDS}, temperatures: [1, 2]}}")
+LOGITS = ("payload.logits={dtype: float32}", f"payload.topk={{k: {WORDS}, temperatures: [1, 2]}}")
+STREAM = "payload.stream={chunk_positions: 16}"
+
+
+def under_the_launcher(directory: Path, cases: Mapping[str, Any], *settings: str) -> list[str]:
+    """The arguments of `launch` for tests/scripts/distil.py; a teacher is saved for it."""
+    directory.mkdir(exist_ok=True)
+    (directory / "cases.json").write_text(json.dumps(cases))
+    model = ["--teacher", str(save_teacher(directory)), "teacher.dtype=float32", "ring.max_tokens=512"]
+    return [*model, *settings, "--", "distil.py", str(directory)]
+
+
+def check(directory: Path, cases: Mapping[str, Any]) -> None:
+    """Each case of both ranks against its control."""
+    for rank in range(2):
+        found = json.loads((directory / f"rank-{rank}.json").read_text())
+        assert list(found) == list(cases)
+        for name, logs in found.items():
+            compare(logs["distilled"], logs["control"], f"rank {rank}, {name}")
+
+
+LONG = {"save_strategy": "steps", "save_steps": 1000, "num_train_epochs": 4, "gradient_accumulation_steps": 2}
+KILLED = {
+    "killed": {
+        "resume": True,
+        "at": [3, "die", True],
+        "args": {**LONG, "save_steps": 2, "num_train_epochs": 2},
+        "dropout": 0.1,
+        "evaluate": 2,
+    },
+    "in the second generation": CASES["padded"],
+}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "accumulation", "at", "saved_at"),
+    [
+        (signal.SIGTERM, 143, 1, [3, "stop one", False], 4),
+        pytest.param(signal.SIGINT, 130, 2, [3, "wait", True], 3, marks=pytest.mark.matrix),
+    ],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_two_ranks_train_as_their_controls_and_so_when_stopped_killed_and_resumed(
+    tmp_path, number, code, accumulation, at, saved_at
+):
+    """Losses, gradient norms, learning rates and evaluations of every step, first with hidden states and one slot.
+
+    The last case is stopped by a signal to the launcher. A second run, with a stream of logits, resumes it from the checkpoint of
+    the stop, and then has a rank killed, which --train-restarts starts again.
+    """
+    stopped = {"args": {**LONG, "gradient_accumulation_steps": accumulation}, "dropout": 0.1}
+    first = {**CASES, "stopped": {**stopped, "at": at}}
+    with launch(tmp_path, *under_the_launcher(tmp_path, first, *HIDDEN, "ring.depth=1")) as job:
+        until(lambda: (tmp_path / "training-1").exists() or job.poll() is not None)
+        job.send_signal(number)
+        output, _ = job.communicate(timeout=40)  # less than timeouts.save_s
+    assert job.returncode == code, output
+    check(tmp_path, CASES)
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == [f"checkpoint-{saved_at}"], output
+    second = {"stopped": {**stopped, "resume": True}, **KILLED}
+    settings = (*LOGITS, STREAM, "ring.depth=2")
+    finish(tmp_path, "--train-restarts", "1", *under_the_launcher(tmp_path, second, *settings))
+    check(tmp_path, second)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((*HIDDEN, STREAM, "ring.depth=3"), id="hidden-streamed"),
+        pytest.param((*LOGITS, "ring.depth=1"), id="logits"),
+    ],
+)
+def test_two_ranks_train_as_their_controls(tmp_path, settings):
+    finish(tmp_path, *under_the_launcher(tmp_path, MATRIX, *settings))
+    check(tmp_path, MATRIX)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("models"))
+
+
+def one_rank(saved: Path, body: Callable[[Any], Any], *settings: str) -> None:
+    """body(bridge) in a process of its own, beside the teacher."""
+    model = [f"teacher.model={saved}", "teacher.dtype=float32", "ring.max_tokens=512"]
+    with bench(1, *model, *settings) as it:
+        it.teacher(teacher.HuggingFaceTeacher(it.settings, torch.device("cpu"), lambda *_: None))
+        assert it.rank(0, body).join() == 0
+
+
+PAYLOADS = {"hidden": HIDDEN[0], "logits": LOGITS[0], "topk": HIDDEN[1]}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("stream", [(), (STREAM,)], ids=["whole", "streamed"])
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_one_rank_trains_evaluates_and_predicts_as_its_control(saved, tmp_path, payload, stream, depth):
+    losses = ["topk"] if payload == "topk" else ["forward_kl", "reverse_kl", "jsd"]
+    cases = {
+        f"{loss}, accumulation {accumulation}": Case(
+            distillation={"loss": loss, "ce_weight": 0.5, "temperature": 2.0},
+            args={"gradient_accumulation_steps": accumulation, "num_train_epochs": 2},
+            evaluate=2,
+            metrics=True,
+            dropout=0.1,
+        )
+        for loss in losses
+        for accumulation in (1, 4)
+    }
+
+    def body(bridge):
+        for name, case in cases.items():
+            found = []
+            for build in (partial(distilled, bridge=bridge), partial(control, teacher=saved)):
+                trainer = build(case, tmp_path)  # seeds the random generators, which dropout draws from
+                trainer.train()
+                step = {"step": trainer.state.global_step}
+                evaluated = trainer.evaluate(), trainer.predict(trainer.eval_dataset).metrics
+                found.append([*trainer.state.log_history, *({**metrics, **step} for metrics in evaluated)])
+            compare(*found, case=name)
+
+    one_rank(saved, body, PAYLOADS[payload], *stream, f"ring.depth={depth}")
+
+
+def test_interrupted_trainings_leave_nothing_in_flight_and_saved_ones_nothing_of_ours(saved, tmp_path):
+    """An error in the loop, then a batch size that is found, and early stopping, over one bridge with one slot."""
+
+    def out_of_memory():
+        raise RuntimeError("CUDA out of memory. Raised by the test")
+
+    def both(name: str, case: Case, callback: Callable[[], Any]) -> None:
+        """The logs and the saved files of the two."""
+        logs, files = [], []
+        for trainer in (
+            distilled(case, tmp_path / name, bridge=bridges[0]),
+            control(case, tmp_path / f"{name}-control", saved),
+        ):
+            trainer.add_callback(callback())
+            trainer.train()
+            logs.append(trainer.state.log_history)
+            out = Path(trainer.args.output_dir)
+            files.append({path.relative_to(out) for path in out.rglob("*")})
+        compare(*logs, case=name)
+        assert files[0] == files[1]
+
+    bridges = []
+
+    def body(bridge):
+        bridges.append(bridge)
+        ids = torch.ones(1, 4, dtype=torch.int64)
+        trainer = distilled(Case(args={"gradient_accumulation_steps": 2}), tmp_path, bridge=bridge)
+        trainer.add_callback(At(2, lambda: 1 // 0, within=True))
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        bridge.submit(ids).cancel()  # RingFull where a request of the training were left
+
+        finds = Case(args={"auto_find_batch_size": True, "num_train_epochs": 2})
+        both("finds a batch size", finds, lambda: At(3, out_of_memory))
+        best = {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "num_train_epochs": 4}
+        stops = Case(args=best, evaluate=2)
+        both("stops early", stops, lambda: EarlyStoppingCallback(1, early_stopping_threshold=10.0))
+        bridge.submit(ids).cancel()
+
+    one_rank(saved, body, HIDDEN[0], "ring.depth=1")
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("look_ahead", [None, 0])
+@pytest.mark.parametrize(("trainer", "iterable"), [("trainer", False), ("trainer", True), ("sft", False)])
+def test_a_resumed_training_is_as_an_undisturbed_one(saved, tmp_path, trainer, iterable, look_ahead, accumulation):
+    case = Case(
+        trainer=trainer,
+        args={
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "gradient_accumulation_steps": accumulation,
+            **({"max_steps": 9} if iterable else {"num_train_epochs": 3}),
+        },
+        distillation={"look_ahead": look_ahead},
+        rows=120
+        if iterable
+        else 29,  # Trainer cannot tell where an epoch of an unsized data set ends, and skips too much
+        iterable=iterable,
+        dropout=0.1,
+        evaluate=3,
+    )
+
+    def body(bridge):
+        killed = distilled(case, tmp_path, bridge=bridge)
+        killed.add_callback(At(5, lambda: 1 // 0))
+        with pytest.raises(ZeroDivisionError):
+            killed.train()
+        resumed = distilled(case, tmp_path, bridge=bridge)
+        resumed.train(resume_from_checkpoint=get_last_checkpoint(tmp_path))
+        undisturbed = control(case, tmp_path / "control", saved)
+        undisturbed.train()
+        compare(resumed.state.log_history, undisturbed.state.log_history, "resumed")
+
+    one_rank(saved, body, HIDDEN[0])
+
+
+def test_without_a_teacher_the_loss_is_the_hosts_own(saved, tmp_path, monkeypatch):
+    """As under shmbridge-launch --no-teacher; and where there is no launcher, the error says the command."""
+    monkeypatch.setenv("SHMBRIDGE_SESSION", "off")
+
+    def body():
+        for host in ("trainer", "sft"):
+            case = Case(trainer=host, args={"gradient_accumulation_steps": 4}, evaluate=1)
+            trainers = distilled(case, tmp_path), control(case, tmp_path, None)
+            for trainer in trainers:
+                trainer.train()
+            compare(*(trainer.state.log_history for trainer in trainers), case=host)
+
+    assert Child(body).join() == 0
+    monkeypatch.delenv("SHMBRIDGE_SESSION")
+    with pytest.raises(shmbridge.NotLaunched, match="shmbridge-launch --teacher MODEL"):
+        distilled(Case(), tmp_path)
+
+
+REFUSED: list[tuple[Case, tuple[str, ...], str]] = [
+    (Case(args={"label_smoothing_factor": 0.1}), (), "label_smoothing_factor"),
+    (Case(trainer="sft", args={"loss_type": "dft"}), (), "loss_type"),
+    (
+        Case(iterable=True, args={"max_steps": 2, "accelerator_config": {"dispatch_batches": True}}),
+        (),
+        "dispatch_batches",
+    ),
+    (Case(distillation={"loss": "topk"}), (), "payload.topk"),
+    (Case(distillation={"loss": "topk", "temperature": 3.0}), (HIDDEN[1],), "payload.topk.temperatures"),
+    (Case(), (HIDDEN[1],), "payload.hidden"),
+    (Case(), ("payload.logprobs={}",), "payload.hidden"),
+]
+
+
+@pytest.mark.parametrize(("case", "settings", "named"), REFUSED, ids=[named for _, _, named in REFUSED])
+def test_what_cannot_be_had_is_refused_and_named(saved, tmp_path, case, settings, named):
+    def body(bridge):
+        with pytest.raises((ValueError, shmbridge.RequestRefused), match=named):
+            distilled(case, tmp_path, bridge=bridge).train()
+
+    one_rank(saved, body, *settings)
+
+
+def test_the_log_has_the_parts_of_the_loss_and_the_waits(saved, tmp_path):
+    case = Case(distillation={"ce_weight": 0.5, "kd_weight": 2.0}, args={"gradient_accumulation_steps": 2}, evaluate=2)
+
+    def body(bridge):
+        trainer = distilled(case, tmp_path, bridge=bridge)
+        trainer.train()
+        for logs in trainer.state.log_history[:-1]:
+            prefix = "eval_" if "eval_loss" in logs else ""
+            whole = 2.0 * logs[f"{prefix}kd/kl"] + 0.5 * logs[f"{prefix}kd/ce"]
+            if not prefix:  # of an evaluation the loss is a mean over micro-batches, and kd/kl one over tokens
+                assert logs["loss"] == pytest.approx(whole, rel=TOLERANCE)
+            assert logs[f"{prefix}shmbridge/wait_s"] >= 0
+            assert 0 <= logs[f"{prefix}shmbridge/hidden_share"] <= 1
+
+    one_rank(saved, body, HIDDEN[0])
+
+
+def test_logits_of_a_batch_are_never_whole(saved, tmp_path):
+    """With hidden states from the teacher, no tensor of the training is larger than the chunks and the heads."""
+    case = Case(longest=100, rows=12, distillation={"chunk_rows": 4, "ce_weight": 0.5}, evaluate=2)
+    largest = 48 * VOCAB  # the head of the teacher; a batch has more than twice as many tokens
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            made = operation(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, (tuple, list)) else [made]:
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCAB,):
+                    assert tensor.numel() <= largest, f"{operation} made {tuple(tensor.shape)}"
+                    seen.append(tensor.numel())
+            return made
+
+    seen: list[int] = []
+
+    def body(bridge):
+        trainer = distilled(case, tmp_path, bridge=bridge)
+        bridge.wait_ready()
+        with Watch():
+            trainer.train()
+        assert 4 * VOCAB in seen
+
+    one_rank(saved, body, HIDDEN[0])
