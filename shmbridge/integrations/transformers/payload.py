@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
@@ -65,11 +65,11 @@ class TeacherRows:
             return
         chunks = pending.chunks()
         try:
-            first = next(chunks)
-            if first[1].missing:
+            first = list(islice(chunks, 1))  # none, where no position was asked for
+            if first and first[0][1].missing:
                 yield None
             else:
-                yield ((rows, self._source(chunk)) for rows, chunk in chain([first], chunks))
+                yield ((rows, self._source(chunk)) for rows, chunk in chain(first, chunks))
         finally:
             chunks.close()
 
