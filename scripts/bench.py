@@ -5,6 +5,7 @@
     python scripts/bench.py roundtrip --quick               # one rank, few requests
     python scripts/bench.py roundtrip --json roundtrip.json # every figure, with machine and versions
     python scripts/bench.py overlap                         # training steps beside a teacher; some five minutes
+    python scripts/bench.py trainer                         # HuggingFace's Trainer beside a teacher; some two minutes
     python scripts/bench.py replicas                        # one, two and four teachers; some four minutes
     python scripts/bench.py losses                          # memory and time of the losses
     python scripts/bench.py cuda                            # the CUDA plane; needs a GPU
@@ -26,7 +27,7 @@ from typing import Any
 # Before NumPy and torch load: every copy below is one thread's, and a process with threads must not fork.
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
-from benchmarks import cuda, losses, overlap, replicas, roundtrip
+from benchmarks import cuda, losses, overlap, replicas, roundtrip, trainer
 from benchmarks.cell import PLACEMENTS
 
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     _add_roundtrip(commands)
     _add_overlap(commands)
+    _add_trainer(commands)
     _add_replicas(commands)
     command = _add(commands, "losses", "peak memory and time of the losses, beside the plain formulas", losses)
     losses.add_arguments(command)
@@ -98,6 +100,20 @@ def _add_overlap(commands: Any) -> None:
     )
     _add_turns(command, steps=20, repeats=3)
     _add_common(command, "three ranks, short steps, one turn")
+
+
+def _add_trainer(commands: Any) -> None:
+    command = _add(commands, "trainer", "steps of HuggingFace's Trainer beside a teacher of simulated devices", trainer)
+    command.add_argument(
+        "--student-ms", type=_count, default=200, help="s, a micro-batch of the student (default: 200)"
+    )
+    command.add_argument(
+        "--multiples", type=_list_of(float), default=[0.5, 1.0, 2.0], help="t, in s (default: 0.5,1,2)"
+    )
+    command.add_argument("--accumulation", type=_list_of(_count), default=[1, 4], help="k (default: 1,4)")
+    command.add_argument("--depths", type=_list_of(_count), default=[1, 2], help="ring.depth (default: 1,2)")
+    command.add_argument("--micro-batches", type=_count, default=12, help="of an epoch (default: 12)")
+    _add_common(command, "short steps, one depth")
 
 
 def _add_replicas(commands: Any) -> None:

@@ -50,6 +50,16 @@ def test_overlap(tmp_path):
 
 
 @pytest.mark.slow
+def test_trainer(tmp_path):
+    found = bench("trainer", "--quick", "--json", str(tmp_path / "trainer.json"))
+    cases = json.loads((tmp_path / "trainer.json").read_text())["cases"]
+    assert [(case["depth"], case["accumulation"]) for case in cases] == [(0, 1), (0, 4), *[(1, 1)] * 3, *[(1, 4)] * 3]
+    for case in cases:
+        assert min(case["steps_s"]) >= case["accumulation"] * case["student_ms"] / 1000
+    assert "x host" in found
+
+
+@pytest.mark.slow
 def test_replicas(tmp_path):
     found = bench("replicas", "--quick", "--json", str(tmp_path / "replicas.json"))
     figures = json.loads((tmp_path / "replicas.json").read_text())
