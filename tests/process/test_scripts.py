@@ -164,6 +164,24 @@ def test_the_example_trains_as_one_process_that_has_both_models(example, tmp_pat
 
 
 @pytest.mark.slow
+def test_the_trainers_example_trains_and_goes_on_from_its_checkpoint(example, tmp_path):
+    def trained_epochs(epochs: int) -> list[dict]:
+        out = tmp_path / "out"
+        launch = ["-m", "shmbridge.launch", "--cpu", "1", "--run-dir", str(tmp_path / f"run-{epochs}")]
+        settings = ["--teacher", str(example / "teacher"), "payload.hidden={}", "ring.max_tokens=512", "--"]
+        script = ["scripts/example_trainer.py", str(example / "student"), str(example / "text")]
+        given = f"--output_dir {out} --use_cpu --ce_weight 1 --num_train_epochs {epochs} --per_device_train_batch_size 8"
+        more = "--save_strategy epoch --logging_steps 1 --learning_rate 1e-3 --report_to none --disable_tqdm True"
+        run(*launch, *settings, *script, *given.split(), *more.split())
+        return json.loads((out / f"checkpoint-{15 * epochs}" / "trainer_state.json").read_text())["log_history"]
+
+    told = trained_epochs(1)
+    assert [line["step"] for line in told] == list(range(1, 16))
+    assert all(line["loss"] == pytest.approx(line["kd/kl"] + line["kd/ce"], rel=1e-5) for line in told)
+    assert trained_epochs(2)[:15] == told, "the second run did not begin at the first's checkpoint"
+
+
+@pytest.mark.slow
 def test_the_example_goes_on_from_where_it_was_stopped(example, tmp_path):
     command = [sys.executable, *example_command(example, tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
