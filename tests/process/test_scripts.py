@@ -170,7 +170,9 @@ def test_the_trainers_example_trains_and_goes_on_from_its_checkpoint(example, tm
         launch = ["-m", "shmbridge.launch", "--cpu", "1", "--run-dir", str(tmp_path / f"run-{epochs}")]
         settings = ["--teacher", str(example / "teacher"), "payload.hidden={}", "ring.max_tokens=512", "--"]
         script = ["scripts/example_trainer.py", str(example / "student"), str(example / "text")]
-        given = f"--output_dir {out} --use_cpu --ce_weight 1 --num_train_epochs {epochs} --per_device_train_batch_size 8"
+        given = (
+            f"--output_dir {out} --use_cpu --ce_weight 1 --num_train_epochs {epochs} --per_device_train_batch_size 8"
+        )
         more = "--save_strategy epoch --logging_steps 1 --learning_rate 1e-3 --report_to none --disable_tqdm True"
         run(*launch, *settings, *script, *given.split(), *more.split())
         return json.loads((out / f"checkpoint-{15 * epochs}" / "trainer_state.json").read_text())["log_history"]
