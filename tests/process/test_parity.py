@@ -22,6 +22,7 @@ from shmbridge.payload import Batch
 from shmbridge.reply import Reply
 from shmbridge.requests import Requests
 from shmbridge.teacher import HuggingFaceTeacher
+from shmbridge.token_ids import CheckedRequest
 from tests.harness import Echo, bench
 from tests.process.test_bridge import ids
 from tests.process.test_payload import EVERYTHING, WORDS, build, join, load, saved, serving  # noqa: F401
@@ -243,8 +244,9 @@ def test_a_teacher_whose_answers_differ_from_call_to_call_is_told_the_way_out(sa
 def test_garbled_ids_are_noticed_where_the_teacher_reads_them(saved, monkeypatch):  # noqa: F811
     send = Requests.send
 
-    def garbling(self: Requests, sent: Any, *rest: Any, **more: Any) -> Any:
-        return send(self, sent ^ 1, *rest, **more)
+    def garbling(self: Requests, request: CheckedRequest, *rest: Any, **more: Any) -> Any:
+        ids = bytes([request.ids[0] ^ 1, *request.ids[1:]])
+        return send(self, request._replace(ids=memoryview(ids)), *rest, **more)
 
     monkeypatch.setattr(Requests, "send", garbling)
     with serving(saved(), "parity=true") as it:
