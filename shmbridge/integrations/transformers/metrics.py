@@ -38,7 +38,9 @@ class Metrics:
 
     def add(self, mode: str, kd: Tensor, ce: Tensor, tokens: float | Tensor) -> None:
         """One reply's sums over its tokens, in the mode `train` or `eval`."""
-        self._switch(mode)
+        if mode != self._mode:
+            self._account()
+            self._mode = mode
         sums = self._sums[mode]
         sums.kd = sums.kd + kd
         sums.ce = sums.ce + ce
@@ -63,11 +65,6 @@ class Metrics:
         if teacher_s:
             report["shmbridge/hidden_share"] = min(1.0, max(0.0, 1.0 - waited_s / teacher_s))
         return report
-
-    def _switch(self, mode: str) -> None:
-        if mode != self._mode:
-            self._account()
-            self._mode = mode
 
     def _account(self) -> None:
         """Add what was waited and computed since the last call to the current mode."""

@@ -39,7 +39,7 @@ class TeacherRows:
             if config.temperature not in temperatures:
                 raise RequestRefused(
                     f"DistillationConfig.temperature is {config.temperature:g} and payload.topk.temperatures {temperatures}; set "
-                    f"'payload.topk={{temperatures: [{config.temperature:g}]}}'."
+                    f"payload.topk.temperatures=[{config.temperature:g}]."
                 )
             self._tail = temperatures.index(config.temperature)
             return
@@ -50,18 +50,13 @@ class TeacherRows:
                 "small) or payload.logits={}, or loss topk."
             )
 
-    @property
-    def hidden(self) -> bool:
-        """Whether the teacher sends hidden states, whose logits the loss makes a few rows at a time."""
-        return self._kind == "hidden"
-
     @contextmanager
     def read(self, pending: Pending) -> Iterator[Source | Stream | None]:
         """Wait for a reply and lend it: the teacher's rows for the requested positions in order, or a stream of them. None where
         the reply is missing. Raises what `Pending.wait` and `Pending.chunks` raise."""
         if not self._streams:
             with pending.wait() as reply:
-                yield None if reply.missing else self._source(reply)
+                yield None if reply.missing else self.of(reply)
             return
         chunks = pending.chunks()
         try:
@@ -69,18 +64,15 @@ class TeacherRows:
             if first and first[0][1].missing:
                 yield None
             else:
-                yield ((rows, self._source(chunk)) for rows, chunk in chain(first, chunks))
+                yield ((rows, self.of(chunk)) for rows, chunk in chain(first, chunks))
         finally:
             chunks.close()
 
     def of(self, reply: Reply) -> Source:
-        """The rows of a whole reply."""
-        return self._source(reply)
-
-    def _source(self, reply: Reply) -> Source:
+        """The rows of a whole reply, or of a chunk."""
         if self._kind == "topk":
             return TopK(reply["topk_logprobs"], reply["topk_ids"], reply["tail_logmass"][..., self._tail])
-        return LazyLogits(reply.hidden, self._bridge.head) if self.hidden else reply.logits
+        return LazyLogits(reply.hidden, self._bridge.head) if self._kind == "hidden" else reply.logits
 
 
 def _listed(names: set[str]) -> str:
