@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,17 @@ from transformers import (
     TrainingArguments,
 )
 
-from shmbridge.integrations.transformers import DistillationConfig, DistillationMixin, DistillationTrainer
+from shmbridge.integrations.transformers import (
+    DistillationConfig,
+    DistillationMixin,
+    OnPolicyDistillationConfig,
+    OnPolicyDistillationMixin,
+)
 
 VOCAB, PAD = 96, 0
+END = 7  # ends a sample
 WORDS = 8  # payload.topk.k
+CANDIDATES = 6  # payload.logprobs.candidates
 TOLERANCE = 1e-5  # relative
 Row = dict[str, list[int]]
 
@@ -39,7 +47,9 @@ class Case:
 
     trainer: str = "trainer"  # or sft
     args: dict[str, Any] = field(default_factory=dict)  # of TrainingArguments or SFTConfig
-    distillation: dict[str, Any] = field(default_factory=dict)  # of DistillationConfig
+    distillation: dict[str, Any] = field(
+        default_factory=dict
+    )  # of DistillationConfig, or of OnPolicyDistillationConfig
     rows: int = 29
     longest: int = 16  # tokens of a row
     unlabelled: int = 0  # every so many rows have no label
@@ -50,6 +60,16 @@ class Case:
     metrics: bool = False  # compute_metrics, which wants the student's logits
     iterable: bool = False  # a training set without a length
     evaluate: int = 0  # every so many steps
+    prompts: bool = True  # the first tokens of a row have no label
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student samples completions."""
+        return "on_policy" in self.distillation
+
+    @property
+    def loss(self) -> DistillationConfig:
+        return (OnPolicyDistillationConfig if self.samples else DistillationConfig)(**self.distillation)
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -68,12 +88,15 @@ ARGUMENTS: dict[str, Any] = {
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
-def distilled(case: Case, out: Path, **arguments: Any) -> Any:
+def distilled(
+    case: Case,
+    out: Path,
+    **arguments: Any,
+) -> Any:
     """The trainer of a case; the teacher is the bridge's. `arguments` are more of the trainer's own."""
-    base = _base(case)
-    kind = DistillationTrainer if base is Trainer else type("Distilled", (DistillationMixin, base), {})
-    loss = DistillationConfig(**case.distillation)
-    return kind(**{**_arguments(case, out), "distillation": loss, **arguments})
+    mixin = OnPolicyDistillationMixin if case.samples else DistillationMixin
+    kind = type("Distilled", (mixin, _base(case)), {})
+    return kind(**{**_arguments(case, out), "distillation": case.loss, **arguments})
 
 
 def control(case: Case, out: Path, teacher: Path | None) -> Trainer:
@@ -83,9 +106,10 @@ def control(case: Case, out: Path, teacher: Path | None) -> Trainer:
         case = replace(case, args={**case.args, "accelerator_config": {"dispatch_batches": False}})
     if teacher is None:
         return base(**_arguments(case, out))
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    loss = DistillationConfig(**case.distillation)
-    return type("Plain", (Control, base), {"teacher": model, "loss": loss})(**_arguments(case, out))
+    from tests.sampling import SamplingControl
+
+    kind = type("Plain", (SamplingControl if case.samples else Control, base), {"saved": teacher, "loss": case.loss})
+    return kind(**_arguments(case, out))
 
 
 def compare(found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]], case: str) -> None:
@@ -128,8 +152,16 @@ class At(TrainerCallback):
 class Control:
     """The loss of distillation, with the teacher in this process. Mixed into a Trainer."""
 
-    teacher: Any
+    saved: Path  # the teacher's model
     loss: DistillationConfig
+
+    @cached_property
+    def teacher(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.saved, dtype=torch.float32).eval()
+
+    def divergence(self, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Summed over the rows (n, VOCAB) and their labels (n,)."""
+        return divergence(student, teacher, self.loss)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -139,7 +171,7 @@ class Control:
             teacher = self.teacher(**inputs, use_cache=False).logits
         counts = labels != -100
         found, wanted = outputs.logits[:, :-1][counts], teacher[:, :-1][counts]
-        loss = self.loss.kd_weight * divergence(found, wanted, self.loss)
+        loss = self.loss.kd_weight * self.divergence(found, wanted, labels[counts])
         if self.loss.ce_weight:
             loss = loss + self.loss.ce_weight * cross_entropy(found, labels[counts], reduction="sum")
         loss = loss / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
@@ -185,6 +217,8 @@ def _arguments(case: Case, out: Path) -> dict[str, Any]:
     if case.evaluate:
         settings |= {"eval_strategy": "steps", "eval_steps": case.evaluate}
     train, held_out = list(documents(case.rows, case.longest, 5)), list(documents(7, case.longest, 6))
+    for row in [] if case.prompts else train:
+        row["labels"] = row["input_ids"]
     for row in train[:: case.unlabelled] if case.unlabelled else []:
         row["labels"] = [-100] * len(row["labels"])
     found: dict[str, Any] = {"model": student(case)}
@@ -243,6 +277,7 @@ class Unsized(torch.utils.data.IterableDataset):
 def student(case: Case) -> Any:
     torch.manual_seed(1)
     model = _llama(32, tie_word_embeddings=case.tied, attention_dropout=case.dropout)
+    model.generation_config.eos_token_id = END
     if not case.lora:
         return model
     import peft

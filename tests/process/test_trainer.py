@@ -35,6 +35,11 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp": {"fsdp": True, "args": {"gradient_accumulation_steps": 2}},
     "lora": {"lora": True, "distillation": {"loss": "reverse_kl"}, "trainer": "sft", "evaluate": 3},
     "packed": {"trainer": "sft", "args": {"packing": True, "max_length": 32}, "rows": 60},
+    "on-policy": {
+        "distillation": {"on_policy": 0.5, "max_new_tokens": 6, "look_ahead": 0},
+        "args": {"gradient_accumulation_steps": 2},
+        "evaluate": 2,
+    },
 }
 MATRIX: dict[str, dict[str, Any]] = {
     f"{trainer}, {loss}, accumulation {accumulation}": {
@@ -55,6 +60,18 @@ MATRIX: dict[str, dict[str, Any]] = {
         "rows": 90,
         "metrics": True,
         "evaluate": 1,
+    },
+    **{
+        f"on-policy, {trainer}, accumulation {accumulation}": {
+            "trainer": trainer,
+            "distillation": {"on_policy": 0.6, "max_new_tokens": 6, "look_ahead": 0, "loss": "jsd", "temperature": 2.0},
+            "args": {"gradient_accumulation_steps": accumulation, "num_train_epochs": 2},
+            "evaluate": 3,
+            "lora": trainer == "sft",
+            "tied": True,
+        }
+        for trainer in ("trainer", "sft")
+        for accumulation in (1, 4)
     },
     "lora, padded": {"lora": True, "args": {"gradient_accumulation_steps": 4}},
     "fsdp, tied, accumulation 4": {"fsdp": True, "tied": True, "args": {"gradient_accumulation_steps": 4}},

@@ -47,6 +47,23 @@ def check_settings(trainer: Any) -> None:
         )
 
 
+def check_generation(trainer: Any) -> None:
+    """Raise ValueError for a setting under which the student cannot sample in its training process."""
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "fsdp is set; the student samples outside of its wrapper, where its weights are not gathered. Use DDP, and LoRA for a "
+            "student that does not fit."
+        )
+    if not hasattr(trainer.model, "generate"):
+        raise ValueError(
+            f"{type(trainer.model).__name__} has no generate(), which the student samples with; expected a causal language model of "
+            "transformers."
+        )
+    for setting in ("packing", "padding_free"):  # TRL's SFTConfig
+        if getattr(trainer.args, setting, False):
+            raise ValueError(f"{setting} is True; completions are sampled for padded rows. Set {setting}=False.")
+
+
 def shard_iterable_datasets(args: Any) -> None:
     """Have each rank read its own batches. With dispatch_batches rank 0 reads them for all and sends them to the GPUs, and the
     token IDs would have to come back. Raises ValueError where it was asked for."""

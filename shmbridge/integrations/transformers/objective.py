@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from shmbridge import Bridge, Reply
-from shmbridge.integrations.transformers.config import DistillationConfig
-from shmbridge.integrations.transformers.payload import TeacherRows
+from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, DistillationConfig
+from shmbridge.integrations.transformers.payload import CandidateLogprobs, Source, Stream, TeacherRows
 from shmbridge.integrations.transformers.student import StudentHead
 from shmbridge.integrations.transformers.window import Batch, Turn
-from shmbridge.losses import DistillationLoss, LazyLogits, distillation_loss, targets_from_labels
+from shmbridge.losses import (
+    DistillationLoss,
+    LazyLogits,
+    candidate_reverse_kl,
+    distillation_loss,
+    targets_from_labels,
+)
 
 _LABELS = ("labels", "shift_labels")
 
@@ -29,6 +35,7 @@ class Computed(NamedTuple):
     ce: Tensor
     """(): the cross entropy, summed over the tokens; 0 where ce_weight is 0."""
     tokens: int
+    """That the sums are over. 0 where the reply is missing."""
 
 
 class Objective:
@@ -39,8 +46,11 @@ class Objective:
 
         `head`: the student's, where the loss may be computed in its place."""
         self._config = config
-        self._head = head
+        self.head = head
         self._teacher = TeacherRows(bridge, config)
+        self.candidates = self._teacher.candidates
+        self.teacher_lost = False
+        """Whether a reply was missing: the teacher is lost, and on_teacher_lost is `continue`."""
 
     def compute(
         self, model: nn.Module, inputs: Batch, turn: Turn, num_items: Tensor | float | None, wants_logits: bool
@@ -55,41 +65,69 @@ class Objective:
 
         Raises what Pending.wait raises.
         """
-        config, tokens = self._config, len(turn.rows)
+        tokens = len(turn.rows)
         items = max(1, tokens) if num_items is None else num_items
         rows = turn.rows.to(inputs["input_ids"].device, non_blocking=True)
         targets = _targets(inputs)
+        labels = None if targets is None else targets.flatten()[rows]
         parts: list[DistillationLoss] = []
 
         def loss(student: Tensor | LazyLogits) -> Tensor:
             with self._teacher.read(turn.pending) as teacher:
-                parts[:] = [
-                    distillation_loss(
-                        _select(student, rows),
-                        teacher,
-                        loss=config.loss,
-                        temperature=config.temperature,
-                        beta=config.beta,
-                        kd_weight=config.kd_weight,
-                        ce_weight=config.ce_weight if teacher is not None else 1.0,
-                        targets=None if targets is None else targets.flatten()[rows],
-                        num_items=items,
-                        chunk_rows=config.chunk_rows,
-                    )
-                ]
+                self.teacher_lost |= teacher is None
+                parts[:] = [self._loss(_select(student, rows), teacher, turn, labels, items)]
             return parts[0].loss
 
-        takes_place = self._head is not None and not wants_logits
-        with self._head.replaced_by(loss) if self._head and takes_place else nullcontext():
+        takes_place = self.head is not None and not wants_logits
+        with self.head.replaced_by(loss) if self.head and takes_place else nullcontext():
             outputs = model(**{name: value for name, value in inputs.items() if name not in _LABELS})
         total = outputs["logits"].sum() if takes_place else loss(outputs["logits"])
-        return Computed(total, outputs, parts[0].kd * items, parts[0].ce * items, tokens)
+        return Computed(total, outputs, parts[0].kd * items, parts[0].ce * items, 0 if self.teacher_lost else tokens)
+
+    def _loss(
+        self,
+        student: Tensor | LazyLogits,
+        teacher: Source | Stream | None,
+        turn: Turn,
+        labels: Tensor | None,
+        items: Tensor | float,
+    ) -> DistillationLoss:
+        """The loss of the student's rows (n, width) with what the teacher sent of them, and their labels (n,)."""
+        config = self._config
+        if isinstance(teacher, CandidateLogprobs):
+            assert turn.candidates is not None
+            kd = candidate_reverse_kl(
+                student,
+                turn.candidates.to(teacher.candidates.device),
+                teacher.candidates,
+                sampled=labels if turn.sampled else None,
+                sampled_logprobs=teacher.labels if turn.sampled else None,
+                num_items=items,
+                chunk_rows=config.chunk_rows,
+            )
+            return DistillationLoss(config.kd_weight * kd, kd.detach(), kd.new_zeros(()))
+        found = distillation_loss(
+            student,
+            teacher,
+            loss="forward_kl" if config.loss == CANDIDATE_LOSS else config.loss,
+            temperature=config.temperature,
+            beta=config.beta,
+            kd_weight=config.kd_weight,
+            ce_weight=config.ce_weight if teacher is not None else 1.0,
+            targets=labels,
+            num_items=items,
+            chunk_rows=config.chunk_rows,
+        )
+        if teacher is None and turn.sampled:  # without the teacher's opinion nothing is learned from a sample
+            return DistillationLoss(*(part * 0.0 for part in found))
+        return found
 
     def divergence(self, student: Tensor, reply: Reply) -> Tensor:
         """The KD of logits (batch, seq, vocab) from a whole reply, for the check of `Bridge.wait_ready`."""
-        config = self._config
+        config, teacher = self._config, self._teacher.of(reply)
+        assert not isinstance(teacher, CandidateLogprobs)
         return distillation_loss(
-            student, self._teacher.of(reply), loss=config.loss, temperature=config.temperature, beta=config.beta
+            student, teacher, loss=config.loss, temperature=config.temperature, beta=config.beta
         ).loss
 
 

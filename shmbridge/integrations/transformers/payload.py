@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from shmbridge import Bridge, Pending, Reply, RequestRefused
-from shmbridge.integrations.transformers.config import DistillationConfig
+from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, DistillationConfig
 from shmbridge.losses import LazyLogits, TopK
 
-Source = Tensor | LazyLogits | TopK
+
+class CandidateLogprobs(NamedTuple):
+    """The teacher's log-probabilities of some words of each row."""
+
+    candidates: Tensor
+    """(n, c): of the request's candidates."""
+    labels: Tensor
+    """(n,): of the token that follows."""
+
+
+Source = Tensor | LazyLogits | TopK | CandidateLogprobs
 Stream = Iterator[tuple[slice, Any]]
 """Of (rows, Source); all of one kind."""
 
@@ -28,6 +38,21 @@ class TeacherRows:
         self._bridge = bridge
         self._streams = payload.stream is not None
         self._tail = 0
+        self.candidates = 0
+        """Words whose log-probabilities each request asks for."""
+        if config.loss == CANDIDATE_LOSS:
+            self._kind = "candidates"
+            self.candidates = payload.logprobs.candidates if payload.logprobs else 0
+            if not self.candidates:
+                raise RequestRefused(
+                    f"{type(config).__name__}.loss is {config.loss} and the teacher sends {_listed(names)}; set "
+                    "'payload.logprobs={candidates: 16}', or another loss."
+                )
+            if self._streams:
+                raise RequestRefused(
+                    f"{type(config).__name__}.loss is {config.loss}, which reads whole replies; set payload.stream=null."
+                )
+            return
         if config.loss == "topk":
             self._kind = "topk"
             if "topk_ids" not in names:
@@ -38,7 +63,7 @@ class TeacherRows:
             temperatures = list(payload.topk.temperatures) if payload.topk else []
             if config.temperature not in temperatures:
                 raise RequestRefused(
-                    f"DistillationConfig.temperature is {config.temperature:g} and payload.topk.temperatures {temperatures}; set "
+                    f"{type(config).__name__}.temperature is {config.temperature:g} and payload.topk.temperatures {temperatures}; set "
                     f"payload.topk.temperatures=[{config.temperature:g}]."
                 )
             self._tail = temperatures.index(config.temperature)
@@ -46,7 +71,7 @@ class TeacherRows:
         self._kind = "hidden" if "hidden" in names else "logits"
         if self._kind not in names:
             raise RequestRefused(
-                f"DistillationConfig.loss is {config.loss} and the teacher sends {_listed(names)}; set payload.hidden={{}} (exact and "
+                f"{type(config).__name__}.loss is {config.loss} and the teacher sends {_listed(names)}; set payload.hidden={{}} (exact and "
                 "small) or payload.logits={}, or loss topk."
             )
 
@@ -72,6 +97,8 @@ class TeacherRows:
         """The rows of a whole reply, or of a chunk."""
         if self._kind == "topk":
             return TopK(reply["topk_logprobs"], reply["topk_ids"], reply["tail_logmass"][..., self._tail])
+        if self._kind == "candidates":
+            return CandidateLogprobs(reply["candidate_logprobs"], reply["logprobs"])
         return LazyLogits(reply.hidden, self._bridge.head) if self._kind == "hidden" else reply.logits
 
 

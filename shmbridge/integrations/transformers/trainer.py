@@ -22,12 +22,12 @@ from transformers.trainer_utils import has_length
 import shmbridge
 from shmbridge import Bridge
 from shmbridge.integrations.transformers.checks import check_settings, shard_iterable_datasets
-from shmbridge.integrations.transformers.config import DistillationConfig
+from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, DistillationConfig
 from shmbridge.integrations.transformers.metrics import Metrics
 from shmbridge.integrations.transformers.objective import Objective
 from shmbridge.integrations.transformers.stopping import CheckpointOnStop
 from shmbridge.integrations.transformers.student import find_head
-from shmbridge.integrations.transformers.window import Turn, Window
+from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place, Turn, Window
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import Trainer as _Trainer
@@ -58,7 +58,7 @@ class DistillationMixin(_Trainer):
     ) -> None:
         self.distillation = distillation or DistillationConfig()
         self.bridge = bridge or shmbridge.connect()
-        self._window = Window(self.bridge)
+        self._window = Window(self.bridge, self._prepare)
         self._objective: Objective | None = None  # until the teacher is ready
         self._metrics_of_kd: Metrics | None = None
         self._turn: Turn | None = None  # the micro-batch that compute_loss is called for
@@ -157,7 +157,11 @@ class DistillationMixin(_Trainer):
         turn, self._turn = self._turn or self._window.turn(inputs, self.state.global_step), None
         items = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch).clamp(min=1)
         found = self._objective.compute(model, inputs, turn, items, return_outputs and not self._loss_only)
-        self._metrics_of_kd.add("train" if model.training else "eval", found.kd, found.ce, found.tokens)
+        mode = "train" if model.training else "eval"
+        self._metrics_of_kd.add(mode, kd=found.kd, ce=found.ce, tokens=found.tokens)
+        if turn.sampled:
+            samples = inputs["input_ids"].shape[0]
+            self._metrics_of_kd.add(mode, sampled_kd=found.kd, sampled_tokens=found.tokens, samples=samples)
         loss = found.loss
         if items is not None and self.args.average_tokens_across_devices:  # of all ranks; DDP averages over ranks
             loss = loss * (self.accelerator.num_processes // getattr(self, "get_tp_size", lambda: 1)())
@@ -187,6 +191,10 @@ class DistillationMixin(_Trainer):
 
     # Within
 
+    def _prepare(self, batch: Batch, place: Place | None) -> MicroBatch:
+        """A batch of the loader as the teacher is asked about it. `place`: its turn in training, None in an evaluation."""
+        return MicroBatch(batch)
+
     def _wait_for_teacher(self) -> None:
         """The startup barrier, and the checks of `Bridge.wait_ready`. Once."""
         if self._objective is not None or not self.bridge.enabled:
@@ -197,7 +205,7 @@ class DistillationMixin(_Trainer):
         self.bridge.wait_ready(
             vocab_size=words,
             tokenizer=tokenizer,
-            loss=objective.divergence,
+            loss=None if self.distillation.loss == CANDIDATE_LOSS else objective.divergence,
         )
         self._metrics_of_kd = Metrics(self.bridge, "jsd" if self.distillation.loss == "jsd" else "kl")
         self._objective = objective

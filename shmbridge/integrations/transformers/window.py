@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import count, islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,22 +15,49 @@ from shmbridge.losses import mask_from_labels
 Batch = Mapping[str, Any]
 
 
+class Place(NamedTuple):
+    """When a micro-batch has its turn."""
+
+    step: int
+    """The optimizer step, from 0."""
+    micro_batch: int
+    """In its step, from 0."""
+
+
+class MicroBatch(NamedTuple):
+    """A batch of the loader as the student and the teacher see it."""
+
+    batch: Batch
+    candidates: Tensor | None = None
+    """(batch, seq, c) int64 on the CPU: the words whose log-probabilities the teacher is asked for."""
+    sampled: bool = False
+    """Whether its completions were drawn from the student."""
+
+
+Prepare = Callable[[Batch, Place | None], MicroBatch]
+"""From a batch of the loader to its micro-batch. The place is None for a batch of an evaluation."""
+
+
 class Turn(NamedTuple):
     """A micro-batch whose request is the next to be read."""
 
     pending: Pending
     rows: Tensor
     """(n,) int64 on the CPU: the positions whose distribution was asked for, counted over (batch, seq)."""
+    candidates: Tensor | None
+    """(n, c) int64 on the CPU: MicroBatch.candidates of these rows."""
+    sampled: bool
 
 
 class Window:
     """The micro-batches of one optimizer step, with those of the next one ahead of them."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Bridge, prepare: Prepare) -> None:
         self._bridge = bridge
+        self._prepare = prepare
         self._loader: Iterator[Batch] | None = None  # the epoch's iterator that `_ahead` reads
-        self._ahead: Prefetch[Batch] | None = None
-        self._drawn: dict[int, tuple[Batch, Pending]] = {}  # by the batch's id, until its turn
+        self._ahead: Prefetch[tuple[MicroBatch, int]] | None = None
+        self._drawn: dict[int, tuple[MicroBatch, Pending]] = {}  # by the batch's id, until its turn
 
     def draw(self, loader: Iterator[Batch], batches: int, ahead: int, step: int) -> list[Batch]:
         """Take the next `batches` micro-batches, and `ahead` more of those that follow, and send their requests as the ring has room.
@@ -41,21 +68,25 @@ class Window:
         """
         if self._ahead is None or self._loader is not loader:
             self.close()
-            taken = count()
             self._loader = loader
-            self._ahead = self._bridge.prefetch(
-                loader, lambda batch: _request(batch, step + next(taken) // batches), ahead=ahead
-            )
+            prepared = self._prepared(loader, step, batches)
+            self._ahead = self._bridge.prefetch(prepared, lambda found: _request(*found), ahead=ahead)
         self._cancel_drawn()
-        drawn = list(islice(self._ahead, batches))
-        self._drawn = {id(batch): (batch, pending) for batch, pending in drawn}
-        return [batch for batch, _ in drawn]
+        drawn = [(found, pending) for (found, _), pending in islice(self._ahead, batches)]
+        self._drawn = {id(found.batch): (found, pending) for found, pending in drawn}
+        return [found.batch for found, _ in drawn]
 
     def turn(self, batch: Batch, step: int) -> Turn:
         """The request of a micro-batch that was drawn; of any other batch, a request that is sent now."""
-        found = self._drawn.pop(id(batch), None)
-        pending = found[1] if found else self._bridge.submit(**_request(batch, step))
-        return Turn(pending, _rows(batch).flatten().nonzero().squeeze(-1).cpu())
+        drawn = self._drawn.pop(id(batch), None)
+        if drawn:
+            found, pending = drawn
+        else:
+            found = self._prepare(batch, None)
+            pending = self._bridge.submit(**_request(found, step))
+        rows = _rows(found.batch).flatten().nonzero().squeeze(-1).cpu()
+        candidates = None if found.candidates is None else found.candidates.flatten(0, 1)[rows]
+        return Turn(pending, rows, candidates, found.sampled)
 
     def close(self) -> None:
         """Cancel what was asked and did not have its turn."""
@@ -64,17 +95,24 @@ class Window:
         self._loader = self._ahead = None
         self._cancel_drawn()
 
+    def _prepared(self, loader: Iterator[Batch], step: int, batches: int) -> Iterator[tuple[MicroBatch, int]]:
+        """The micro-batches of the loader, each with its optimizer step."""
+        for number, batch in enumerate(loader):
+            place = Place(step + number // batches, number % batches)
+            yield self._prepare(batch, place), place.step
+
     def _cancel_drawn(self) -> None:
         for _, pending in self._drawn.values():
             pending.cancel()
         self._drawn = {}
 
 
-def _request(batch: Batch, step: int) -> dict[str, Any]:
+def _request(found: MicroBatch, step: int) -> dict[str, Any]:
     """The arguments of Bridge.submit: only the rows whose label counts are asked for."""
     names = ("input_ids", "attention_mask", "position_ids")
-    found = {name: batch[name] for name in names if batch.get(name) is not None}
-    return {**found, "positions": _rows(batch), "step": step}
+    request = {name: found.batch[name] for name in names if found.batch.get(name) is not None}
+    request |= {"positions": _rows(found.batch), "step": step}
+    return request if found.candidates is None else {**request, "candidates": found.candidates}
 
 
 def _rows(batch: Batch) -> Tensor:
