@@ -1,26 +1,17 @@
-"""The benchmarks behind scripts/bench.py.
+"""The benchmarks behind scripts/bench.py, a module each.
 
-roundtrip
-cell        one setting of a run: ranks, reply size, cores; what is asked and what is answered
-contestant  what a transport implements to take part
-raw, bridge, gloo, queues, zeromq, memcpy
-            the transports, one module each
-team        the processes of one contestant: pinned, and given turns
-roundtrip   the measurement
-results     the figures, and what they say about the targets
-report      tables and JSON
+roundtrip    this bridge beside other transports: the measurement; roundtrip_results: its figures and tables
+transports   those transports
+overlap      a training step beside a teacher of simulated devices
+replicas     several such teachers
+group        a training group on such devices, for both
+trainer      HuggingFace's Trainer on such devices; trainee: its training script
+losses       memory and time of the losses
+cuda         the CUDA plane; cuda_results: its figures and tables
 
-overlap, replicas
-device      simulated devices: time passes
-group       a training group and its teachers on such devices, and how a loop asks: WAYS
-overlap     the measurement, its tables and targets
-replicas    the same
-
-losses      memory and time of the losses
-
-processes   where every process is started, watched and ended
-machine     cores, and the facts that stand above every table
-tables      the look of all output
+bridge       a session without a launcher
+processes    forked processes
+tables       the look of all output
 """
 
 import importlib.util

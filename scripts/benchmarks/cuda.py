@@ -19,58 +19,42 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks import cuda_results, machine, tables
+from benchmarks import tables
+from benchmarks.bridge import open_session, teach
 from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step
-from shmbridge import config
+from benchmarks.processes import Failed
 from shmbridge.bridge import Bridge
-from shmbridge.encode import Verbatim
 from shmbridge.offer import Offer, OutputSpec
-from shmbridge.owner import Owner
-from shmbridge.payload import Batch
-from shmbridge.server import Server
-from shmbridge.session import TeacherSession, Token, TrainerSession
+from shmbridge.payload import Forward
+from shmbridge.session import Token, TrainerSession
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20
 WIDTH, WORDS, LAYERS = 2048, 8192, 8
-_ROWS, _SEQ = 4, 512  # of a training batch
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py cuda` beside the common ones."""
-    parser.add_argument("--teacher", type=int, default=0, metavar="GPU", help="the teacher's card (default: 0)")
-    parser.add_argument("--rank", type=int, default=0, metavar="GPU", help="the rank's card (default: 0)")
-    parser.add_argument("--mib", type=int, default=256, help="the largest reply (default: 256)")
-    parser.add_argument("--turns", type=int, default=200, help="of each measurement (default: 200)")
+ROWS, SEQ = 4, 512  # of a training batch
+QUICK = {"mib": 32, "turns": 20}
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, write the JSON. 2 where there is no GPU, 1 where it failed or a target is missed."""
+    """Measure, print, write the JSON. 2 where there is no GPU, 1 where a target is missed. Raises Failed."""
     if not torch.cuda.is_available():
-        print(f"cuda: needs a GPU; torch.cuda.is_available() is False (torch {torch.__version__})")
+        print(f"cuda: needs a GPU; torch.cuda.is_available() is False (torch {torch.__version__})", file=sys.stderr)
         return 2
-    if options.quick:
-        options.mib, options.turns = 32, 20
-    results = Results(tables.Facts.now(), _gpus(options))
-    try:
-        _measure(options, results)
-    except RuntimeError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
-    results.facts.load_at_end = machine.load()
-    cuda_results.show(results, __doc__)
-    if options.json:
-        cuda_results.write_json(results, options.json)
-    return int(cuda_results.missed(results.targets()))
+    facts, gpus, results = tables.Facts.now(), gpus_of(options), Results()
+    _measure(options, results)
+    show(results, facts, gpus, options)
+    return int(not all(target.reached for target in results.targets()))
 
 
-def _gpus(options: argparse.Namespace) -> dict[str, str]:
+def gpus_of(options: argparse.Namespace) -> dict[str, str]:
+    """The teacher's and the rank's card, driver, CUDA."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
@@ -81,23 +65,31 @@ def _gpus(options: argparse.Namespace) -> dict[str, str]:
     return {**names, "driver": found[0] if found else "unknown", "CUDA": str(torch.version.cuda)}
 
 
+def show(results: Results, facts: tables.Facts, gpus: dict[str, str], options: argparse.Namespace) -> None:
+    tables.report(
+        "cuda",
+        __doc__,
+        facts,
+        settings=[", ".join(f"{name} {value}" for name, value in gpus.items())],
+        shown=results.shown(),
+        targets=results.targets(),
+        figures={"gpus": gpus, **asdict(results)},
+        path=options.json,
+    )
+
+
 def _measure(options: argparse.Namespace, results: Results) -> None:
     sizes = [nbytes for nbytes in (MIB, 16 * MIB, options.mib * MIB) if nbytes <= options.mib * MIB]
-    tables.progress("in place")
-    with _session(options, "in_place", _teach_answers) as ask:
+    with _session(options, _answers, "cuda.read=in_place") as ask:
         results.copies = [Copy(*values) for values in ask(_time_copies, options.teacher, sizes, options.turns)]
         in_place = ask(_time_passes, sizes, options.turns)
-    tables.progress("copy")
-    with _session(options, "copy", _teach_answers) as ask:
+    with _session(options, _answers, "cuda.read=copy") as ask:
         copied = ask(_time_passes, sizes, options.turns)
-    tables.progress("calls")
-    with _session(options, "copy", _teach_answers, "ring.spin_us=0") as ask:  # a spin is no work of the bridge's
+    results.readings = [Reading(*a, b) for a, (*_, b) in zip(copied, in_place, strict=True)]
+    with _session(options, _answers, "cuda.read=copy", "ring.spin_us=0") as ask:  # a spin is no work of the bridge's
         results.calls = Calls(*ask(_time_calls, max(100, 10 * options.turns)))
-    results.readings = [Reading(n, passes, a, b) for (n, passes, a), (_, _, b) in zip(copied, in_place, strict=True)]
-    tables.progress("steps")
-    with _session(options, "copy", _teach_logits) as ask:
+    with _session(options, _logits, "cuda.read=copy") as ask:
         results.step = Step(*ask(_time_steps, max(10, options.turns // 4)))
-    tables.progress("")
 
 
 # Processes
@@ -105,82 +97,71 @@ def _measure(options: argparse.Namespace, results: Results) -> None:
 
 @contextmanager
 def _session(
-    options: argparse.Namespace, read: str, teach: Callable[..., None], *settings: str
+    options: argparse.Namespace, make: Callable[[torch.device, int], Forward], *settings: str
 ) -> Iterator[Callable[..., Any]]:
-    """A teacher and a rank, alive; gives a function that runs another one in the rank, with its bridge and device."""
-    tokens = max(options.mib * MIB // (4 * ITEM), _ROWS * _SEQ)
-    logits = teach is _teach_logits
-    output = OutputSpec("out", "bfloat16" if logits else "float32", ("seq", WORDS if logits else ITEM))
-    offer = Offer((output,), "bench")
-    overrides = [
-        *("teacher.model=bench:nothing", "plane=cuda_ipc", f"cuda.read={read}", "parity=false", "log.stats_every=0"),
-        *(
-            f"ring.max_tokens={_ROWS * _SEQ if logits else tokens}",
-            "teacher.linger_ms=0",
-            "teacher.max_batch_tokens=1000000",
-            *settings,
-        ),
+    """A teacher and a rank, alive; yields what calls a function in the rank, with its bridge and device. Raises Failed."""
+    tables.progress(f"{make.__name__[1:]} {' '.join(settings)}")
+    if make is _logits:
+        tokens, output = ROWS * SEQ, OutputSpec("out", "bfloat16", ("seq", WORDS))
+    else:
+        tokens, output = options.mib * MIB // (4 * ITEM), OutputSpec("out", "float32", ("seq", ITEM))
+    limits = (f"ring.max_tokens={tokens}", "teacher.max_batch_tokens=1000000")
+    owner, token, offer = open_session(1, output, "plane=cuda_ipc", *limits, *settings)
+    spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    here, there = spawn.Pipe()
+    processes = [
+        spawn.Process(target=_teach, args=(token, offer, options.teacher, make, tokens), daemon=True),
+        spawn.Process(target=_rank, args=(token, options.rank, there), daemon=True),
     ]
-    spawn = multiprocessing.get_context("spawn")
-    processes = []
-    with Owner(config.load(overrides=overrides), 1) as owner:
-        token = str(owner.start_generation())
-        owner.create_replies(offer)
-        here, there = spawn.Pipe()
+
+    def ask(*work: Any) -> Any:
+        here.send(work)
         try:
-            for target, arguments in ((teach, (token, offer, options.teacher)), (_rank, (token, options.rank, there))):
-                processes.append(spawn.Process(target=target, args=arguments, daemon=True))
-                processes[-1].start()
-            there.close()
-            yield lambda work, *arguments: _asked(here, options.patience, work, *arguments)
-            here.send(None)
-            for process in processes:
-                process.join(options.patience)
-        finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+            if not here.poll(10 * options.patience):
+                raise Failed("the rank does not answer: hung")
+            return here.recv()
+        except EOFError:
+            raise Failed("the rank has ended; its error is above") from None
 
-
-def _asked(pipe: Connection, patience_s: float, *work: Any) -> Any:
-    pipe.send(work)
     try:
-        if not pipe.poll(10 * patience_s):
-            raise RuntimeError("the rank does not answer: hung")
-        return pipe.recv()
-    except EOFError:
-        raise RuntimeError("the rank has ended; its error is above") from None
+        for process in processes:
+            process.start()
+        there.close()
+        yield ask
+        here.send(None)
+        for process in processes:
+            process.join(options.patience)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        owner.close()
 
 
-def _rank(token: str, card: int, pipe: Connection) -> None:
+def _rank(token: Token, card: int, pipe: Connection) -> None:
     device = torch.device("cuda", card)
     torch.cuda.set_device(device)
-    with Bridge(TrainerSession(Token.parse(token), 0), device) as bridge:
+    with Bridge(TrainerSession(token, 0), device) as bridge:
         bridge.wait_ready()
         while (order := pipe.recv()) is not None:
             work, *arguments = order
             pipe.send(work(bridge, device, *arguments))
 
 
-def _teach_answers(token: str, offer: Offer, card: int) -> None:
+def _teach(token: Token, offer: Offer, card: int, make: Callable[[torch.device, int], Forward], tokens: int) -> None:
     device = torch.device("cuda", card)
-    session = TeacherSession(Token.parse(token))
-    answers = torch.zeros(1, session.control.shape.max_tokens, ITEM, device=device)
-    _serve(session, offer, device, lambda batch: {"out": answers[:, : batch.input_ids.shape[1]]})
+    teach(token, offer, make(device, tokens), device)
 
 
-def _teach_logits(token: str, offer: Offer, card: int) -> None:
-    device = torch.device("cuda", card)
+def _answers(device: torch.device, tokens: int) -> Forward:
+    answers = torch.zeros(1, tokens, ITEM, device=device)
+    return lambda batch: {"out": answers[:, : batch.input_ids.shape[1]]}
+
+
+def _logits(device: torch.device, tokens: int) -> Forward:
     model = _model(device, seed=1)
-    _serve(TeacherSession(Token.parse(token)), offer, device, lambda batch: {"out": model(batch.input_ids)})
-
-
-def _serve(
-    session: TeacherSession, offer: Offer, device: torch.device, forward: Callable[[Batch], dict[str, torch.Tensor]]
-) -> None:
-    session.offer(offer)
-    Server(session, forward, Verbatim(offer.outputs), offer, device).serve()
+    return lambda batch: {"out": model(batch.input_ids)}
 
 
 def _model(device: torch.device, seed: int) -> torch.nn.Sequential:
@@ -279,8 +260,8 @@ def _time_calls(bridge: Bridge, device: torch.device, turns: int) -> tuple[float
 def _time_steps(bridge: Bridge, device: torch.device, turns: int) -> tuple[float, float, float]:
     student, teacher = _model(device, seed=0), _model(device, seed=1)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-    batches = [torch.randint(0, WORDS, (_ROWS, _SEQ)) for _ in range(turns + 3)]
-    fixed = torch.zeros(_ROWS, _SEQ, WORDS, device=device, dtype=torch.bfloat16)
+    batches = [torch.randint(0, WORDS, (ROWS, SEQ)) for _ in range(turns + 3)]
+    fixed = torch.zeros(ROWS, SEQ, WORDS, device=device, dtype=torch.bfloat16)
 
     def step(batch: torch.Tensor, answer: torch.Tensor) -> None:
         logits = student(batch.pin_memory().to(device, non_blocking=True))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from rich.table import Table
 
 from benchmarks import tables
-from benchmarks.cell import size_text
-from benchmarks.tables import Facts, Target
+from benchmarks.tables import Target, size_text
 
 COPY_SHARE = 0.97  # of the bandwidth of a plain copy
 CPU_US = 30.0
@@ -37,23 +35,15 @@ class Calls:
     bridge_us: float  # from submit until the reply is there on the GPU
     call_us: float  # the same forward, in one process
 
-    @property
-    def added_us(self) -> float:
-        return self.bridge_us - self.call_us
-
 
 @dataclass
 class Reading:
-    """A kernel that reads a reply `passes` times: seconds from its arrival to the last pass."""
+    """A kernel that reads a reply `passes` times: seconds from its arrival to the last pass, for each cuda.read."""
 
     nbytes: int
     passes: int
     copy_s: float
     in_place_s: float
-
-    @property
-    def faster(self) -> str:
-        return "copy" if self.copy_s < self.in_place_s else "in_place"
 
 
 @dataclass
@@ -69,95 +59,64 @@ class Step:
 class Results:
     """Everything that a run measured."""
 
-    facts: Facts
-    gpus: dict[str, str]  # teacher's and rank's card, driver, CUDA
     copies: list[Copy] = field(default_factory=list)
     calls: Calls | None = None
     readings: list[Reading] = field(default_factory=list)
     step: Step | None = None
 
     def targets(self) -> list[Target]:
-        return [self._copy(), self._cpu()]
+        """Of the copies the largest is judged, where launching no longer counts."""
+        copy = Target("copy of a reply: bandwidth / plain copy in one process", f"{COPY_SHARE:g}", "not measured", None)
+        cpu = Target("CPU time of submit + wait + release", f"{CPU_US:g} us", "not measured", None)
+        if self.copies:
+            largest = max(self.copies, key=lambda copy: copy.nbytes)
+            copy.found, copy.reached = f"{largest.share:.3f} ({size_text(largest.nbytes)})", largest.share >= COPY_SHARE
+        if self.calls:
+            cpu.found, cpu.reached = f"{self.calls.cpu_us:.1f} us", self.calls.cpu_us < CPU_US
+        return [copy, cpu]
 
-    def _copy(self) -> Target:
-        """The largest is meant: where launching no longer counts."""
-        text = "copy of a reply: bandwidth / plain copy in one process"
-        if not self.copies:
-            return Target(text, f"{COPY_SHARE:g}", "not measured", None)
-        largest = max(self.copies, key=lambda copy: copy.nbytes)
-        found = f"{largest.share:.3f} ({size_text(largest.nbytes)})"
-        return Target(text, f"{COPY_SHARE:g}", found, largest.share >= COPY_SHARE)
-
-    def _cpu(self) -> Target:
-        text = "CPU time of submit + wait + release"
-        if self.calls is None:
-            return Target(text, f"{CPU_US:g} us", "not measured", None)
-        return Target(text, f"{CPU_US:g} us", f"{self.calls.cpu_us:.1f} us", self.calls.cpu_us < CPU_US)
-
-
-def missed(found: Sequence[Target]) -> bool:
-    """Whether a target was not reached, or not measured."""
-    return not all(target.reached for target in found)
-
-
-def show(results: Results, about: str | None) -> None:
-    """Print everything."""
-    console = tables.console()
-    console.print(tables.header("cuda", results.facts, ", ".join(f"{k} {v}" for k, v in results.gpus.items())))
-    console.print(tables.about(about), style="dim")
-    for title, shown in shown_tables(results):
-        tables.show(console, title, shown)
-    tables.show(console, "targets", tables.targets(results.targets()))
-
-
-def shown_tables(results: Results) -> list[tuple[str, Table]]:
-    """Each with its title; of what was measured."""
-    found = [("copying a reply out of the teacher's memory", _copies(results.copies))] if results.copies else []
-    if results.calls:
-        found.append(("a small reply", _calls(results.calls)))
-    if results.readings:
-        found.append(("cuda.read: when which is faster", _readings(results.readings)))
-    if results.step:
-        found.append(("a training step", _step(results.step)))
-    return found
-
-
-def write_json(results: Results, path: Path) -> None:
-    """Every figure, with the machine, the versions and the targets."""
-    figures = asdict(results)
-    tables.write_json(path, "cuda", figures.pop("facts"), figures, results.targets())
-
-
-def _copies(copies: Sequence[Copy]) -> Table:
-    made = tables.table((), ("reply", "from the teacher", "plain copy", "share"))
-    for copy in copies:
-        rates = (f"{copy.nbytes / seconds / 1e9:.0f} GB/s" for seconds in (copy.reply_s, copy.plain_s))
-        made.add_row(size_text(copy.nbytes), *rates, f"{copy.share:.3f}")
-    return made
+    def shown(self) -> Iterator[tuple[str, Table]]:
+        """Tables with their titles, of what was measured."""
+        if self.copies:
+            rows = [
+                (
+                    size_text(each.nbytes),
+                    _rate(each.nbytes, each.reply_s),
+                    _rate(each.nbytes, each.plain_s),
+                    f"{each.share:.3f}",
+                )
+                for each in self.copies
+            ]
+            numbers = ("reply", "from the teacher", "plain copy", "share")
+            yield "copying a reply out of the teacher's memory", tables.table((), numbers, rows=rows)
+        if self.calls:
+            calls = self.calls
+            times = (calls.bridge_us, calls.call_us, calls.bridge_us - calls.call_us, calls.cpu_us)
+            numbers = ("over the bridge", "in one process", "added", "CPU of the rank")
+            yield "a small reply", tables.table((), numbers, rows=[[f"{us:.1f} us" for us in times]])
+        if self.readings:
+            rows = [
+                (
+                    *(size_text(each.nbytes), str(each.passes)),
+                    *(f"{1e6 * seconds:.0f} us" for seconds in (each.copy_s, each.in_place_s)),
+                    "copy" if each.copy_s < each.in_place_s else "in_place",
+                )
+                for each in self.readings
+            ]
+            numbers = ("reply", "passes", "copy", "in_place", "faster")
+            yield "cuda.read: when which is faster", tables.table((), numbers, rows=rows)
+        if self.step:
+            arms = {
+                "without a teacher": self.step.alone_s,
+                "with the teacher over the bridge": self.step.bridge_s,
+                "with the teacher in one process": self.step.together_s,
+            }
+            rows = [
+                (name, f"{1000 * seconds:.2f} ms", f"{seconds / self.step.alone_s:.2f}")
+                for name, seconds in arms.items()
+            ]
+            yield "a training step", tables.table(("",), ("step", "x alone"), rows=rows)
 
 
-def _calls(calls: Calls) -> Table:
-    made = tables.table((), ("over the bridge", "in one process", "added", "CPU of the rank"))
-    made.add_row(*(f"{us:.1f} us" for us in (calls.bridge_us, calls.call_us, calls.added_us, calls.cpu_us)))
-    return made
-
-
-def _readings(readings: Sequence[Reading]) -> Table:
-    made = tables.table((), ("reply", "passes", "copy", "in_place"))
-    made.add_column("faster")
-    for one in readings:
-        times = (f"{1e6 * seconds:.0f} us" for seconds in (one.copy_s, one.in_place_s))
-        made.add_row(size_text(one.nbytes), str(one.passes), *times, one.faster)
-    return made
-
-
-def _step(step: Step) -> Table:
-    made = tables.table(("",), ("step", "x alone"))
-    rows = {
-        "without a teacher": step.alone_s,
-        "with the teacher over the bridge": step.bridge_s,
-        "with the teacher in one process": step.together_s,
-    }
-    for name, seconds in rows.items():
-        made.add_row(name, f"{1000 * seconds:.2f} ms", f"{seconds / step.alone_s:.2f}")
-    return made
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / seconds / 1e9:.0f} GB/s"

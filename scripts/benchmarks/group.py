@@ -1,57 +1,58 @@
 """A data-parallel training group and its teachers, with simulated devices and the real Owner, Server and Bridge.
 
-A step of a rank is a third of its device time for the forward, the reply, two thirds for loss and backward, and a meeting
-of all ranks, which stands for the all-reduce of the gradients: nobody begins the next step before all have ended this one.
+On a simulated device time passes and nothing is computed, so that a few cores can stand for a machine of GPUs. Work ends at
+an absolute deadline, the moment it began plus the time it takes; a sleep that is cut short is continued. What a sleep
+oversleeps, the wake-up of a process, is part of every step: nothing is subtracted.
+
+A step of a rank is a third of its device's time for the forward, the reply, two thirds for loss and backward, and a barrier of
+all ranks, which stands for the all-reduce of the gradients.
 """
 
 from __future__ import annotations
 
-import itertools
+import argparse
+import mmap
 import random
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
+from rich.text import Text
 
-from benchmarks.device import Counts, TeacherDevice, right, sleep_until
-from benchmarks.processes import Failed, Processes, precise_sleeps, uninterrupted
+from benchmarks import tables
+from benchmarks.bridge import SETTINGS
+from benchmarks.processes import Failed, Processes, precise_sleeps, sleep_until, undoing
 from shmbridge import config, teacher_job
 from shmbridge.bridge import Bridge
 from shmbridge.owner import Owner
+from shmbridge.payload import Batch
 from shmbridge.session import TeacherSession, TrainerSession
 
 TOKENS = 1024  # of each request
-FORWARD_SHARE = 1 / 3
+FORWARD_SHARE = 1 / 3  # of a step of the student
+_WIDTH = 16  # float32 for each position of a reply: 64 KB for 1024 tokens, as much as a top-k of 8 words and IDs
 _TAIL = 2  # steps behind the measured ones, so that a prefetch is ahead to the end
+_FORWARDS, _DEVICE_S, _CPU_S = range(3)  # what a teacher counts
 
 
 class Order(NamedTuple):
-    """A turn of a group."""
+    """A turn of a group. `way` is how the loop asks: alone, exchange, submit or prefetch."""
 
     way: str
-    student_s: float
     warm: int
     steps: int
+    student_s: float = 0.0
+    forward_s: float = 0.0  # of a teacher, whatever the batch
+    token_s: float = 0.0  # and for each token of it, padding too
     meets: bool = True  # at the end of each step
     apart_s: float = 0.0  # ranks ask up to that much later than they could, each step anew
-
-
-class Turn(NamedTuple):
-    """What a rank saw of the measured steps, of the teachers as well."""
-
-    elapsed_s: float
-    cpu_s: float
-    replies: int  # of all steps, the unmeasured ones too
-    wrong: int
-    teachers: list[Counts]
 
 
 class Sample(NamedTuple):
@@ -59,29 +60,10 @@ class Sample(NamedTuple):
 
     step_s: float
     forwards: float  # of all teachers
-    rows: float  # of one forward
     busy: float  # share of the step in which the busiest teacher's device works
-    late_s: float  # overslept by that device
     teacher_cpu: float  # cores, of all teachers together
     ranks_cpu: float  # cores, of all ranks together
     replies: int  # of the whole turn, each the right one
-
-
-def sample(turns: Sequence[Turn], steps: int) -> Sample:
-    """What the ranks' turns come to; the teachers are seen by rank 0."""
-    elapsed, teachers = statistics.mean(turn.elapsed_s for turn in turns), turns[0].teachers
-    forwards = sum(counts.forwards for counts in teachers)
-    busiest = max(teachers, key=lambda counts: counts.device_s)
-    return Sample(
-        step_s=elapsed / steps,
-        forwards=forwards / steps,
-        rows=sum(counts.rows for counts in teachers) / forwards if forwards else 0.0,
-        busy=busiest.device_s / elapsed,
-        late_s=busiest.late_s / steps,
-        teacher_cpu=sum(counts.cpu_s for counts in teachers) / elapsed,
-        ranks_cpu=sum(turn.cpu_s for turn in turns) / elapsed,
-        replies=sum(turn.replies for turn in turns),
-    )
 
 
 def median(samples: Sequence[Sample]) -> Sample:
@@ -90,62 +72,89 @@ def median(samples: Sequence[Sample]) -> Sample:
     return Sample(*middle, sum(one.replies for one in samples))
 
 
-class Meeting:
-    """A barrier of a few semaphores: all report to rank 0, which lets them go."""
+def measure(
+    plans: Mapping[Any, tuple[tuple[int, int, str], Order]], repeats: int, patience_s: float
+) -> dict[Any, list[Sample]]:
+    """Give each case turns, in rounds that begin with another case each time.
 
-    def __init__(self, ranks: int) -> None:
-        fork = mp.get_context("fork")
-        self._arrived = fork.Semaphore(0)
-        self._go = [fork.Semaphore(0) for _ in range(1, ranks)]
+    Args:
+        plans: For each case its group (ranks, teachers, a setting) and its order. All groups are alive at once.
+        repeats: Turns of each case.
+        patience_s: When a process that does not answer counts as hung.
 
-    def wait(self, rank: int) -> None:
-        if rank:
-            self._arrived.release()
-            self._go[rank - 1].acquire()
-            return
-        for _ in self._go:
-            self._arrived.acquire()
-        for go in self._go:
-            go.release()
+    Raises:
+        Failed: a process did not answer, or a reply was wrong.
+    """
+    samples: dict[Any, list[Sample]] = {case: [] for case in plans}
+    cases = list(plans)
+    with undoing() as undo:
+        groups = {}
+        for kind in dict.fromkeys(kind for kind, _ in plans.values()):
+            groups[kind] = Group(*kind, patience_s)
+            undo.callback(groups[kind].stop)
+            groups[kind].start()
+        for turn in range(repeats):
+            first = turn * len(cases) // repeats
+            for number, case in enumerate([*cases[first:], *cases[:first]], 1):
+                tables.progress(f"[{turn + 1}/{repeats}, {number}/{len(cases)}] {case}")
+                kind, order = plans[case]
+                samples[case].append(groups[kind].turn(order))
+    return samples
+
+
+def figures(samples: Mapping[Any, Sequence[Sample]]) -> list[dict[str, Any]]:
+    """Cases with their turns, for JSON."""
+    return [{**case._asdict(), "turns": [turn._asdict() for turn in turns]} for case, turns in samples.items()]
+
+
+def turns_text(options: argparse.Namespace, warm: int) -> str:
+    return f"{options.repeats} x {options.steps} steps of each case, {warm} before them"
+
+
+def replies_text(found: Iterable[Sample]) -> Text:
+    replies = sum(each.replies for each in found)
+    return Text(f"{replies} of {replies} replies are the answer to their request")
 
 
 class Group:
     """Ranks and their teachers, alive until `stop`; they take turns with those of other groups."""
 
-    def __init__(self, ranks: int, teachers: int, overrides: Sequence[str], scratch: Path, patience_s: float) -> None:
-        self.ranks = ranks
-        self.device = TeacherDevice(teachers)
-        settings = [
-            "teacher.model=bench:simulated",
-            f"ring.max_tokens={TOKENS}",
-            "ring.max_batch=1",
-            "parity=false",
-            "log.stats_every=0",
-        ]
-        self._owner = Owner(config.load(overrides=[*settings, *overrides]), ranks, teachers)
+    def __init__(self, ranks: int, teachers: int, setting: str, patience_s: float) -> None:
+        overrides = [*SETTINGS, f"ring.max_tokens={TOKENS}", "ring.max_batch=1", setting]
+        self._processes = Processes(patience_s)
+        self._owner = Owner(config.load(overrides=overrides), ranks, teachers)
         self._token = self._owner.start_generation()
-        self._meeting = Meeting(ranks)
-        self._processes = Processes(scratch, patience_s)
-        self._teachers = teachers
+        self._barrier = _barrier(ranks)
+        # In memory that all processes share: what a forward takes, in all and for each token, and what each teacher counts.
+        words = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE))
+        self._forward_s, self._counts = words[:2], words[8 : 8 + 3 * teachers].reshape(teachers, 3)
+        self._ranks = ranks
 
     def start(self) -> None:
         """Fork and connect. Raises Failed; `stop` is due in any case."""
-        for index in range(self._teachers):
+        for index in range(len(self._counts)):
             self._processes.fork(partial(self._teach, index))
-        for index in range(self.ranks):
+        for index in range(self._ranks):
             self._processes.fork_with_pipe(partial(self._train, index))
         self._owner.create_replies(self._processes.until(self._owner.offered))
         self._processes.collect()
 
-    def turn(self, order: Order, fixed_s: float = 0.0, per_token_s: float = 0.0) -> Sample:
-        """Every rank makes its steps; a teacher's forward takes `fixed_s`, and `per_token_s` for each token. Raises Failed."""
-        self.device.set(fixed_s, per_token_s)
+    def turn(self, order: Order) -> Sample:
+        """Every rank makes its steps. Raises Failed."""
+        self._forward_s[:] = order.forward_s, order.token_s
         self._processes.send(order)
-        turns: list[Turn] = self._processes.collect()
-        wrong = sum(turn.wrong for turn in turns)
-        if wrong:
+        turns: list[_Turn] = self._processes.collect()
+        if wrong := sum(turn.wrong for turn in turns):
             raise Failed(f"{wrong} replies were not the answer to their request")
-        return sample(turns, order.steps)
+        elapsed_s, counts = statistics.mean(turn.elapsed_s for turn in turns), turns[0].counts
+        return Sample(
+            step_s=elapsed_s / order.steps,
+            forwards=float(counts[:, _FORWARDS].sum()) / order.steps,
+            busy=float(counts[:, _DEVICE_S].max()) / elapsed_s,
+            teacher_cpu=float(counts[:, _CPU_S].sum()) / elapsed_s,
+            ranks_cpu=sum(turn.cpu_s for turn in turns) / elapsed_s,
+            replies=sum(turn.replies for turn in turns),
+        )
 
     def stop(self) -> None:
         """End the processes and remove the session."""
@@ -157,7 +166,18 @@ class Group:
     def _teach(self, index: int) -> None:
         precise_sleeps()
         session = TeacherSession(self._token, index)
-        teacher_job.serve(session, partial(self.device.forward, index), torch.device("cpu"))
+        teacher_job.serve(session, partial(self._forward, self._counts[index]), torch.device("cpu"))
+
+    def _forward(self, counts: np.ndarray, batch: Batch) -> dict[str, torch.Tensor]:
+        """The answer to a position is its token ID, _WIDTH times."""
+        began = time.monotonic()
+        deadline = began + self._forward_s[0] + self._forward_s[1] * batch.input_ids.numel()
+        answer = batch.input_ids.float().unsqueeze(-1).expand(*batch.input_ids.shape, _WIDTH)
+        sleep_until(deadline)
+        counts[_FORWARDS] += 1
+        counts[_DEVICE_S] += time.monotonic() - began
+        counts[_CPU_S] = time.process_time()
+        return {"answer": answer}
 
     def _train(self, index: int, pipe: Connection) -> None:
         precise_sleeps()
@@ -165,110 +185,75 @@ class Group:
             bridge.wait_ready()
             pipe.send(None)
             while (order := pipe.recv()) is not None:
-                pipe.send(self._measure(index, bridge, order))
+                pipe.send(self._steps(index, bridge, order))
 
-    def _measure(self, index: int, bridge: Bridge, order: Order) -> Turn:
-        student = _Student(index, order)
-        steps = WAYS[order.way](bridge, student, order.warm + order.steps + _TAIL)
-        self._meeting.wait(index)
-        meet = self._meeting.wait if order.meets else lambda _: None
-        for _ in itertools.islice(steps, order.warm):
-            meet(index)
-        began, cpu, before = time.monotonic(), time.process_time(), self.device.counts()
-        for _ in itertools.islice(steps, order.steps):
-            meet(index)
-        elapsed_s, cpu_s, after = time.monotonic() - began, time.process_time() - cpu, self.device.counts()
-        for _ in steps:
-            meet(index)
-        teachers = [now.since(then) for now, then in zip(after, before, strict=True)]
-        return Turn(elapsed_s, cpu_s, student.replies, student.wrong, teachers)
-
-
-@contextmanager
-def alive(patience_s: float) -> Iterator[Callable[..., Group]]:
-    """A function that starts a Group(ranks, teachers, overrides); all are stopped at the end, whatever happens."""
-    with ExitStack() as undo:
-
-        def start(ranks: int, teachers: int, overrides: Sequence[str] = ()) -> Group:
-            scratch = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="shmbridge-bench-")))
-            group = Group(ranks, teachers, overrides, scratch, patience_s)
-            undo.callback(group.stop)
-            group.start()
-            return group
-
-        try:
-            yield start
-        finally:
-            with uninterrupted():
-                undo.close()
+    def _steps(self, index: int, bridge: Bridge, order: Order) -> _Turn:
+        """The replies of all steps are looked at, in the shadow of the device's backward."""
+        last, marks = order.warm + order.steps, []
+        replies = wrong = 0
+        self._barrier(index)
+        asked = _asked(bridge, order.way, _batches(index, last + _TAIL, order.apart_s))
+        for step, (ids, answer) in enumerate(asked, 1):
+            sleep_until(time.monotonic() + FORWARD_SHARE * order.student_s)
+            with answer() as reply:
+                backward = time.monotonic() + (1 - FORWARD_SHARE) * order.student_s
+                if reply is not None:
+                    replies += 1
+                    wrong += not (reply["answer"] == ids.unsqueeze(-1)).all()
+                sleep_until(backward)
+            if order.meets:
+                self._barrier(index)
+            if step in (order.warm, last):
+                marks.append((time.monotonic(), time.process_time(), self._counts.copy()))
+        (began, cpu, before), (ended, cpu_at_end, after) = marks
+        return _Turn(ended - began, cpu_at_end - cpu, after - before, replies, wrong)
 
 
-class _Student:
-    """A rank's model: it sleeps, and looks at every reply."""
+class _Turn(NamedTuple):
+    """What a rank saw of the measured steps; replies are of all steps."""
 
-    def __init__(self, rank: int, order: Order) -> None:
-        self._ids = torch.arange(TOKENS).reshape(1, TOKENS) + 1_000_000 * rank
-        self._step_s, self._apart_s = order.student_s, order.apart_s
-        self._random = random.Random(rank)
-        self.replies = self.wrong = 0
-
-    def batches(self, count: int) -> Iterator[torch.Tensor]:
-        """`count` different ones."""
-        for step in range(count):
-            if self._apart_s:
-                sleep_until(time.monotonic() + self._random.uniform(0, self._apart_s))
-            yield self._ids + step
-
-    def forward(self) -> None:
-        if self._step_s:
-            sleep_until(time.monotonic() + FORWARD_SHARE * self._step_s)
-
-    def backward(self, ids: torch.Tensor | None = None, answer: torch.Tensor | None = None) -> None:
-        """The rest of the step, and in the device's shadow a look at the reply, which is no part of any step."""
-        deadline = time.monotonic() + (1 - FORWARD_SHARE) * self._step_s
-        if ids is not None and answer is not None:
-            self.replies += 1
-            self.wrong += not right(ids, answer)
-        if self._step_s:
-            sleep_until(deadline)
+    elapsed_s: float
+    cpu_s: float
+    counts: np.ndarray  # of each teacher
+    replies: int
+    wrong: int
 
 
-Way = Callable[[Bridge, _Student, int], Iterator[None]]
+def _barrier(ranks: int) -> Callable[[int], None]:
+    """Few semaphores, which are part of each step: all report to rank 0, which lets them go. It is called with the rank."""
+    fork = mp.get_context("fork")
+    arrived, go = fork.Semaphore(0), [fork.Semaphore(0) for _ in range(1, ranks)]
+
+    def wait(rank: int) -> None:
+        if rank:
+            arrived.release()
+            go[rank - 1].acquire()
+            return
+        for _ in go:
+            arrived.acquire()
+        for each in go:
+            each.release()
+
+    return wait
 
 
-def _alone(_: Bridge, student: _Student, steps: int) -> Iterator[None]:
-    for _ids in student.batches(steps):
-        student.forward()
-        student.backward()
-        yield
+def _batches(rank: int, count: int, apart_s: float) -> Iterator[torch.Tensor]:
+    """`count` different ones, each up to `apart_s` late."""
+    late = random.Random(rank)
+    for step in range(count):
+        if apart_s:
+            sleep_until(time.monotonic() + late.uniform(0, apart_s))
+        yield torch.arange(TOKENS).reshape(1, TOKENS) + 1_000_000 * rank + step
 
 
-def _exchange(bridge: Bridge, student: _Student, steps: int) -> Iterator[None]:
-    """Ask and wait, then make the step."""
-    for ids in student.batches(steps):
-        reply = bridge.exchange(ids)
-        student.forward()
-        student.backward(ids, reply["answer"])
-        yield
-
-
-def _submit(bridge: Bridge, student: _Student, steps: int) -> Iterator[None]:
-    """Ask at the step's begin, wait where the reply is needed."""
-    for ids in student.batches(steps):
-        pending = bridge.submit(ids)
-        student.forward()
-        with pending.wait() as reply:
-            student.backward(ids, reply["answer"])
-        yield
-
-
-def _prefetch(bridge: Bridge, student: _Student, steps: int) -> Iterator[None]:
-    """Asked for one step before."""
-    for ids, pending in bridge.prefetch(student.batches(steps)):
-        student.forward()
-        with pending.wait() as reply:
-            student.backward(ids, reply["answer"])
-        yield
-
-
-WAYS: dict[str, Way] = {"alone": _alone, "exchange": _exchange, "submit": _submit, "prefetch": _prefetch}
+def _asked(
+    bridge: Bridge, way: str, batches: Iterator[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, Callable[[], AbstractContextManager[Any]]]]:
+    """Batches, each with what waits for its reply, which is called where the step needs it."""
+    if way == "prefetch":  # asked for one step before
+        return ((ids, pending.wait) for ids, pending in bridge.prefetch(batches))
+    if way == "submit":  # at the step's begin
+        return ((ids, bridge.submit(ids).wait) for ids in batches)
+    if way == "exchange":  # and waited for before the step
+        return ((ids, partial(nullcontext, bridge.exchange(ids))) for ids in batches)
+    return ((ids, nullcontext) for ids in batches)

@@ -17,24 +17,19 @@ import argparse
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks import machine
+from benchmarks import tables
 from shmbridge.head import Head
 from shmbridge.losses import LazyLogits, forward_kl, generalized_jsd
 
 TEMPERATURE = 2.0
-_WIDTH = 100
 _RUNS = 2
 LOSSES = ("forward KL", "JSD")
 FORMS = {"logits": ("plain", "shmbridge"), "in place": ("shmbridge",), "hidden + head": ("plain", "shmbridge")}
@@ -63,27 +58,38 @@ class Measured:
     seconds: float
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `bench.py losses`."""
-    parser.add_argument("--rows", type=int, default=2048, help="positions (default: 2048)")
-    parser.add_argument("--vocab", type=int, default=32768, help="words (default: 32768)")
-    parser.add_argument("--dim", type=int, default=256, help="width of the hidden states (default: 256)")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of all inputs (default: float32,bfloat16)")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> int:
     """Measure every contestant and print the table."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)  # read by the fresh processes
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _WIDTH
-    console.print(_header(args), soft_wrap=True)
-    table = _table()
-    for dtype in args.dtypes.split(","):
-        for loss in LOSSES:
-            _add_section(table, args, loss, dtype)
-    console.print(table)
+    facts = tables.Facts.now()
+    numbers = ("peak", "x logits", "x plain", "CPU", "x plain")
+    rows = [row for dtype in options.dtypes for loss in LOSSES for row in _rows(options, loss, dtype)]
+    measured = tables.table(("loss", "dtype", "student", "formula"), numbers, rows=rows, grouped=2)
+    setting = (
+        f"{options.rows} rows x {options.vocab} words, hidden states of {options.dim}, temperature {TEMPERATURE:g}"
+    )
+    tables.report("losses", None, facts, settings=[setting], shown=[measured])
     return 0
+
+
+def _rows(options: argparse.Namespace, loss: str, dtype: str) -> Iterator[tuple[str, ...]]:
+    plain: dict[str, Measured] = {}
+    for form, contestants in FORMS.items():
+        for contestant in contestants:
+            case = Case(loss, dtype, form, contestant, options.rows, options.vocab, options.dim)
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                found = fresh.apply(measure, (case,))
+            if contestant == "plain":
+                plain[form] = found
+            base = plain.get(form, plain["logits"])
+            yield (
+                *(loss, dtype, form, contestant),
+                f"{found.peak_bytes / 2**20:.0f} MiB",
+                f"{found.peak_bytes / case.logits_bytes:.2f}",
+                f"{found.peak_bytes / max(1, base.peak_bytes):.2f}",
+                f"{found.seconds:.2f} s",
+                f"{found.seconds / base.seconds:.2f}",
+            )
 
 
 def measure(case: Case) -> Measured:
@@ -92,37 +98,12 @@ def measure(case: Case) -> Measured:
     small = replace(case, rows=8, vocab=64, dim=8)
     _step(small, *_inputs(small))
     inputs = _inputs(case)
-    _forget_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from what is resident now
     before = _status_bytes("VmRSS")
     seconds = [_step(case, *inputs)]
     peak = _status_bytes("VmHWM") - before
     seconds += [_step(case, *inputs) for _ in range(_RUNS - 1)]
     return Measured(peak, min(seconds))
-
-
-def _add_section(table: Table, args: argparse.Namespace, loss: str, dtype: str) -> None:
-    plain: dict[str, Measured] = {}
-    for form, contestants in FORMS.items():
-        for contestant in contestants:
-            case = Case(loss, dtype, form, contestant, args.rows, args.vocab, args.dim)
-            found = _in_a_fresh_process(case)
-            if contestant == "plain":
-                plain[form] = found
-            base = plain.get(form, plain["logits"])
-            table.add_row(
-                *(loss, dtype, form, contestant),
-                f"{found.peak_bytes / 2**20:.0f} MiB",
-                f"{found.peak_bytes / case.logits_bytes:.2f}",
-                f"{found.peak_bytes / max(1, base.peak_bytes):.2f}",
-                f"{found.seconds:.2f} s",
-                f"{found.seconds / base.seconds:.2f}",
-            )
-    table.add_section()
-
-
-def _in_a_fresh_process(case: Case) -> Measured:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (case,))
 
 
 def _inputs(case: Case) -> tuple[Tensor, ...]:
@@ -140,7 +121,7 @@ def _step(case: Case, teacher: Tensor, *student: Tensor) -> float:
     """CPU seconds of forward and backward."""
     started = time.process_time()
     loss = _plain(case, teacher, *student) if case.contestant == "plain" else _ours(case, teacher, *student)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.process_time() - started
     for tensor in student:
         tensor.grad = None
@@ -172,35 +153,8 @@ def _plain_jsd(student: Tensor, teacher: Tensor) -> Tensor:
     return 0.5 * (_plain_forward(mixture, teacher) + _plain_forward(mixture, student))
 
 
-def _forget_peak() -> None:
-    """VmHWM starts again from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(name)
-
-
-def _header(args: argparse.Namespace) -> str:
-    found, load = machine.facts(), " ".join(map(str, machine.load()))
-    kind = "virtual machine" if found["virtual_machine"] == "yes" else "no virtual machine"
-    versions = machine.versions()
-    return (
-        f"losses  {datetime.now(UTC).isoformat(timespec='seconds')}  load {load}\n"
-        f"{found['cpu']}, {found['physical_cores_allowed']} cores, {found['memory_gib']} GiB, {kind}, "
-        f"Linux {found['kernel']}\n"
-        f"python {versions['python']}, torch {versions['torch']}\n"
-        f"{args.rows} rows x {args.vocab} words, hidden states of {args.dim}, temperature {TEMPERATURE:g}"
-    )
-
-
-def _table() -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("loss", "dtype", "student", "formula"):
-        table.add_column(name, no_wrap=True)
-    for name in ("peak", "x logits", "x plain", "CPU", "x plain"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table

@@ -12,88 +12,84 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.device import sleep_until
 from benchmarks.group import FORWARD_SHARE
+from benchmarks.processes import sleep_until
 
 VOCAB, TOKENS, EPOCHS = 512, 8, 2
 
 
-class Turn(NamedTuple):
-    """What a rank saw of one case; in seconds, of steps that are not the first of their epoch."""
+def build(settings: Any) -> Any:
+    """The teacher."""
 
-    steps: list[float]
-    first: float
-    """The first step of an epoch takes so much longer, in the mean."""
-
-
-class SimulatedTeacher:
-    vocab_size = VOCAB
-
-    def __call__(self, batch: Any) -> dict[str, torch.Tensor]:
+    def forward(batch: Any) -> dict[str, torch.Tensor]:
         deadline = time.monotonic() + int(batch.input_ids.max()) / 1000
         logits = torch.zeros(*batch.input_ids.shape, VOCAB)
         sleep_until(deadline)
         return {"logits": logits}
 
-
-def build(settings: Any) -> SimulatedTeacher:
-    return SimulatedTeacher()
-
-
-class _Clock:
-    """The student's device: when its forward and its backward began."""
-
-    forward_at = backward_at = 0.0
+    forward.vocab_size = VOCAB
+    return forward
 
 
-class _Sleep(torch.autograd.Function):
-    """In the forward, sleep to the end of the forward's time; in the backward, begin its time."""
+class Device:
+    """The student's: when its forward and its backward began, in seconds of the monotonic clock."""
+
+    def __init__(self, student_s: float) -> None:
+        self.student_s = student_s
+        self.forward_at = self.backward_at = 0.0
+
+
+class Begin(torch.autograd.Function):
+    """Behind the embedding: the forward begins, and the backward ends."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, clock: _Clock, student_s: float) -> torch.Tensor:
-        ctx.clock = clock
-        sleep_until(clock.forward_at + FORWARD_SHARE * student_s)
+    def forward(ctx: Any, hidden: torch.Tensor, device: Device) -> torch.Tensor:
+        ctx.device = device
+        device.forward_at = time.monotonic()
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        ctx.clock.backward_at = time.monotonic()
-        return gradient, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        sleep_until(ctx.device.backward_at + (1 - FORWARD_SHARE) * ctx.device.student_s)
+        return gradient, None
 
 
-class _SleepBack(torch.autograd.Function):
-    """In the forward, begin its time; in the backward, sleep to the end of the backward's time."""
+class End(torch.autograd.Function):
+    """Before the output head: the forward ends, and the backward begins."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, clock: _Clock, student_s: float) -> torch.Tensor:
-        ctx.clock, ctx.student_s = clock, student_s
-        clock.forward_at = time.monotonic()
+    def forward(ctx: Any, hidden: torch.Tensor, device: Device) -> torch.Tensor:
+        ctx.device = device
+        sleep_until(device.forward_at + FORWARD_SHARE * device.student_s)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        sleep_until(ctx.clock.backward_at + (1 - FORWARD_SHARE) * ctx.student_s)
-        return gradient, None, None
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.device.backward_at = time.monotonic()
+        return gradient, None
 
 
 def student(student_s: float) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    """A small model on a simulated device."""
+    shape = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    clock = _Clock()
-    model.model.embed_tokens.register_forward_hook(lambda *given: _SleepBack.apply(given[-1], clock, student_s))
-    model.model.norm.register_forward_hook(lambda *given: _Sleep.apply(given[-1], clock, student_s))
+    model, device = LlamaForCausalLM(shape), Device(student_s)
+    model.model.embed_tokens.register_forward_hook(lambda *given: Begin.apply(given[-1], device))
+    model.model.norm.register_forward_hook(lambda *given: End.apply(given[-1], device))
     return model
 
 
-class _Times(TrainerCallback):
+class Times(TrainerCallback):
+    """When each epoch began and each of its steps ended."""
+
     def __init__(self) -> None:
-        self.epochs: list[list[float]] = []  # the begin of each, and the end of each of its steps
+        self.epochs: list[list[float]] = []
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.epochs.append([time.monotonic()])
@@ -101,15 +97,13 @@ class _Times(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.epochs[-1].append(time.monotonic())
 
-    def turn(self) -> Turn:
-        spans = [[after - before for before, after in itertools.pairwise(ends)] for ends in self.epochs]
-        steps = [span for epoch in spans for span in epoch[1:]]
-        return Turn(steps, statistics.mean(epoch[0] for epoch in spans) - statistics.mean(steps))
 
-
-def measure(out: Path, teacher_ms: int, student_ms: float, accumulation: int, steps: int, distils: bool) -> Turn:
-    """Two epochs of a case."""
-    torch.distributed.is_initialized() and torch.distributed.barrier()
+def measure(
+    out: Path, teacher_ms: int, student_ms: float, accumulation: int, steps: int, distils: bool
+) -> tuple[list[float], float]:
+    """The fields of benchmarks.trainer.Turn, of two epochs of a case."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     arguments = TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=1,
@@ -120,27 +114,23 @@ def measure(out: Path, teacher_ms: int, student_ms: float, accumulation: int, st
         disable_tqdm=True,
         use_cpu=True,
     )
-    row = {"input_ids": [teacher_ms] * TOKENS, "labels": [teacher_ms] * TOKENS}
-    given: dict[str, Any] = {"model": student(student_ms / 1000), "args": arguments}
-    given["train_dataset"] = [row] * (steps * accumulation * arguments.world_size)
+    trainer_class: Any = Trainer
     if distils:
-        from shmbridge.integrations.transformers import DistillationTrainer
-
-        trainer: Trainer = DistillationTrainer(**given)
-    else:
-        trainer = Trainer(**given)
-    times = _Times()
-    trainer.add_callback(times)
-    trainer.train()
-    return times.turn()
+        from shmbridge.integrations.transformers import DistillationTrainer as trainer_class  # noqa: N813
+    row = {"input_ids": [teacher_ms] * TOKENS, "labels": [teacher_ms] * TOKENS}
+    dataset, times = [row] * (steps * accumulation * arguments.world_size), Times()
+    trainer_class(student(student_ms / 1000), arguments, train_dataset=dataset, callbacks=[times]).train()
+    spans = [[after - before for before, after in itertools.pairwise(ends)] for ends in times.epochs]
+    later = [span for epoch in spans for span in epoch[1:]]
+    return later, statistics.mean(epoch[0] for epoch in spans) - statistics.mean(later)
 
 
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     turns = [measure(out, **case) for case in cases]
-    rank = torch.distributed.get_rank()
-    (out / f"rank-{rank}.json").write_text(json.dumps(turns))
+    if torch.distributed.get_rank() == 0:
+        (out / "rank-0.json").write_text(json.dumps(turns))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

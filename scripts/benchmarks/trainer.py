@@ -16,17 +16,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.table import Table
-
-from benchmarks import machine, tables
-from benchmarks.tables import Facts, Target
+from benchmarks import tables
+from benchmarks.processes import Failed
+from benchmarks.tables import Target
 
 LIMIT = 1.05
 SCRIPTS = Path(__file__).parents[1]
+QUICK = {"student_ms": 20, "micro_batches": 8, "depths": [1]}
 
 
 class Case(NamedTuple):
@@ -42,59 +41,51 @@ class Case(NamedTuple):
         return self.accumulation * max(self.teacher_ms, self.student_ms) / 1000
 
 
-@dataclass
-class Results:
-    facts: Facts
-    turns: dict[Case, tuple[list[float], float]] = field(default_factory=dict)
-    """The steps but the first of an epoch, and how much longer that one takes; in seconds, of rank 0."""
+class Turn(NamedTuple):
+    """What rank 0 saw of a case, in seconds."""
 
-    def step_s(self, case: Case) -> float:
-        return statistics.median(self.turns[case][0])
+    steps: list[float]
+    """All but the first of each epoch."""
+    first: float
+    """The first step of an epoch takes so much longer, in the mean."""
 
-    def of_host(self, case: Case) -> float:
-        """The step against what Trainer takes without a teacher, or the teacher alone."""
-        plain = self.step_s(case._replace(depth=0, teacher_ms=0))
-        return self.step_s(case) / max(plain, case.accumulation * case.teacher_ms / 1000)
-
-    def targets(self) -> list[Target]:
-        found = {case: self.step_s(case) / case.ideal_s for case in self.turns if case.depth}
-        worst = max(found, key=lambda case: found[case])
-        text = f"{found[worst]:.3f} (depth {worst.depth}, k {worst.accumulation}, t {worst.teacher_ms} ms)"
-        return [Target("the step / k max(t, s): the worst", f"{LIMIT}", text, found[worst] <= LIMIT)]
+    @property
+    def step_s(self) -> float:
+        return statistics.median(self.steps)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure every case, print the table, write the JSON. 1 where a run failed."""
-    if options.quick:
-        options.student_ms, options.micro_batches, options.depths = 20, 8, options.depths[:1]
-    s = options.student_ms
-    results = Results(Facts.now())
+    """Measure every case, print the table, write the JSON. Raises Failed."""
+    facts, s = tables.Facts.now(), options.student_ms
+    times = [round(multiple * s) for multiple in options.multiples]
+    turns: dict[Case, Turn] = {}
     for depth in options.depths:
-        times = [round(multiple * s) for multiple in options.multiples]
-        cases = [Case(depth, k, t, s) for k in options.accumulation for t in times]
-        if depth == options.depths[0]:
-            cases = [Case(0, k, 0, s) for k in options.accumulation] + cases
+        cases = [] if turns else [Case(0, k, 0, s) for k in options.accumulation]
+        cases += [Case(depth, k, t, s) for k in options.accumulation for t in times]
         tables.progress(f"ring.depth={depth}")
-        if not _measure(depth, cases, options, results):
-            return 1
-    tables.progress("")
-    results.facts.load_at_end = machine.load()
-    console = tables.console()
-    setting = f"2 ranks, s = {s} ms, 2 epochs of {options.micro_batches} micro-batches in each case"
-    console.print(tables.header("trainer", results.facts, setting))
-    console.print(tables.about(__doc__), style="dim")
-    tables.show(console, "the step of DistillationTrainer, by ring.depth", _table(results))
-    tables.show(console, "targets", tables.targets(results.targets()))
-    if options.json:
-        figures = [
-            {**case._asdict(), "steps_s": steps, "first_s": first} for case, (steps, first) in results.turns.items()
-        ]
-        tables.write_json(options.json, "trainer", asdict(results.facts), {"cases": figures}, results.targets())
+        turns |= zip(cases, _measure(depth, cases, options), strict=True)
+    numbers = ("k", "t", "ideal", "step", "low to high", "x ideal", "x host", "first")
+    rows = [_cells(case, turn, turns) for case, turn in sorted(turns.items())]
+    ratios = {case: turn.step_s / case.ideal_s for case, turn in turns.items() if case.depth}
+    worst = max(ratios, key=lambda case: ratios[case])
+    found = f"{ratios[worst]:.3f} (depth {worst.depth}, k {worst.accumulation}, t {worst.teacher_ms} ms)"
+    tables.report(
+        "trainer",
+        __doc__,
+        facts,
+        settings=[f"2 ranks, s = {s} ms, 2 epochs of {options.micro_batches} micro-batches in each case"],
+        shown=[("the step of DistillationTrainer, by ring.depth", tables.table(("depth",), numbers, rows=rows))],
+        targets=[Target("the step / k max(t, s): the worst", f"{LIMIT}", found, ratios[worst] <= LIMIT)],
+        figures={
+            "cases": [{**case._asdict(), "steps_s": turn.steps, "first_s": turn.first} for case, turn in turns.items()]
+        },
+        path=options.json,
+    )
     return 0
 
 
-def _measure(depth: int, cases: list[Case], options: argparse.Namespace, results: Results) -> bool:
-    """All cases of a depth in one run under the launcher; what it printed, where it failed."""
+def _measure(depth: int, cases: list[Case], options: argparse.Namespace) -> list[Turn]:
+    """All cases of a depth in one run under the launcher. Raises Failed."""
     told = [
         {
             "teacher_ms": case.teacher_ms,
@@ -107,31 +98,27 @@ def _measure(depth: int, cases: list[Case], options: argparse.Namespace, results
     ]
     with tempfile.TemporaryDirectory() as out:
         settings = ["payload.logits={dtype: float32}", f"ring.depth={depth}", "ring.max_tokens=8", "log.stats_every=0"]
-        settings.append(f"timeouts.request_s={options.patience}")
+        settings += [f"timeouts.request_s={options.patience}", f"run_dir={out}"]
         launch = [sys.executable, "-m", "shmbridge.launch", "--cpu", "2", "--teacher", "benchmarks.trainee:build"]
-        script = ["--run-dir", out, *settings, "--", "-m", "benchmarks.trainee", out, json.dumps(told)]
-        done = subprocess.run([*launch, *script], cwd=SCRIPTS, capture_output=True, text=True, check=False)
+        script = ["--", "-m", "benchmarks.trainee", out, json.dumps(told)]
+        done = subprocess.run([*launch, *settings, *script], cwd=SCRIPTS, capture_output=True, text=True, check=False)
         if done.returncode:
-            print(f"failed: {done.stdout}{done.stderr}")
-            return False
-        turns = json.loads((Path(out) / "rank-0.json").read_text())
-    results.turns |= {case: (steps, first) for case, (steps, first) in zip(cases, turns, strict=True)}
-    return True
+            raise Failed(f"{done.stdout}{done.stderr}")
+        return [Turn(*turn) for turn in json.loads(Path(out, "rank-0.json").read_text())]
 
 
-def _table(results: Results) -> Table:
-    table = tables.table(("depth",), ("k", "t", "ideal", "step", "low to high", "x ideal", "x host", "first"))
-    for case, (steps, first) in sorted(results.turns.items()):
-        step = results.step_s(case)
-        table.add_row(
-            str(case.depth) if case.depth else "no teacher",
-            str(case.accumulation),
-            f"{case.teacher_ms} ms" if case.depth else "",
-            f"{1000 * case.ideal_s:.0f} ms",
-            f"{1000 * step:.1f} ms",
-            f"{1000 * min(steps):.1f} to {1000 * max(steps):.1f}",
-            f"{step / case.ideal_s:.3f}",
-            f"{results.of_host(case):.3f}" if case.depth else "",
-            f"+{1000 * first:.1f} ms",
-        )
-    return table
+def _cells(case: Case, turn: Turn, turns: dict[Case, Turn]) -> tuple[str, ...]:
+    """x host: against what Trainer takes without a teacher, or the teacher alone."""
+    step_s, plain_s = turn.step_s, turns[case._replace(depth=0, teacher_ms=0)].step_s
+    host_s = max(plain_s, case.accumulation * case.teacher_ms / 1000)
+    return (
+        str(case.depth) if case.depth else "no teacher",
+        str(case.accumulation),
+        f"{case.teacher_ms} ms" if case.depth else "",
+        f"{1000 * case.ideal_s:.0f} ms",
+        f"{1000 * step_s:.1f} ms",
+        f"{1000 * min(turn.steps):.1f} to {1000 * max(turn.steps):.1f}",
+        f"{step_s / case.ideal_s:.3f}",
+        f"{step_s / host_s:.3f}" if case.depth else "",
+        f"+{1000 * turn.first:.1f} ms",
+    )

@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from benchmarks import cuda, cuda_results  # noqa: E402
+from benchmarks import cuda  # noqa: E402
 from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step  # noqa: E402
 from benchmarks.tables import Facts  # noqa: E402
 
@@ -22,18 +22,13 @@ MIB = 2**20
 
 
 def results(**changed: object) -> Results:
-    made = Results(
-        facts=Facts.now(),
-        gpus={"teacher on": "H100 (0)", "rank on": "H100 (1)", "driver": "999.1", "CUDA": "13.0"},
-        copies=[Copy(MIB, 4e-5, 2e-5), Copy(256 * MIB, 1.02e-3, 1e-3)],
-        calls=Calls(cpu_us=23.3, bridge_us=90.0, call_us=40.0),
-        readings=[Reading(MIB, 1, 3e-5, 2e-5), Reading(MIB, 3, 4e-5, 6e-5)],
-        step=Step(0.1, 0.11, 0.15),
-    )
-    made.facts.load_at_end = [0.0] * 3
-    for name, value in changed.items():
-        setattr(made, name, value)
-    return made
+    made = {
+        "copies": [Copy(MIB, 4e-5, 2e-5), Copy(256 * MIB, 1.02e-3, 1e-3)],
+        "calls": Calls(cpu_us=23.3, bridge_us=90.0, call_us=40.0),
+        "readings": [Reading(MIB, 1, 3e-5, 2e-5), Reading(MIB, 3, 4e-5, 6e-5)],
+        "step": Step(0.1, 0.11, 0.15),
+    }
+    return Results(**{**made, **changed})
 
 
 def test_the_largest_copy_and_the_cpu_time_are_judged():
@@ -42,31 +37,27 @@ def test_the_largest_copy_and_the_cpu_time_are_judged():
     assert (cpu.found, cpu.reached) == ("23.3 us", True)
     slow = results(copies=[Copy(256 * MIB, 1.04e-3, 1e-3)], calls=Calls(31.0, 1.0, 1.0)).targets()
     assert [target.reached for target in slow] == [False, False]
-    none = results(copies=[], calls=None).targets()
-    assert [target.reached for target in none] == [None, None]
-    assert [cuda_results.missed(found) for found in ([copy, cpu], slow, none)] == [False, True, True]
+    assert [target.reached for target in Results().targets()] == [None, None]
 
 
-def test_every_figure_is_in_the_tables(capsys):
-    cuda_results.show(results(), "About.\n\nMore of it.")
+def test_every_figure_is_in_the_tables_and_in_the_json(tmp_path, capsys):
+    gpus = {"teacher on": "H100 (0)", "rank on": "H100 (1)", "driver": "999.1", "CUDA": "13.0"}
+    cuda.show(results(), Facts.now(), gpus, argparse.Namespace(json=tmp_path / "cuda.json"))
     printed = capsys.readouterr().out
     for text in (
         *("H100 (1)", "driver 999.1", "268 GB/s", "0.980", "50.0 us", "23.3 us"),
         *("in_place", "copy", "110.00 ms", "1.10", "1.50", "reached"),
     ):
         assert text in printed, text
+    tree = json.loads((tmp_path / "cuda.json").read_text())
+    assert tree["benchmark"] == "cuda"
+    assert tree["gpus"] == gpus
+    assert tree["calls"]["cpu_us"] == 23.3
+    assert [target["reached"] for target in tree["targets"]] == [True, True]
 
 
 def test_what_was_not_measured_has_no_table():
-    assert cuda_results.shown_tables(results(copies=[], calls=None, readings=[], step=None)) == []
-
-
-def test_json_has_every_figure(tmp_path):
-    cuda_results.write_json(results(), tmp_path / "cuda.json")
-    tree = json.loads((tmp_path / "cuda.json").read_text())
-    assert tree["benchmark"] == "cuda"
-    assert tree["calls"]["cpu_us"] == 23.3
-    assert [target["reached"] for target in tree["targets"]] == [True, True]
+    assert list(Results().shown()) == []
 
 
 @pytest.mark.matrix
@@ -74,7 +65,7 @@ def test_json_has_every_figure(tmp_path):
 def test_without_nvidia_smi_the_driver_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda card: "NVIDIA H100")
-    assert cuda._gpus(argparse.Namespace(teacher=1, rank=0))["driver"] == "unknown"
+    assert cuda.gpus_of(argparse.Namespace(teacher=1, rank=0))["driver"] == "unknown"
 
 
 def test_without_cuda_it_says_so_and_exits_2():
