@@ -132,19 +132,14 @@ def save_teacher(directory: Path) -> Path:
 
 
 class At(TrainerCallback):
-    """Calls `act` once, in a step that begins; with `within` after its first micro-batch."""
+    """Calls `act` once: at the first `event` of Trainer when `step` optimizer steps are done."""
 
-    def __init__(self, step: int, act: Callable[[], Any], within: bool = False) -> None:
-        self.step, self.act, self.within = step, act, within
+    def __init__(self, step: int, act: Callable[[], Any], event: str = "on_step_begin") -> None:
+        self.step, self.act = step, act
+        setattr(self, event, self._look)
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._look(state, False)
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        self._look(state, True)
-
-    def _look(self, state, within: bool) -> None:
-        if state.global_step == self.step and within == self.within:
+    def _look(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
             self.step = -1
             self.act()
 

@@ -6,6 +6,7 @@ Two ranks train under the launcher; one rank trains in a process of the test's o
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 import shmbridge
 from shmbridge import teacher
+from shmbridge.bridge import Bridge
 from tests.distilling import TOLERANCE, VOCAB, WORDS, At, Case, compare, control, distilled, save_teacher
 from tests.harness import Child, bench, until
 from tests.process.test_host import finish, launch
@@ -86,6 +88,7 @@ MATRIX: dict[str, dict[str, Any]] = {
     "unused parameters": {"args": {"ddp_find_unused_parameters": True, "gradient_accumulation_steps": 2}},
     "tokens of each rank": {"args": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}},
     "evaluated first": {"args": {"eval_on_start": True, "num_train_epochs": 2}, "evaluate": 2},
+    "a loss that Trainer does not want": {"args": {"label_names": ["labels", "others"]}, "evaluate": 2},
     "workers": {"args": {"dataloader_num_workers": 2, "num_train_epochs": 2}},
 }
 HIDDEN = ("payload.hidden={}", f"payload.topk={{k: {WORDS}, temperatures: [1, 2]}}")
@@ -114,7 +117,7 @@ LONG = {"save_strategy": "steps", "save_steps": 1000, "num_train_epochs": 4, "gr
 KILLED = {
     "killed": {
         "resume": True,
-        "at": [3, "die", True],
+        "at": [3, "die", "on_substep_end"],
         "args": {**LONG, "save_steps": 2, "num_train_epochs": 2},
         "dropout": 0.1,
         "evaluate": 2,
@@ -126,8 +129,8 @@ KILLED = {
 @pytest.mark.parametrize(
     ("number", "code", "accumulation", "at", "saved_at"),
     [
-        (signal.SIGTERM, 143, 1, [3, "stop one", False], 4),
-        pytest.param(signal.SIGINT, 130, 2, [3, "wait", True], 3, marks=pytest.mark.matrix),
+        (signal.SIGTERM, 143, 1, [3, "stop one", "on_step_begin"], 4),
+        pytest.param(signal.SIGINT, 130, 2, [3, "wait", "on_substep_end"], 3, marks=pytest.mark.matrix),
     ],
     ids=["SIGTERM", "SIGINT"],
 )
@@ -241,7 +244,7 @@ def test_interrupted_trainings_leave_nothing_in_flight_and_saved_ones_nothing_of
     def body(bridge):
         bridges.append(bridge)
         trainer = distilled(Case(args={"gradient_accumulation_steps": 2}), tmp_path, bridge=bridge)
-        trainer.add_callback(At(2, lambda: 1 // 0, within=True))
+        trainer.add_callback(At(2, lambda: 1 // 0, "on_substep_end"))
         with pytest.raises(ZeroDivisionError):
             trainer.train()
         until(lambda: bridge.free_slots == 1, "the slot of the training's last request")
@@ -288,6 +291,29 @@ def test_a_resumed_training_is_as_an_undisturbed_one(saved, tmp_path, trainer, i
         undisturbed = control(case, tmp_path / "control", saved)
         undisturbed.train()
         compare(resumed.state.log_history, undisturbed.state.log_history, "resumed")
+
+    one_rank(saved, body, HIDDEN[0])
+
+
+def test_a_training_stopped_in_an_evaluation_goes_on_as_an_undisturbed_one(saved, tmp_path):
+    """The stop saves a checkpoint, though an earlier run has left one of the same step."""
+    case = Case(args={"save_strategy": "steps", "save_steps": 100}, dropout=0.1, evaluate=2)
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").touch()
+
+    def losses(trainer: Trainer) -> list[dict[str, Any]]:
+        return [logs for logs in trainer.state.log_history if "loss" in logs]
+
+    def body(bridge):
+        stopped = distilled(case, tmp_path, bridge=bridge)
+        stopped.add_callback(At(4, partial(os.kill, os.getpid(), signal.SIGTERM), "on_prediction_step"))
+        with pytest.raises(shmbridge.RunStopped, match="checkpoint-4"):
+            stopped.train()
+        resumed = distilled(case, tmp_path, bridge=Bridge(bridge.give_way()))
+        resumed.train(resume_from_checkpoint=get_last_checkpoint(tmp_path))
+        undisturbed = control(case, tmp_path / "control", saved)
+        undisturbed.train()
+        compare(losses(resumed), losses(undisturbed), "resumed")
 
     one_rank(saved, body, HIDDEN[0])
 

@@ -4,7 +4,7 @@
 rank writes the logs of both to DIRECTORY/rank-N.json, after each case. A case may have two fields more:
 
     resume    train from the last checkpoint, where there is one
-    at        [step, act, within]: one of ACTS, in a step of the distillation; see tests.distilling.At
+    at        [step, act, event]: one of ACTS, in a step of the distillation; see tests.distilling.At
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def train(name: str, given: dict[str, Any]) -> dict[str, Any]:
     case = Case(**given)
     ours = distilled(case, out)
     if at:
-        step, act, within = at
-        ours.add_callback(At(step, lambda: ACTS[act](ours), within))
+        step, act, event = at
+        ours.add_callback(At(step, lambda: ACTS[act](ours), event))
     ours.train(resume_from_checkpoint=get_last_checkpoint(out) if resume else None)
     plain = control(case, directory / f"{name}-control", directory / "teacher")
     plain.args.save_strategy = "no"

@@ -33,7 +33,11 @@ class CheckpointOnStop:
         """Whether Trainer's checkpoint is being saved because of a stop."""
         self._told = False
         self._agrees = False
-        self._random: list[Any] | None = None
+        self._random: list[Any] = []
+        self._random_of = -1  # the steps that were done when `_random` was noted
+        self._saved: int | None = (
+            None  # the steps that the last checkpoint holds; at first, those that training begins with
+        )
         args = trainer.args
         self._saves = (
             trainer.distillation.save_on_stop
@@ -45,15 +49,22 @@ class CheckpointOnStop:
 
     def begin_step(self) -> None:
         """Note the states of the random generators, which an interrupted step has moved on."""
+        if self._saved is None:
+            self.note_saved()
         if self._saves:
             cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
             self._random = [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
+            self._random_of = self._trainer.state.global_step
+
+    def note_saved(self) -> None:
+        """Trainer has saved a checkpoint of the steps that are done."""
+        self._saved = self._trainer.state.global_step
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
         """In the block a stop ends the ranks where they `look`, and nowhere else."""
         with self._trainer.bridge.defer_stop() if self._saves else nullcontext():
-            self._agrees = self._saves
+            self._agrees, self._saved = self._saves, None
             try:
                 yield
             finally:
@@ -69,7 +80,9 @@ class CheckpointOnStop:
             asked = trainer.accelerator.reduce(asked, "sum")
         if asked:
             self._save()
-            raise RunStopped("the run is to stop, and a checkpoint was saved (DistillationConfig.save_on_stop).")
+            step = trainer.state.global_step
+            saved = f"{PREFIX_CHECKPOINT_DIR}-{step} is saved" if step else "no step was done, so none is saved"
+            raise RunStopped(f"the run is to stop: {saved} (DistillationConfig.save_on_stop).")
 
     def save_if_stopped(self) -> None:
         """Save where the run is to stop, or the bridge has lost the teacher or a rank, unless that was done."""
@@ -82,30 +95,34 @@ class CheckpointOnStop:
         trainer = self._trainer
         step = trainer.state.global_step
         folder = os.path.join(trainer._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if step == 0 or os.path.exists(os.path.join(folder, "trainer_state.json")):
+        if self._saved in (None, step):
             return
         trace.logger.info("rank %d saves %s before it stops", trainer.bridge.rank, folder)
         for module in trainer.model_wrapped.modules():
             if hasattr(module, "reshard"):  # FSDP2, whose forward was interrupted
                 module.reshard()
         self._restore_random()
-        if not trainer.is_fsdp_enabled and not trainer.args.should_save:
-            self._wait_for(os.path.join(folder, "trainer_state.json"))
+        follows = not trainer.is_fsdp_enabled and not trainer.args.should_save
+        if follows and not self._appears(os.path.join(folder, "trainer_state.json")):
+            return  # a folder with this rank's random state alone would be taken for a checkpoint
         trainer._save_checkpoint(trainer.model_wrapped, trial=None)
         trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
     def _note(self) -> None:
         self._told = True
 
-    def _wait_for(self, file: str) -> None:
-        """Until rank 0 has saved: a folder with this rank's random state alone would be taken for a checkpoint."""
+    def _appears(self, file: str) -> bool:
+        """Wait until rank 0 has saved. False where it has not within timeouts.save_s: it may be the one that was lost."""
         until = time.monotonic() + self._trainer.bridge.settings.timeouts.save_s
-        while not os.path.exists(file) and time.monotonic() < until:
+        while not os.path.exists(file):
+            if time.monotonic() >= until:
+                return False
             time.sleep(_LOOK_S)
+        return True
 
     def _restore_random(self) -> None:
-        if self._random is None:
-            return
+        if self._random_of != self._trainer.state.global_step:
+            return  # the step is complete: an evaluation, or a checkpoint, was interrupted
         python, numpy, cpu, cuda = self._random
         random.setstate(python)
         np.random.set_state(numpy)

@@ -83,7 +83,7 @@ class DistillationMixin(_Trainer):
                 self._checkpoint.save_if_stopped()
             raise
         finally:
-            self._turn = None
+            self._cancel_turn()
             self._window.close()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +143,7 @@ class DistillationMixin(_Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._loss_only = False
+            self._cancel_turn()  # no loss was computed: one of args.label_names is missing
 
     def compute_loss(
         self,
@@ -183,6 +184,11 @@ class DistillationMixin(_Trainer):
                 logs.update({evaluated.removesuffix("loss") + name: value for name, value in found.items()})
         super().log(logs, *args, **kwargs)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        if self._checkpoint:
+            self._checkpoint.note_saved()
+
     def store_flos(self) -> None:
         """Trainer's is a collective, and a checkpoint on a stop must not wait for the other ranks."""
         if self._checkpoint and self._checkpoint.saving:
@@ -209,6 +215,11 @@ class DistillationMixin(_Trainer):
         )
         self._metrics_of_kd = Metrics(self.bridge, "jsd" if self.distillation.loss == "jsd" else "kl")
         self._objective = objective
+
+    def _cancel_turn(self) -> None:
+        if self._turn is not None:
+            self._turn.pending.cancel()
+            self._turn = None
 
     def _on_cpu(self, loader: Any) -> Any:
         """accelerate's loader moves batches to the device before it yields them, unless it has none."""
