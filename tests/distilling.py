@@ -305,7 +305,9 @@ def _tokenizer() -> Any:
     from tokenizers import Tokenizer, models
 
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="1"))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2", unk_token="1")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="0", eos_token=str(END), unk_token="1"
+    )
 
 
 def _mean_logit(prediction: Any) -> dict[str, float]:
