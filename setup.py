@@ -15,7 +15,7 @@ class WithCompletion(build_py):
         if self.editable_mode:
             return
         sys.path.insert(0, str(Path(__file__).parent))
-        from launcher import completion, parsers
+        from launcher.cli import completion, parsers
 
         directory = Path(self.build_lib, "shmbridge", "completions")
         self.mkpath(str(directory))

@@ -1,0 +1,15 @@
+"""The command `shmbridge-launch`: starts a teacher beside a training group, watches both, and reports. Torch is never imported here.
+
+cli          flags and sub-commands
+plan         settings and the machine to job specs and a memory plan
+supervisor   a run, from the first process to the report of the failure that came first
+process      starting and stopping processes
+daemon       a teacher that is kept across runs
+hang         who waits for whom, and the hang report
+console      what is printed, and the log files that are followed
+doctor       checks of this machine
+codes        exit codes
+registry     names of live sessions
+sessions     the sessions of this user on this machine
+stale        what dead sessions left in shared memory
+"""

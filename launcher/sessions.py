@@ -12,14 +12,15 @@ from pathlib import Path
 
 import msgspec
 
-from launcher import facts, registry
-from launcher.facts import Facts
-from launcher.text import listed
-from shmbridge import layout, owner
+from launcher import registry
+from launcher.console.text import listed
+from launcher.hang import snapshot
+from launcher.hang.snapshot import Facts
 from shmbridge.errors import AttachError, ConfigError
-from shmbridge.layout import ControlWord
-from shmbridge.segment import Segment
-from shmbridge.session import Control, Lane, Names, Token
+from shmbridge.shm import layout, owner
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Control, Lane, Names, Token
 
 LIVE, STALE, UNREADABLE = "live", "stale", "unreadable"
 SHORT = 8  # digits of an id, as people are told
@@ -123,7 +124,7 @@ def _read(session_id: str, name: str, objects: int) -> Session:
         return msgspec.structs.replace(found, state=STALE)
     try:
         view = attach(session_id)
-        seen = facts.look(view)
+        seen = snapshot.look(view)
     except AttachError as error:
         return msgspec.structs.replace(found, state=UNREADABLE, problem=str(error))
     return msgspec.structs.replace(found, run=view.settings.run_dir, facts=seen)

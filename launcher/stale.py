@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from shmbridge import owner
+from shmbridge.shm import owner
 
 
 def reclaim() -> Iterator[tuple[str, int]]:

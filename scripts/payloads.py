@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from shmbridge import config
-from shmbridge.offer import HeadSpec, payload_outputs
+from shmbridge.output_spec import HeadSpec, payload_outputs
 
 ROWS = (
     ("payload.logits={dtype: float32}", "everything, as it is"),

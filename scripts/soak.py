@@ -37,12 +37,14 @@ from benchmarks.tables import table as plain_table
 from faultlines import idling, table
 from faultlines.runs import until
 
-from shmbridge import config, layout, owner, teacher_job
-from shmbridge.bridge import Bridge
-from shmbridge.offer import Offer
-from shmbridge.owner import Owner
-from shmbridge.segment import Segment
-from shmbridge.session import Control, Lane, Names, TeacherSession, Token, TrainerSession
+from shmbridge import config
+from shmbridge.output_spec import Offer
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm import layout, owner
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Control, Lane, Names, TeacherSession, Token, TrainerSession
+from shmbridge.teacher.main import serve
 
 RANKS = 2
 WORDS = 1000
@@ -218,7 +220,7 @@ def _check(reply: Any, step: int) -> None:
 def _teach(token: Token) -> None:
     gc.disable()  # what only the collector would free is seen as growth
     torch.set_num_threads(1)
-    teacher_job.serve(TeacherSession.newest(token), Forward(), torch.device("cpu"))
+    serve(TeacherSession.newest(token), Forward(), torch.device("cpu"))
 
 
 def _agree(session: Owner, teacher: int) -> None:

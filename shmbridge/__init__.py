@@ -37,14 +37,14 @@ from shmbridge.errors import (
 )
 
 if TYPE_CHECKING:
-    from shmbridge.bridge import Bridge
-    from shmbridge.connection import connect
     from shmbridge.head import Head
-    from shmbridge.payload import Batch
-    from shmbridge.pending import Lease, Pending
-    from shmbridge.prefetch import Prefetch
-    from shmbridge.reply import Reply
-    from shmbridge.stats import Stats
+    from shmbridge.plane.arrays import Batch
+    from shmbridge.rank.bridge import Bridge
+    from shmbridge.rank.connect import connect
+    from shmbridge.rank.pending import Lease, Pending
+    from shmbridge.rank.prefetch import Prefetch
+    from shmbridge.rank.reply import Reply
+    from shmbridge.rank.stats import Stats
 
 __version__ = "0.2.0"
 
@@ -79,15 +79,15 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Batch": "shmbridge.payload",
-    "Bridge": "shmbridge.bridge",
+    "Batch": "shmbridge.plane.arrays",
+    "Bridge": "shmbridge.rank.bridge",
     "Head": "shmbridge.head",
-    "Lease": "shmbridge.pending",
-    "Pending": "shmbridge.pending",
-    "Prefetch": "shmbridge.prefetch",
-    "Reply": "shmbridge.reply",
-    "Stats": "shmbridge.stats",
-    "connect": "shmbridge.connection",
+    "Lease": "shmbridge.rank.pending",
+    "Pending": "shmbridge.rank.pending",
+    "Prefetch": "shmbridge.rank.prefetch",
+    "Reply": "shmbridge.rank.reply",
+    "Stats": "shmbridge.rank.stats",
+    "connect": "shmbridge.rank.connect",
 }
 
 

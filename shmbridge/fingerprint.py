@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from shmbridge.offer import OutputSpec, Tokens
+from shmbridge.output_spec import OutputSpec, Tokens
 
 _GOLDEN = 2.399963229728653  # radians, the golden angle: the directions cos(i * angle) never repeat
 

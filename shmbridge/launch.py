@@ -21,7 +21,7 @@ def folder(name: str) -> Path:
 def main() -> int:
     """Run the command line of this process; the exit code."""
     load_launcher()
-    code: int = import_module("launcher.cli").main()
+    code: int = import_module("launcher.cli.main").main()
     return code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shmbridge import owner
+from shmbridge.shm import owner
 
 torch.set_num_threads(1)
 # For children that import the launcher's modules: an installation gives the name `launcher` to nobody.

@@ -1,4 +1,4 @@
-"""A stand-in for shmbridge.cuda_ipc where there is no GPU: memory and events that other processes open by their handles.
+"""A stand-in for shmbridge.plane.cuda_ipc where there is no GPU: memory and events that other processes open by their handles.
 
 Memory is an anonymous file, an event is a word in one: how often it was recorded. Everything that is launched has come to
 its end at once, so what is tested here is the protocol around the plane, over real processes: who records, publishes, waits
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from shmbridge.cuda_ipc import MemoryHandle
+from shmbridge.plane.cuda_ipc import MemoryHandle
 
 _PAGE = 4096
 

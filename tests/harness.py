@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from shmbridge import config, teacher_job
-from shmbridge.bridge import Bridge
-from shmbridge.offer import Offer
-from shmbridge.owner import Owner
-from shmbridge.payload import Batch, Forward
-from shmbridge.session import TeacherSession, Token, TrainerSession
+from shmbridge import config
+from shmbridge.output_spec import Offer
+from shmbridge.plane.arrays import Batch, Forward
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, Token, TrainerSession
+from shmbridge.teacher.main import serve
 
 PATIENCE_S = 60.0
 PLANE: list[str] = []  # overrides that choose the plane of every bench; see tests/process/conftest.py
@@ -104,7 +105,7 @@ class Bench:
 
     def _teach(self, forward: Forward) -> None:
         torch.set_num_threads(1)
-        teacher_job.serve(TeacherSession(self.token), forward, torch.device("cpu"))
+        serve(TeacherSession(self.token), forward, torch.device("cpu"))
 
     def rank(self, lane: int, body: Callable[[Bridge], Any]) -> Child:
         """A rank process that runs `body` with its bridge."""

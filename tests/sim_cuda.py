@@ -1,4 +1,4 @@
-"""A GPU that lags behind its hosts, in place of shmbridge.cuda_ipc: teacher and rank in one process, streams that run late.
+"""A GPU that lags behind its hosts, in place of shmbridge.plane.cuda_ipc: teacher and rank in one process, streams that run late.
 
 What is launched on tensors in GPU memory waits in its stream, and `run` takes the streams on in an order of its seed,
 within what events allow: so every interleaving of two GPUs that the protocol permits can come. A wait for an event that is not
@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shmbridge.cuda_ipc import MemoryHandle
+from shmbridge.plane.cuda_ipc import MemoryHandle
 
 _SHARED = {"teacher": "ready", "rank": "free"}  # what a process exports events for
 _SIDE = {"teacher": "lane", "rank": "side"}

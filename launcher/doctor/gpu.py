@@ -6,17 +6,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from launcher import allocator, gpus, plane, trial
+from launcher.console.text import size
 from launcher.doctor import host
 from launcher.doctor.fact import Fact, Finding, run
-from launcher.gpus import Gpu
-from launcher.plane import Pair
-from launcher.signals import Signals
-from launcher.text import size
-from launcher.trial import Command
-from shmbridge import cuda_probe
-from shmbridge.devices import Devices
+from launcher.plan import allocator, gpus, plane
+from launcher.plan.gpus import Gpu
+from launcher.plan.plane import Pair
+from launcher.process import trial
+from launcher.process.signals import Signals
+from launcher.process.trial import Command
 from shmbridge.errors import ConfigError
+from shmbridge.plane import probe
+from shmbridge.plane.devices import Devices
 
 _NO_GPU = "not tried: no GPU"
 
@@ -161,7 +162,7 @@ def _commands(
 
     def command(job: str, base: Mapping[str, str], own: list[int], others: list[int], *arguments: str) -> Command:
         variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.visible(own, others, cards)}
-        return Command(f"the {job}", (sys.executable, "-m", cuda_probe.__name__, *arguments), {**base, **variables})
+        return Command(f"the {job}", (sys.executable, "-m", probe.__name__, *arguments), {**base, **variables})
 
     exporter = command("exporter", allocator.shareable(environment), teacher, train, "export", str(len(pairs)))
     return [exporter], command("importer", environment, train, teacher, "import")

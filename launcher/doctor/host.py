@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 
 from launcher import stale
+from launcher.console.text import ranges, size
 from launcher.doctor.fact import Check, Finding, Status
-from launcher.text import ranges, size
-from shmbridge import owner
+from shmbridge.shm import owner
 
 OLDEST_TORCH = (2, 6)
 SMALL_SHM = 2**30  # bytes; a run of any size needs more

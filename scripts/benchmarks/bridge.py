@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from shmbridge import config
-from shmbridge.encode import Verbatim
-from shmbridge.offer import Offer, OutputSpec
-from shmbridge.owner import Owner
-from shmbridge.payload import Forward
-from shmbridge.server import Server
-from shmbridge.session import TeacherSession, Token
+from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.plane.arrays import Forward
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, Token
+from shmbridge.teacher.payload import Verbatim
+from shmbridge.teacher.server import Server
 
 SETTINGS = ("teacher.model=bench:none", "parity=false", "log.stats_every=0")  # of every session of a benchmark
 

@@ -30,10 +30,10 @@ from benchmarks import tables
 from benchmarks.bridge import open_session, teach
 from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step
 from benchmarks.processes import Failed
-from shmbridge.bridge import Bridge
-from shmbridge.offer import Offer, OutputSpec
-from shmbridge.payload import Forward
-from shmbridge.session import Token, TrainerSession
+from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.plane.arrays import Forward
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.session import Token, TrainerSession
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20

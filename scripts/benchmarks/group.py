@@ -29,11 +29,12 @@ from rich.text import Text
 from benchmarks import tables
 from benchmarks.bridge import SETTINGS
 from benchmarks.processes import Failed, Processes, precise_sleeps, sleep_until, undoing
-from shmbridge import config, teacher_job
-from shmbridge.bridge import Bridge
-from shmbridge.owner import Owner
-from shmbridge.payload import Batch
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge import config
+from shmbridge.plane.arrays import Batch
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.teacher.main import serve
 
 TOKENS = 1024  # of each request
 FORWARD_SHARE = 1 / 3  # of a step of the student
@@ -166,7 +167,7 @@ class Group:
     def _teach(self, index: int) -> None:
         precise_sleeps()
         session = TeacherSession(self._token, index)
-        teacher_job.serve(session, partial(self._forward, self._counts[index]), torch.device("cpu"))
+        serve(session, partial(self._forward, self._counts[index]), torch.device("cpu"))
 
     def _forward(self, counts: np.ndarray, batch: Batch) -> dict[str, torch.Tensor]:
         """The answer to a position is its token ID, _WIDTH times."""

@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher import stale
-from shmbridge import config, layout, owner
-from shmbridge.layout import ControlWord, Header
-from shmbridge.owner import SHM_DIRECTORY, Owner
-from shmbridge.segment import Segment
-from shmbridge.session import Token, TrainerSession
+from shmbridge import config
+from shmbridge.shm import layout, owner
+from shmbridge.shm.layout import ControlWord, Header
+from shmbridge.shm.owner import SHM_DIRECTORY, Owner
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Token, TrainerSession
 
 TRIALS = 300
 

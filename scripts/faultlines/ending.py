@@ -73,7 +73,7 @@ def forward_raises(stage: Stage) -> None:
 def unlike_lengths(stage: Stage) -> None:
     run = stage.launch("unlike_lengths")
     last = max(run.note(f"closed-{rank}")[0] for rank in (0, 1))
-    until(lambda: not run.processes("teacher_job"), "the end of the teacher")
+    until(lambda: not run.processes("shmbridge.teacher.main"), "the end of the teacher")
     stage.took("the end of the teacher", time.monotonic() - last, 2.0)
     stage.ends(run, last, 2.0 + GRACE_S)
     stage.ends_with(run, 0)

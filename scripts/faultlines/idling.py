@@ -38,7 +38,7 @@ def measure(over_s: float) -> list[Idle]:
         ranks = [int(run.note(f"idle-{rank}")[1]) for rank in (0, 1)]
         shims = run.processes("shim.py")
         (torchrun,) = [pid for pid in run.processes("elastic.py") if pid not in shims]
-        (teacher,) = [pid for pid in run.processes("teacher_job") if pid not in shims]
+        (teacher,) = [pid for pid in run.processes("shmbridge.teacher.main") if pid not in shims]
         who = {"launcher": run.process.pid, "teacher": teacher, "rank 0, waits": ranks[0], "rank 1, sleeps": ranks[1]}
         who |= {f"shim {number}": pid for number, pid in enumerate(shims)} | {"torchrun": torchrun}
         time.sleep(_SETTLES_S)  # the launcher's loop slows down

@@ -14,9 +14,10 @@ from faultlines.rows import Stage
 COUNTED = """
 import sys
 from pathlib import Path
-from launcher import cgroup, cli
+from launcher.cli.main import main
+from launcher.plan import cgroup
 cgroup.oom_kills = lambda: int(Path("note-counter").exists())
-sys.exit(cli.main())
+sys.exit(main())
 """
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shmbridge import owner
+from shmbridge.shm import owner
 
 PATIENCE_S = 45.0
 ROOT = Path(__file__).parents[2]

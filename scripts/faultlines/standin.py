@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from shmbridge import cuda_plane, owner
-from shmbridge.cuda_plane import TeacherCudaPlane
 from shmbridge.errors import ShmbridgeError
-from shmbridge.ring import Ring
+from shmbridge.plane import cuda
+from shmbridge.plane.cuda import TeacherCudaPlane
+from shmbridge.shm import owner
+from shmbridge.shm.ring import Ring
 from tests.fake_cuda import FakeCuda, FakeStream
 from tests.harness import bench, until
 
@@ -34,7 +35,7 @@ POINTS: dict[str, tuple[type, str, bool]] = {
 
 
 def main() -> None:
-    cuda_plane.cuda_ipc = FakeCuda()  # type: ignore[assignment]
+    cuda.cuda_ipc = FakeCuda()  # type: ignore[assignment]
     for read in ("copy", "in_place"):
         for point, where in POINTS.items():
             print(f"{point}, read {read}: {kill(where, read)}", flush=True)

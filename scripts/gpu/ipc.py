@@ -1,4 +1,4 @@
-"""Bare CUDA IPC between two processes on one card, through shmbridge.cuda_ipc and without a session.
+"""Bare CUDA IPC between two processes on one card, through shmbridge.plane.cuda_ipc and without a session.
 
     python scripts/gpu/ipc.py
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from shmbridge import cuda_ipc
+from shmbridge.plane import cuda_ipc
 
 START = "spawn"  # CUDA does not survive a fork
 CASES = ("pending", "finished", "killed", "gone")

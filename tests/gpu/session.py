@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from shmbridge import config
-from shmbridge.offer import Offer
-from shmbridge.owner import Owner
-from shmbridge.session import SESSION_VARIABLE
+from shmbridge.output_spec import Offer
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import SESSION_VARIABLE
 from tests.harness import until
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from launcher import cli
-from launcher.plan import JobSpec, Plan
+from launcher.cli.main import main
+from launcher.plan.plan import JobSpec, Plan
 
 HERE = Path(__file__).parent
 MODE, ARGUMENTS = sys.argv[1], sys.argv[2:]
@@ -20,4 +20,4 @@ def faked(self: Plan, run: Path, session: str) -> JobSpec:
 
 
 Plan._train = faked
-sys.exit(cli.main(ARGUMENTS))
+sys.exit(main(ARGUMENTS))

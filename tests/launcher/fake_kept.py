@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from shmbridge.board import Phase
 from shmbridge.errors import PeerLost
-from shmbridge.offer import Offer, OutputSpec
-from shmbridge.ring import Composition
-from shmbridge.session import SESSION_VARIABLE, Lane, TeacherSession, Token
+from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.shm.ring import Composition
+from shmbridge.shm.session import SESSION_VARIABLE, Lane, TeacherSession, Token
+from shmbridge.shm.status import Phase
 
 
 def load(session: TeacherSession, how: str) -> None:

@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from shmbridge.cuda_probe import Exported, Facts, Task, Tried, encode, messages
+from shmbridge.plane.probe import Exported, Facts, Task, Tried, encode, messages
 
 FACTS = Facts("2.9.0", 7, ("GPU-a", "GPU-b"))
 

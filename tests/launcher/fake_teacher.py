@@ -7,10 +7,10 @@ import signal
 import sys
 import time
 
-from shmbridge.board import Phase
 from shmbridge.errors import PeerLost
-from shmbridge.offer import Offer, OutputSpec
-from shmbridge.session import SESSION_VARIABLE, TeacherSession, Token
+from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token
+from shmbridge.shm.status import Phase
 
 
 def serve(session: TeacherSession, mode: str) -> None:

@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from launcher import shim
-from shmbridge import peer
+from launcher.process import shim
 from shmbridge.errors import PeerLost
-from shmbridge.offer import Extent
-from shmbridge.session import SESSION_VARIABLE, Token, TrainerSession
+from shmbridge.output_spec import Extent
+from shmbridge.shm import process
+from shmbridge.shm.session import SESSION_VARIABLE, Token, TrainerSession
 
 RANKS = int(os.environ.get("FAKE_RANKS", "2"))
 
@@ -119,7 +119,7 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
         while not gate.exists():
             session.check()
             time.sleep(0.02)
-        print(f"rank {rank} saves beside {peer.state(session.teacher.identity.pid)} teacher", flush=True)
+        print(f"rank {rank} saves beside {process.state(session.teacher.identity.pid)} teacher", flush=True)
     elif mode not in ("ok", "half", "late", "leaves", "asks", "crashes once"):
         try:
             session.wait(lambda: None, time.monotonic() + 120)

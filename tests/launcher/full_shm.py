@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from launcher import cli
+from launcher.cli.main import main
 
 NUMBER = Path(os.environ["FAKE_FULL"])
 reserve = os.posix_fallocate
@@ -23,4 +23,4 @@ def reserved(fd: int, offset: int, nbytes: int) -> None:
 
 
 os.posix_fallocate = reserved
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shmbridge import layout, owner
-from shmbridge.segment import Segment
-from shmbridge.session import Control, Lane, Names, Token
+from shmbridge.shm import layout, owner
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Control, Lane, Names, Token
 
 PATIENCE_S = 60.0
 HERE = Path(__file__).parent

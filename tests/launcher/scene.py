@@ -13,14 +13,14 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from launcher import hang
-from shmbridge import stacks
-from shmbridge.board import Phase
-from shmbridge.bridge import Bridge
-from shmbridge.heartbeat import Heartbeat
-from shmbridge.payload import Forward
-from shmbridge.session import TeacherSession, TrainerSession
-from shmbridge.teacher_job import serve
+from launcher.hang.report import Report, make, write
+from shmbridge.plane.arrays import Forward
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm import stacks
+from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.status import Phase
+from shmbridge.teacher.main import serve
 from tests.harness import Bench, Child, Echo, bench, until
 
 IDS = torch.ones((1, 4), dtype=torch.int64)
@@ -75,15 +75,15 @@ class Scene:
     def gate(self) -> Gate:
         return Gate(self.run)
 
-    def report(self, why: str = "a test asks") -> hang.Report:
-        return hang.write(hang.make(self.owner, self.run, why), self.run)
+    def report(self, why: str = "a test asks") -> Report:
+        return write(make(self.owner, self.run, why), self.run)
 
-    def stands(self, kind: str) -> hang.Report:
+    def stands(self, kind: str) -> Report:
         """The report, once the verdict is of this kind: who has just moved stands still a little later."""
-        made: list[hang.Report] = []
+        made: list[Report] = []
 
         def is_so() -> bool:
-            made[:] = [hang.make(self.owner, self.run, "a test asks")]
+            made[:] = [make(self.owner, self.run, "a test asks")]
             return made[0].verdict.kind == kind
 
         until(is_so, f"the verdict {kind!r}")

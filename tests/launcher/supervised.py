@@ -11,15 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-from launcher import cgroup
-from launcher.console import Console
-from launcher.machine import Machine
-from launcher.plan import JobSpec, make
-from launcher.signals import Signals
-from launcher.supervise import Supervisor
+from launcher.console.terminal import Console
+from launcher.plan import cgroup
+from launcher.plan.machine import Machine
+from launcher.plan.plan import JobSpec, make
+from launcher.process.signals import Signals
+from launcher.supervisor.supervise import Supervisor
 from shmbridge import config
 from shmbridge.errors import ShmbridgeError
-from shmbridge.owner import Owner
+from shmbridge.shm.owner import Owner
 
 HERE = Path(__file__).parent
 OOM_VARIABLE = "FAKE_OOM_KILLS"  # how many processes the kernel "has killed" since the start; "unreadable"

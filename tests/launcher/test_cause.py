@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import cause
-from launcher.plan import TEACHER, TORCHRUN
+from launcher.plan.plan import TEACHER, TORCHRUN
+from launcher.supervisor import cause
 from shmbridge import config
-from shmbridge.board import Failure
-from shmbridge.owner import Owner
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.status import Failure
 
 NOWHERE = Path("/nowhere/failures.json")
 

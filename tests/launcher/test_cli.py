@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher import cli
-from shmbridge import config, owner, schema
+from launcher.cli.main import main
+from shmbridge import config
+from shmbridge.config import schema
+from shmbridge.shm import owner
 from tests.launcher.running import launch, launched, until
 
 TEACHER = """
@@ -72,9 +74,7 @@ def refused(directory: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_help_loads_next_to_nothing():
-    code = (
-        "import sys, launcher.cli; from launcher import parsers; parsers.launch(), parsers.whole(); print(*sys.modules)"
-    )
+    code = "import sys, launcher.cli.main; from launcher.cli import parsers; parsers.launch(), parsers.whole(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "yaml", "msgspec", "rich", "gguf", "huggingface_hub"} & set(loaded)
 
@@ -144,7 +144,7 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
 )
 def test_a_bad_command_line_says_what_to_write(directory, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(directory)
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (directory / "runs").exists()
 
@@ -154,22 +154,22 @@ def test_a_module_is_looked_for_where_the_ranks_will_find_it(directory, monkeypa
     monkeypatch.chdir(directory)
     (directory / "package").mkdir()
     (directory / "package" / "__init__.py").write_text("raise SystemExit('imported')")
-    assert cli.main([*flags(), "--dry-run", "--", "-m", "package.train"]) == 0
+    assert main([*flags(), "--dry-run", "--", "-m", "package.train"]) == 0
 
 
 def test_help_is_a_command_and_no_arguments_print_it_too(capsys):
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["help"])
+        main(["help"])
     told = capsys.readouterr().out
     assert "--dry-run" in told
     assert "completion" in told
-    assert cli.main([]) == 2
+    assert main([]) == 2
     assert capsys.readouterr().err == told
 
 
 def test_config_prints_every_setting_with_comment_unit_and_default(directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
-    assert cli.main(["config"]) == 0
+    assert main(["config"]) == 0
     Path("all.yaml").write_text(capsys.readouterr().out)
     text = Path("all.yaml").read_text()
     assert "  # How many requests one rank may have in flight" in text
@@ -178,16 +178,16 @@ def test_config_prints_every_setting_with_comment_unit_and_default(directory, mo
     assert len(uncommented) > 50
     assert config.load("all.yaml") == config.Config()
     assert config.load("all.yaml", ["payload.hidden={}"]).payload.named == ("hidden",), "logits stay a default"
-    assert cli.main(["config", "ring.depth=4", "--config", "long-context", "--teacher-restarts", "3"]) == 0
+    assert main(["config", "ring.depth=4", "--config", "long-context", "--teacher-restarts", "3"]) == 0
     Path("resolved.yaml").write_text(capsys.readouterr().out)
     assert config.load("resolved.yaml") == config.load("long-context", ["ring.depth=4"], {"teacher.restarts": 3})
-    assert cli.main(["config", "ring.dept=4"]) == 2
+    assert main(["config", "ring.dept=4"]) == 2
     assert "did you mean `ring.depth`?" in capsys.readouterr().err
 
 
 def test_the_flags_for_cpu_and_gpus_replace_what_the_file_places_elsewhere(capsys):
     def places(*arguments: str) -> tuple[str, str, int]:
-        assert cli.main(["config", *arguments]) == 0
+        assert main(["config", *arguments]) == 0
         found = yaml.safe_load(capsys.readouterr().out)
         return found["teacher"]["gpus"], found["train"]["gpus"], found["train"]["cpu_ranks"]
 
@@ -223,9 +223,9 @@ def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monk
         "--",
         "x",
     ]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     text = capsys.readouterr().out
-    assert "shmbridge.teacher_job" in text
+    assert "shmbridge.teacher.main" in text
     assert text.count("SHMBRIDGE_SESSION=") == 2
     assert "train.py a.b=c -- x" in text
     assert "lanes: 2 ranks" in text
@@ -262,8 +262,8 @@ def test_log_flags_of_the_users_own_hide_neither_the_ranks_nor_their_failure(dir
 
 SIGNALLED = """
 import os, signal, sys
-from launcher import cli
-from shmbridge.owner import Owner
+from launcher.cli.main import main
+from shmbridge.shm.owner import Owner
 moment = getattr(Owner, sys.argv[1])
 def signalled(self):
     result = moment(self)
@@ -273,7 +273,7 @@ def before(self):
     os.kill(os.getpid(), signal.SIGTERM)
     return moment(self)
 setattr(Owner, sys.argv[1], before if sys.argv[1] == "close" else signalled)
-sys.exit(cli.main(sys.argv[2:]))
+sys.exit(main(sys.argv[2:]))
 """
 
 

@@ -15,11 +15,14 @@ import sys
 import msgspec
 import pytest
 
-from launcher import cli, commands, reception, registry
-from shmbridge import owner
+from launcher import registry
+from launcher.cli import commands
+from launcher.cli.main import main
+from launcher.daemon import reception
 from shmbridge.errors import SessionInUse
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge.shm import owner
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
 from tests.harness import until
 from tests.launcher.test_sessions import SETTINGS, dead_session, own_world
 
@@ -43,7 +46,7 @@ def session(tmp_path):
 
 
 def run(capsys, *argv: str) -> tuple[int, str, str]:
-    code = cli.main(argv)
+    code = main(argv)
     return code, *capsys.readouterr()
 
 
@@ -174,6 +177,6 @@ def test_a_session_that_is_not_there_is_an_error(name, capsys):
 def test_each_command_has_help_and_the_main_help_names_it(name, capsys):
     for argv in ([name, "--help"], ["--help"]):
         with pytest.raises(SystemExit) as ended:
-            cli.main(argv)
+            main(argv)
         assert ended.value.code == 0
         assert name in capsys.readouterr().out

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import memory, plan
-from launcher.memory import SHM
-from launcher.model_card import ModelCard
-from launcher.text import size
+from launcher.console.text import size
+from launcher.plan import memory, plan
+from launcher.plan.memory import SHM
+from launcher.plan.model_card import ModelCard
 from shmbridge import config
 from tests.launcher.test_plan import MACHINE
 

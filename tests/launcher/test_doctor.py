@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import cli, gpus, trial
+from launcher.cli.main import main
 from launcher.doctor import command, fact, gpu, host
 from launcher.doctor.fact import Fact, Finding
+from launcher.plan import gpus
+from launcher.process import trial
 from tests.launcher import fake_gpus
 from tests.launcher.running import launch, supervised
 from tests.launcher.test_sessions import dead_session, own_world
@@ -122,7 +124,7 @@ def test_the_trials_processes_see_what_those_of_a_run_would(tmp_path, monkeypatc
     environment = fake_gpus.torch(tmp_path, 2) | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     gpu.facts(lambda note: None, environment)
     exporter, importer = asked
-    assert exporter.argv[1:] == ("-m", "shmbridge.cuda_probe", "export", "1")
+    assert exporter.argv[1:] == ("-m", "shmbridge.plane.probe", "export", "1")
     assert exporter.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-0"
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-0,GPU-0000-1"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in exporter.environment
@@ -253,11 +255,11 @@ def test_the_table_is_aligned_wrapped_and_coloured_on_a_terminal_alone():
 def test_the_exit_code_tells_of_a_fault_alone(monkeypatch, capsys, status, code):
     one = Fact("shm", status, "found", "" if status == "ok" else "remedy")
     monkeypatch.setattr(command, "_all", lambda: [one, Fact("python", "ok", "3.11")])
-    assert cli.main(["doctor", "--json"]) == code
+    assert main(["doctor", "--json"]) == code
     told = json.loads(capsys.readouterr().out)
     assert told["status"] == status
     assert told["facts"][0] == {"name": "shm", "status": status, "found": "found", "remedy": one.remedy}
-    assert cli.main(["doctor"]) == code
+    assert main(["doctor"]) == code
     assert capsys.readouterr().out.endswith(f"\n2 checks: {'all ok' if status == 'ok' else f'1 {status}'}\n")
 
 

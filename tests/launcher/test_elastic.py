@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher import elastic
+from launcher.process import elastic
 from tests.launcher.running import until
 
 RANK = """

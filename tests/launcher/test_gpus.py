@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from launcher import cli, gpus, plane
-from launcher.gpus import Gpu
+from launcher.cli.main import main
+from launcher.plan import gpus, plane
+from launcher.plan.gpus import Gpu
 from shmbridge import config
 from shmbridge.errors import ConfigError
 from tests.launcher import fake_gpus
@@ -81,7 +82,7 @@ def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsy
     (tmp_path / "train.py").write_text("")
     for name, value in fake_gpus.nvidia_smi(tmp_path, smi).items():
         monkeypatch.setenv(name, value)
-    assert cli.main(["--teacher", "toy:build", "--teacher-gpu", "0", "--train-gpus", "0", "--", "train.py"]) == 2
+    assert main(["--teacher", "toy:build", "--teacher-gpu", "0", "--train-gpus", "0", "--", "train.py"]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 

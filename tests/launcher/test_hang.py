@@ -15,10 +15,13 @@ import msgspec
 import pytest
 import torch.distributed as dist
 
-from launcher import facts, hang, places, shim, stacks_of, verdict
-from launcher.facts import Facts, LaneState, Participant
-from launcher.stacks_of import Stacks
-from shmbridge import peer, stacks
+from launcher.hang import places, rules, snapshot
+from launcher.hang import stacks as hang_stacks
+from launcher.hang.report import Report
+from launcher.hang.snapshot import Facts, LaneState, Participant
+from launcher.hang.stacks import Stacks
+from launcher.process import shim
+from shmbridge.shm import process, stacks
 from tests.harness import Child, Echo, until
 from tests.launcher.scene import IDS, scene
 
@@ -28,8 +31,8 @@ C10D = "/venv/lib/python3.11/site-packages/torch/distributed"
 @pytest.fixture
 def hasty(monkeypatch):
     """A second's standstill is one, and so is a heartbeat that has been missed twice."""
-    monkeypatch.setattr(verdict, "STILL_S", 0.2)
-    monkeypatch.setattr(verdict, "STALE_S", 2.5)
+    monkeypatch.setattr(rules, "STILL_S", 0.2)
+    monkeypatch.setattr(rules, "STALE_S", 2.5)
 
 
 # The verdict, of facts
@@ -41,7 +44,7 @@ def at(*frames: str) -> Stacks:
     for frame in frames:
         where, function = frame.split(" ")
         lines.append('  File "{}", line {} in {}'.format(*where.rsplit(":", 1), function))
-    return stacks_of.parse("\n".join(lines))
+    return hang_stacks.parse("\n".join(lines))
 
 
 BARRIER = at(
@@ -66,7 +69,7 @@ def lane(rank, asked=True, **more) -> LaneState:
     return LaneState(rank=rank, **values)
 
 
-def of(*participants: Participant, lanes=(), lockstep=False) -> verdict.Verdict:
+def of(*participants: Participant, lanes=(), lockstep=False) -> rules.Verdict:
     made = Facts(
         session_id="ab" * 16,
         generation=1,
@@ -75,8 +78,8 @@ def of(*participants: Participant, lanes=(), lockstep=False) -> verdict.Verdict:
         lanes=tuple(lanes) or tuple(lane(one.rank, asked=False) for one in participants if one.role == "trainer"),
         lockstep=lockstep,
     )
-    found = verdict.of(made)
-    assert hang.Report("12:00:00", "a test asks", "", "run", found, made).facts is made
+    found = rules.of(made)
+    assert Report("12:00:00", "a test asks", "", "run", found, made).facts is made
     return found
 
 
@@ -313,7 +316,7 @@ def test_a_rank_that_sits_in_a_barrier_is_named_with_every_stack(tmp_path, hasty
         ]
         assert sorted(order, key=text.index) == order
         assert all(one.stacks.source == "faulthandler" for one in report.facts.participants)
-        assert msgspec.json.decode((on.run / "hang-1.json").read_bytes(), type=hang.Report) == report
+        assert msgspec.json.decode((on.run / "hang-1.json").read_bytes(), type=Report) == report
         assert Path(on.report().path).name == "hang-2.txt"
 
 
@@ -326,7 +329,7 @@ def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
         child = on.rank(0, lambda bridge: gate.wait())
         until(lambda: on.owner.lanes[0].records[0].phase.name == "TRAINING", "the rank in its loop")
         child.kill(signal.SIGSTOP)
-        until(lambda: peer.state(child.pid) == "stopped", "the stop")
+        until(lambda: process.state(child.pid) == "stopped", "the stop")
         report = on.report()
         assert report.verdict.kind == "stopped"
         stopped = report.facts.ranks[0]
@@ -424,9 +427,9 @@ def listener(run: Path) -> Child:
     return Child(body)
 
 
-def ready(run: Path, child: Child) -> peer.Identity:
-    until(lambda: stacks_of._cannot_answer(child.pid, run) == "", "a process that listens")
-    found = peer.identity(child.pid)
+def ready(run: Path, child: Child) -> process.Identity:
+    until(lambda: hang_stacks._cannot_answer(child.pid, run) == "", "a process that listens")
+    found = process.identity(child.pid)
     assert found
     return found
 
@@ -436,9 +439,9 @@ def test_eight_processes_of_which_one_is_stopped_take_a_few_seconds(tmp_path):
     try:
         who = [ready(tmp_path, child) for child in children]
         children[3].kill(signal.SIGSTOP)
-        until(lambda: peer.state(children[3].pid) == "stopped", "the stop")
+        until(lambda: process.state(children[3].pid) == "stopped", "the stop")
         began = time.monotonic()
-        found = stacks_of.collect(who, tmp_path)
+        found = hang_stacks.collect(who, tmp_path)
         assert time.monotonic() - began < 10
         assert [bool(found[one.pid].threads) for one in who] == [i != 3 for i in range(8)]
         assert all(
@@ -455,10 +458,10 @@ def test_a_process_that_does_not_listen_is_left_alone(tmp_path):
     """The signal's default action would end it."""
     child = Child(lambda: time.sleep(600))
     try:
-        who = peer.identity(child.pid)
+        who = process.identity(child.pid)
         stacks.path(tmp_path, child.pid).parent.mkdir()
         stacks.path(tmp_path, child.pid).touch()  # of an earlier process with this pid
-        found = stacks_of.collect([who], tmp_path)[child.pid]
+        found = hang_stacks.collect([who], tmp_path)[child.pid]
         assert "has not connected to the bridge" in found.missing
         assert child.poll() is None
     finally:
@@ -470,7 +473,7 @@ def test_a_pid_that_is_another_process_by_now_is_not_signalled(tmp_path):
     try:
         who = ready(tmp_path, child)
         assert (
-            stacks_of.collect([who._replace(start=who.start - 1)], tmp_path)[child.pid].missing
+            hang_stacks.collect([who._replace(start=who.start - 1)], tmp_path)[child.pid].missing
             == "the process has ended"
         )
         assert stacks.path(tmp_path, child.pid).read_text() == ""
@@ -482,7 +485,7 @@ def test_py_spy_reads_what_cannot_answer(tmp_path, monkeypatch):
     spy(tmp_path, monkeypatch, f"echo '{json.dumps(DUMPED)}'")
     child = Child(lambda: time.sleep(600))
     try:
-        found = stacks_of.collect([peer.identity(child.pid)], None)[child.pid]
+        found = hang_stacks.collect([process.identity(child.pid)], None)[child.pid]
         assert found.source == "py-spy"
         assert str(places.of(found)) == "at barrier() in save (checkpoint.py:41)"
         assert [thread.name for thread in found.threads] == ["main thread", "loader"]
@@ -496,10 +499,10 @@ def test_py_spy_reads_what_cannot_answer(tmp_path, monkeypatch):
 )
 def test_a_py_spy_that_fails_is_told(tmp_path, monkeypatch, script, told):
     spy(tmp_path, monkeypatch, script)
-    monkeypatch.setattr(stacks_of, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(hang_stacks, "PATIENCE_S", 0.5)
     child = Child(lambda: time.sleep(600))
     try:
-        assert told in stacks_of.collect([peer.identity(child.pid)], None)[child.pid].missing
+        assert told in hang_stacks.collect([process.identity(child.pid)], None)[child.pid].missing
     finally:
         child.end()
 
@@ -543,8 +546,8 @@ def test_a_rank_that_has_not_attached_is_found_by_its_environment(tmp_path, rank
         try:
             pids = [one.pid for one in mine]
             until(lambda: len(shim.descendants(os.getpid())) == 2 * len(mine + others), "every worker")
-            assert [one.pid for one in facts.look(on.owner).ranks] == pids
-            assert {who.pid for who in facts.identities(on.owner)} == set(pids)
+            assert [one.pid for one in snapshot.look(on.owner).ranks] == pids
+            assert {who.pid for who in snapshot.identities(on.owner)} == set(pids)
         finally:
             for pid in shim.descendants(os.getpid()):
                 os.kill(pid, signal.SIGKILL)
@@ -557,4 +560,4 @@ def test_where_reports_are_wanted_early_a_short_standstill_is_one(tmp_path):
         on.teacher()
         on.rank(0, lambda bridge: time.sleep(600))
         report = on.stands("still")
-        assert report.facts.ranks[0].still_s < verdict.STILL_S
+        assert report.facts.ranks[0].still_s < rules.STILL_S

@@ -19,11 +19,15 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from launcher import agreement, attached, cli, lease, reception, registry, teacher_commands
-from launcher.console import Console
-from launcher.lease import Fingerprint
-from shmbridge import config, owner
+from launcher import registry
+from launcher.cli import teacher as teacher_commands
+from launcher.cli.main import main
+from launcher.console.terminal import Console
+from launcher.daemon import agreement, attached, messages, reception
+from launcher.daemon.messages import Fingerprint
+from shmbridge import config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
+from shmbridge.shm import owner
 from tests.launcher.running import HERE, Launched, launch, launched, until
 
 SETTINGS = ("teacher.model=fake:build", "ring.max_tokens=64", "payload.topk.k=8", "timeouts.shutdown_s=5")
@@ -58,7 +62,7 @@ class Kept:
         """`teacher status` or `teacher stop`: the exit code and the output."""
         printed = io.StringIO()
         with redirect_stdout(printed), redirect_stderr(printed):
-            code = cli.main(["teacher", words[0], self.name, *words[1:]])
+            code = main(["teacher", words[0], self.name, *words[1:]])
         return code, printed.getvalue()
 
     @property
@@ -502,10 +506,10 @@ class Mute:
 
 
 @pytest.fixture
-def welcome(tmp_path, monkeypatch) -> lease.Welcome:
+def welcome(tmp_path, monkeypatch) -> messages.Welcome:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     settings = config.load(overrides=["teacher.model=fake:build"])
-    return lease.Welcome("big", agreement.fingerprint(""), msgspec.Raw(config.to_json(settings)))
+    return messages.Welcome("big", agreement.fingerprint(""), msgspec.Raw(config.to_json(settings)))
 
 
 @pytest.mark.parametrize(
@@ -516,11 +520,11 @@ def welcome(tmp_path, monkeypatch) -> lease.Welcome:
     ],
 )
 def test_a_group_that_was_told_to_wait_does_not_wait_for_ever(welcome, silence_s, within_s, error, told):
-    with Mute([welcome], [lease.Waiting("the kept teacher big is loading")]):
+    with Mute([welcome], [messages.Waiting("the kept teacher big is loading")]):
         line = attached.Line("big")
         texts: list[str] = []
         with contextlib.closing(line), pytest.raises(error, match=told):
-            line.ask(lease.Look(), lease.Standing, texts.append, silence_s=silence_s, within_s=within_s)
+            line.ask(messages.Look(), messages.Standing, texts.append, silence_s=silence_s, within_s=within_s)
         assert set(texts) == {"the kept teacher big is loading"}
 
 
@@ -532,9 +536,9 @@ def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
     start = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
     start.says("loads the model")
     with contextlib.closing(attached.Line("big")) as line:
-        question = lease.Attach(line.welcome.fingerprint, config.from_json(bytes(line.welcome.settings)))
+        question = messages.Attach(line.welcome.fingerprint, config.from_json(bytes(line.welcome.settings)))
         with pytest.raises(DeadlineExceeded, match="big is loading"):
-            line.ask(question, lease.Granted, silence_s=8.0, within_s=12.0)
+            line.ask(question, messages.Granted, silence_s=8.0, within_s=12.0)
     gate.write_bytes(b"")
     assert start.process.wait(60) == 0
     kept.stop()
@@ -542,7 +546,7 @@ def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
 
 def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
     monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
-    with Mute([welcome], [lease.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
+    with Mute([welcome], [messages.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
         assert teacher_commands.main(["stop", "big"]) == 2
     out, err = capsys.readouterr()
     assert out == "waiting for the training group of pid 7 and the teacher to end, at most 0.2 s\n"

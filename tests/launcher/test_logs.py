@@ -12,8 +12,8 @@ from typing import TextIO
 
 import pytest
 
-from launcher.console import Console
-from launcher.logs import KEPT_LINES, Logs
+from launcher.console.logs import KEPT_LINES, Logs
+from launcher.console.terminal import Console
 
 
 class Terminal(io.StringIO):
@@ -79,7 +79,7 @@ def rendered(written: str) -> list[str]:
 def clock(monkeypatch) -> SimpleNamespace:
     """Time stands still until a test moves it."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("launcher.logs.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("launcher.console.logs.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 

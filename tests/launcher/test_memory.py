@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from launcher import memory, model_card
-from launcher.gpus import Gpu
-from launcher.machine import Machine
-from launcher.memory import RAM, SHM
-from launcher.model_card import ModelCard
-from launcher.text import seconds, size
-from shmbridge import config, cuda_ipc, cuda_plane, layout
+from launcher.console.text import seconds, size
+from launcher.plan import memory, model_card
+from launcher.plan.gpus import Gpu
+from launcher.plan.machine import Machine
+from launcher.plan.memory import RAM, SHM
+from launcher.plan.model_card import ModelCard
+from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.offer import HeadSpec, Offer, OutputSpec
+from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
+from shmbridge.plane import cuda, cuda_ipc
+from shmbridge.shm import layout
 
 GIB = 2**30
 MACHINE = Machine(cores=8, shm_free=8 * GIB, ram_free=64 * GIB)
@@ -382,7 +384,7 @@ def with_free(gpu: Gpu, free: float) -> Gpu:
 
 def test_a_slab_takes_what_it_allocates():
     for slots, stride in ((1, 4096), (2, 10 * MIB), (3, 4096 * 2049)):
-        assert memory.slab_bytes(slots, stride) == cuda_ipc.block_bytes(cuda_plane.slab_bytes(slots, stride))
+        assert memory.slab_bytes(slots, stride) == cuda_ipc.block_bytes(cuda.slab_bytes(slots, stride))
 
 
 def test_replies_on_gpus_are_counted_where_they_lie():

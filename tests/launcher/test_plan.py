@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import gpus, plan, torchrun
-from launcher.gpus import Gpu
-from launcher.machine import Machine
-from launcher.plan import TEACHER, TRAIN
+from launcher.plan import gpus, plan, torchrun
+from launcher.plan.gpus import Gpu
+from launcher.plan.machine import Machine
+from launcher.plan.plan import TEACHER, TRAIN
 from shmbridge import config
 from shmbridge.errors import ConfigError
 
@@ -186,7 +186,7 @@ def test_output_is_unbuffered_unless_the_user_says_otherwise():
 
 def test_the_command_lines():
     found = specs(make("train.cpu_ranks=2", "teacher.python=/opt/env/bin/python", "train.torchrun_args=--tee 3"))
-    assert found[TEACHER].argv[:3] == ("/opt/env/bin/python", "-m", "shmbridge.teacher_job")
+    assert found[TEACHER].argv[:3] == ("/opt/env/bin/python", "-m", "shmbridge.teacher.main")
     command = shlex.join(found[TRAIN].argv)
     assert command.endswith("-- --standalone --local-addr=127.0.0.1 --nproc-per-node 2 --tee 3 -m package.train")
     assert found[TEACHER].set["SHMBRIDGE_SESSION"] == found[TRAIN].set["SHMBRIDGE_SESSION"] == "TOKEN@1"

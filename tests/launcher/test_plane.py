@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import allocator, header, plan, plane
-from launcher.plan import TEACHER, TRAIN
-from launcher.plane import Choice
-from launcher.text import ranges
+from launcher.console import header
+from launcher.console.text import ranges
+from launcher.plan import allocator, plan, plane
+from launcher.plan.plan import TEACHER, TRAIN
+from launcher.plan.plane import Choice
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
 from tests.launcher.running import Launched, launch, until

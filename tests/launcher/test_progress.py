@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import progress
-from launcher.console import Console
-from launcher.progress import Progress
-from shmbridge.board import Phase
+from launcher.console import progress
+from launcher.console.progress import Progress
+from launcher.console.terminal import Console
+from shmbridge.shm.status import Phase
 
 GENERATION = 1
 

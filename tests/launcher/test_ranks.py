@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from launcher.ranks import Ranks
+from launcher.supervisor.ranks import Ranks
 from shmbridge import config
-from shmbridge.layout import RecordWord
-from shmbridge.owner import Owner
+from shmbridge.shm.layout import RecordWord
+from shmbridge.shm.owner import Owner
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from launcher import registry, stale
-from shmbridge import config, owner
+from shmbridge import config
 from shmbridge.errors import ConfigError, SessionInUse
-from shmbridge.owner import Owner
+from shmbridge.shm import owner
+from shmbridge.shm.owner import Owner
 
 
 @pytest.fixture(autouse=True)

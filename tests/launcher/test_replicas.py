@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import header, plan, replicas
-from launcher.plan import TRAIN
+from launcher.console import header
+from launcher.plan import plan, replicas
+from launcher.plan.plan import TRAIN
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
 from tests.launcher.running import launch, supervised, until
@@ -64,7 +65,7 @@ def test_each_replica_has_its_own_gpu_first_and_then_the_trainings():
     teachers = [found[f"teacher{i}"] for i in range(4)]
     assert [spec.set["CUDA_VISIBLE_DEVICES"] for spec in teachers] == [f"{4 + i},0,1,2,3" for i in range(4)]
     assert [spec.argv[1:] for spec in teachers] == [
-        ("-m", "shmbridge.teacher_job", "--teacher-index", str(i), "--gpus", "1") for i in range(4)
+        ("-m", "shmbridge.teacher.main", "--teacher-index", str(i), "--gpus", "1") for i in range(4)
     ]
     assert [(spec.who, spec.log) for spec in teachers] == [
         (f"teacher {i}", Path(f"runs/x/teacher{i}.log")) for i in range(4)
@@ -238,13 +239,13 @@ def test_all_that_do_not_end_are_killed_after_one_grace(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_runs_two_teachers_and_ends_when_one_is_killed(tmp_path):
-    """With torchrun and teacher_job."""
+    """With torchrun and the teacher's process."""
     (tmp_path / "toy.py").write_text(TEACHER)
     (tmp_path / "train.py").write_text(SCRIPT)
     flags = ["--teacher", "toy:build", "--cpu", "2", "--teacher-replicas", "2", "ring.max_tokens=64"]
     with launch(tmp_path, *flags, "--", "train.py", "loop") as run:
         for rank in range(2):
             run.says(f"[rank {rank}]    rank {rank} has a reply: True")
-        os.kill(first_below_shim(run, "teacher_job --teacher-index 1"), signal.SIGKILL)
+        os.kill(first_below_shim(run, "shmbridge.teacher.main --teacher-index 1"), signal.SIGKILL)
         assert run.wait() == 137
         assert ": teacher 1 was killed by SIGKILL" in run.text

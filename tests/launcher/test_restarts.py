@@ -1,4 +1,4 @@
-"""Restarts of training and of teachers, and save hooks: whole runs of the command, with torchrun and teacher_job."""
+"""Restarts of training and of teachers, and save hooks: whole runs of the command, with torchrun and the teacher's process."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_a_replica_is_replaced_while_the_other_serves_its_lane(directory):
     ) as run:
         run.says("loss 20 ", times=2)
         killed = time.monotonic()
-        os.kill(first_below_shim(run, "teacher_job --teacher-index 0"), signal.SIGKILL)
+        os.kill(first_below_shim(run, "shmbridge.teacher.main --teacher-index 0"), signal.SIGKILL)
         run.says("training waits for a new one (restart 1 of 1)")
         before = steps_of(run, 0)
         until(lambda: steps_of(run, 0) > before + 1, "replies to rank 0")
@@ -313,7 +313,7 @@ def test_a_sigterm_to_every_process_at_once_lets_the_ranks_save(directory):
         for rank in range(2):
             until((directory / f"saving{rank}").exists, f"the hook of rank {rank}")
         os.kill(torchrun, signal.SIGTERM)
-        assert run.processes("teacher_job")
+        assert run.processes("shmbridge.teacher.main")
         assert run.process.poll() is None
         (directory / "gate").touch()
         assert run.wait() == 143

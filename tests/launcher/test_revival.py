@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher import revival
-from launcher.cause import Cause
-from launcher.rerun import Reruns
-from launcher.revival import Revival
+from launcher.supervisor import revival
+from launcher.supervisor.cause import Cause
+from launcher.supervisor.rerun import Reruns
+from launcher.supervisor.revival import Revival
 from shmbridge import config
-from shmbridge.board import Phase
-from shmbridge.offer import Offer, OutputSpec
-from shmbridge.owner import Owner
+from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.status import Phase
 
 OFFER = Offer((OutputSpec("logits", "float32", ("seq", 4)),), "fake", vocab_size=4)
 FOREVER = "on_teacher_lost=wait"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from launcher import registry, sessions
-from shmbridge import config, layout, owner
+from shmbridge import config
 from shmbridge.errors import ConfigError
-from shmbridge.layout import ControlWord, Header
-from shmbridge.owner import Owner
-from shmbridge.session import TrainerSession
+from shmbridge.shm import layout, owner
+from shmbridge.shm.layout import ControlWord, Header
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TrainerSession
 
 SETTINGS = config.load(overrides=["teacher.model=a:b", "ring.max_tokens=64", "run_dir=/runs/one"])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import elastic, shim
+from launcher.process import elastic, shim
 from tests.launcher.running import until
 
 SHIM = [sys.executable, "-I", "-S", shim.__file__]

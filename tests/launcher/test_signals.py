@@ -1,4 +1,4 @@
-"""Which signals ranks receive, and that what they save is saved: whole runs of the command, with torchrun and teacher_job."""
+"""Which signals ranks receive, and that what they save is saved: whole runs of the command, with torchrun and the teacher's process."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_signal_to_every_process_at_once_reaches_each_rank_once(directory):
             os.kill(pid, signal.SIGTERM)
         until((directory / "saved0").exists, "what rank 0 saves")
         until((directory / "saving1").exists, "the handler of rank 1")
-        assert run.processes("teacher_job")
+        assert run.processes("shmbridge.teacher.main")
         (directory / "gate").touch()
         assert run.wait() == 143
         for rank in (0, 1):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher import plane, trial
-from launcher.gpus import Gpu
-from launcher.signals import Signals
-from launcher.trial import Command
+from launcher.plan import plane
+from launcher.plan.gpus import Gpu
+from launcher.process import trial
+from launcher.process.signals import Signals
+from launcher.process.trial import Command
 from tests.launcher.running import until
 from tests.launcher.test_plan import EIGHT, make
 
@@ -171,12 +172,12 @@ def test_the_processes_are_the_jobs_own():
     base = {"RANK": "3", "HF_HOME": "x", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     exporters, importer = trial.commands(planned, pairs, base)
     assert [(one.who, one.argv) for one in exporters] == [
-        (f"the trial in teacher {i}'s environment", ("/opt/env/bin/python", "-m", "shmbridge.cuda_probe", "export", n))
+        (f"the trial in teacher {i}'s environment", ("/opt/env/bin/python", "-m", "shmbridge.plane.probe", "export", n))
         for i, n in enumerate(("2", "1"))
     ]
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in exporters] == ["6,0,1,2", "7,0,1,2"]
     assert not {"RANK", "PYTORCH_CUDA_ALLOC_CONF"} & set(exporters[0].environment)
-    assert importer.argv == (sys.executable, "-m", "shmbridge.cuda_probe", "import")
+    assert importer.argv == (sys.executable, "-m", "shmbridge.plane.probe", "import")
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,6,7"
     assert importer.environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     exporters, _ = trial.commands(make("teacher.gpus='7'", "train.gpus=0-2"), TWO, base)

@@ -8,14 +8,15 @@ import time
 
 import pytest
 
-from launcher import facts, stacks_of, verdict
-from launcher.watch import Debt, Watch, told
-from shmbridge import config, peer
-from shmbridge.board import Phase
-from shmbridge.layout import RecordWord
-from shmbridge.offer import Extent
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, TrainerSession
+from launcher.hang import rules, snapshot, stacks
+from launcher.hang.monitor import Debt, Watch, told
+from shmbridge import config
+from shmbridge.output_spec import Extent
+from shmbridge.shm import process
+from shmbridge.shm.layout import RecordWord
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.status import Phase
 from tests.harness import Child, until
 
 REPORT_S, STARTUP_S = 20.0, 60.0
@@ -219,7 +220,7 @@ def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_
     on.teacher()
     on.rank(0)
     child = Child(lambda: time.sleep(600))
-    monkeypatch.setattr(facts, "processes_of", lambda view: {1: child.pid})
+    monkeypatch.setattr(snapshot, "processes_of", lambda view: {1: child.pid})
     try:
         assert on.ticks(21)[0] == (21.0, ["rank 0", "rank 1"])
         on.ticks(39)
@@ -259,7 +260,7 @@ def test_a_stopped_process_is_due(clocked):
     try:
         until(lambda: on.owner.lanes[0].records[0].phase is Phase.TRAINING, "the rank")
         child.kill(signal.SIGSTOP)
-        until(lambda: peer.state(child.pid) == "stopped", "the stop")
+        until(lambda: process.state(child.pid) == "stopped", "the stop")
         found = []
         for _ in range(21):
             answer(other, ask(other))
@@ -274,7 +275,7 @@ def test_a_silent_process_is_due(clocked):
     on = clocked(2)
     teacher = on.teacher()
     ranks = on.rank(0), on.rank(1)
-    old = time.monotonic_ns() - int((verdict.STALE_S + 1) * 1e9)
+    old = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
     ranks[1].record._words[RecordWord.HEARTBEAT_NS] = old
     teacher.record.beat()
     found = []
@@ -288,8 +289,8 @@ def test_watching_asks_no_process_for_its_stacks(clocked, monkeypatch):
     def fail(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(stacks_of, "collect", fail)
-    monkeypatch.setattr(facts, "processes_of", fail)
+    monkeypatch.setattr(stacks, "collect", fail)
+    monkeypatch.setattr(snapshot, "processes_of", fail)
     on = clocked(2)
     on.teacher()
     on.rank(0)

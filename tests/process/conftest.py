@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from shmbridge import cuda_plane
+from shmbridge.plane import cuda
 from tests import harness
 from tests.fake_cuda import FakeCuda
 
@@ -40,5 +40,5 @@ def plane(request, monkeypatch) -> str:
     name: str = request.param
     monkeypatch.setattr(harness, "PLANE", PLANES[name])
     if name != "host":
-        monkeypatch.setattr(cuda_plane, "cuda_ipc", FakeCuda())
+        monkeypatch.setattr(cuda, "cuda_ipc", FakeCuda())
     return name

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from shmbridge import peer
-from shmbridge.board import Phase
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherDied, TeacherError
-from shmbridge.payload import Batch
+from shmbridge.plane.arrays import Batch
+from shmbridge.shm import process
+from shmbridge.shm.status import Phase
 from tests.harness import Echo, bench, until
 
 
@@ -475,9 +475,9 @@ def test_what_a_signal_handler_raises_ends_the_wait():
         def __call__(self, batch):
             self.rounds += 1
             if self.rounds > 2:
-                until(lambda: peer.state(rank.pid) == "sleeping", "the rank asleep")
+                until(lambda: process.state(rank.pid) == "sleeping", "the rank asleep")
                 os.kill(rank.pid, signal.SIGTERM)
-                until(lambda: peer.state(rank.pid) in ("zombie", "gone"), "the rank's end")
+                until(lambda: process.state(rank.pid) in ("zombie", "gone"), "the rank's end")
             return super().__call__(batch)
 
     def body(bridge):
@@ -514,7 +514,7 @@ def test_a_forked_child_cannot_use_or_close_the_bridge():
 
 @pytest.mark.every_plane
 def test_replies_with_and_without_a_sequence_axis_in_every_dtype():
-    from shmbridge.payload import DTYPES
+    from shmbridge.plane.arrays import DTYPES
 
     def forward(batch: Batch) -> dict[str, torch.Tensor]:
         base = batch.input_ids

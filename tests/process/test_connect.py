@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shmbridge import connect, server
-from shmbridge.board import Phase
+from shmbridge import connect
 from shmbridge.errors import AttachError, Closed
+from shmbridge.shm.status import Phase
+from shmbridge.teacher import server
 from tests.harness import Bench, Child, Echo, bench, until
 
 

@@ -9,12 +9,12 @@ import threading
 import pytest
 import torch
 
-from shmbridge import cuda_plane
-from shmbridge.bridge import Bridge
-from shmbridge.cuda_plane import TeacherCudaPlane
 from shmbridge.errors import TeacherDied, TornReply
-from shmbridge.payload import Batch
-from shmbridge.ring import Ring
+from shmbridge.plane import cuda
+from shmbridge.plane.arrays import Batch
+from shmbridge.plane.cuda import TeacherCudaPlane
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.ring import Ring
 from tests.fake_cuda import FakeCuda
 from tests.harness import bench
 
@@ -32,7 +32,7 @@ IDS = torch.arange(1, 7).view(1, 6)
 @pytest.fixture(autouse=True)
 def fake(monkeypatch) -> FakeCuda:
     made = FakeCuda()
-    monkeypatch.setattr(cuda_plane, "cuda_ipc", made)
+    monkeypatch.setattr(cuda, "cuda_ipc", made)
     return made
 
 

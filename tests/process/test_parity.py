@@ -14,15 +14,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from shmbridge import combine, config, offering
-from shmbridge.bridge import Bridge
+from shmbridge import config
 from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
-from shmbridge.payload import Batch
-from shmbridge.reply import Reply
-from shmbridge.requests import Requests
-from shmbridge.teacher import HuggingFaceTeacher
-from shmbridge.token_ids import CheckedRequest
+from shmbridge.plane.arrays import Batch
+from shmbridge.rank.bridge import Bridge
+from shmbridge.rank.reply import Reply
+from shmbridge.rank.requests import Requests
+from shmbridge.rank.validate import CheckedRequest
+from shmbridge.teacher import combine, discovery
+from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Echo, bench
 from tests.process.test_bridge import ids
 from tests.process.test_payload import EVERYTHING, WORDS, build, join, load, saved, serving  # noqa: F401
@@ -376,10 +377,10 @@ def test_a_teacher_that_gives_nan_is_refused_at_the_offer():
     settings = config.load(overrides=["teacher.model=tests:own", "payload.logits={}"])
     nan = lambda batch: {"logits": torch.full((*batch.input_ids.shape, 7), torch.nan)}  # noqa: E731
     with pytest.raises(PlanError, match="has 84 NaN among 84 numbers"):
-        offering.make(nan, settings, torch.device("cpu"))
+        discovery.make(nan, settings, torch.device("cpu"))
 
 
 def test_a_cut_of_the_vocabulary_needs_a_payload_to_cut():
     settings = config.load(overrides=["teacher.model=tests:own", "payload.vocab=5"])
     with pytest.raises(PlanError, match="payload.vocab is 5, and no payload is named that it could cut"):
-        offering.make(lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 7)}, settings, torch.device("cpu"))
+        discovery.make(lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 7)}, settings, torch.device("cpu"))

@@ -15,14 +15,15 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from shmbridge import config, encode, offering, teacher
-from shmbridge.bridge import Bridge
+from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError, RequestRefused, TeacherError
 from shmbridge.head import Head
 from shmbridge.losses import candidate_reverse_kl, targets_from_labels, top_candidates
-from shmbridge.payload import Batch
-from shmbridge.reply import Reply
-from shmbridge.teacher import HuggingFaceTeacher
+from shmbridge.plane.arrays import Batch
+from shmbridge.rank.bridge import Bridge
+from shmbridge.rank.reply import Reply
+from shmbridge.teacher import discovery, huggingface, payload
+from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Bench, bench
 from tests.process.test_bridge import ids
 
@@ -298,12 +299,12 @@ def without_an_embedding_layer() -> Any:
 )
 def test_a_model_whose_head_is_more_than_a_matrix_serves_its_own_logits_only(saved, monkeypatch, make, why):
     model, sent, positions = make().eval(), ids(2, 9), ids(2, 9, seed=1) % 2 == 0
-    monkeypatch.setattr(teacher, "_load", lambda *_: model)
+    monkeypatch.setattr(huggingface, "_load", lambda *_: model)
     with torch.inference_mode():
         own = model(input_ids=sent).logits
     loaded = load(saved(), "payload.hidden={}")
     with pytest.raises(PlanError, match=rf"payload\.hidden cannot be had from this teacher: {why}"):
-        offering.make(loaded, config.load(overrides=[f"teacher.model={saved()}", "payload.hidden={}"]), CPU)
+        discovery.make(loaded, config.load(overrides=[f"teacher.model={saved()}", "payload.hidden={}"]), CPU)
     payload = ["payload.logits.dtype=float32", "payload.topk.k=4"]
     with serving(saved(), *payload, "parity=true") as it, it.bridge() as bridge:
         whole = bridge.exchange(sent)
@@ -426,7 +427,7 @@ def test_memory_for_fewer_positions_than_tokens(saved):
 
 
 def test_a_large_reply_is_made_some_positions_at_a_time(saved, monkeypatch):
-    monkeypatch.setattr(encode, "_HEAD_BYTES", 4 * WORDS * 4)
+    monkeypatch.setattr(payload, "_HEAD_BYTES", 4 * WORDS * 4)
     path, sent = saved(), ids(3, 9)
     with serving(path, "payload.topk={k: 8}", "payload.hidden={}", wrap=counting) as it, it.bridge() as bridge:
         reply = bridge.exchange(sent)
@@ -655,7 +656,7 @@ def test_a_compiled_teacher_answers_the_same(tmp_path, monkeypatch):
 def test_a_payload_beyond_the_models_words_is_refused_at_the_offer(saved, overrides, message):
     overrides = [*overrides, *(["payload.logits={}"] if "vocab" in overrides[0] else [])]
     with pytest.raises(PlanError, match=message):
-        offering.make(load(saved(), *overrides), config.load(overrides=[f"teacher.model={saved()}", *overrides]), CPU)
+        discovery.make(load(saved(), *overrides), config.load(overrides=[f"teacher.model={saved()}", *overrides]), CPU)
 
 
 def test_k_above_a_cut_vocabulary_is_refused_by_the_config():
@@ -687,7 +688,7 @@ def test_k_above_a_cut_vocabulary_is_refused_by_the_config():
 )
 def test_a_payload_that_a_teacher_of_ones_own_cannot_give_is_refused_at_the_offer(forward, overrides, message):
     with pytest.raises(PlanError, match=message):
-        offering.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)
+        discovery.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)
 
 
 def test_a_forward_that_changes_its_mind_is_told_to_its_rank():

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.watch import Watch
-from shmbridge import config, teacher_job
-from shmbridge.board import Failure, Phase
-from shmbridge.bridge import Bridge
+from launcher.hang.monitor import Watch
+from shmbridge import config
 from shmbridge.errors import AttachError, PeerLost
-from shmbridge.layout import LaneWord
-from shmbridge.offer import Offer
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge.output_spec import Offer
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.layout import LaneWord
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.status import Failure, Phase
+from shmbridge.teacher import main as teacher_main
 from tests import harness
 from tests.harness import Bench, Child, until
 
@@ -90,7 +91,7 @@ class Run(Bench):
 
 def serve(token, index, forward) -> None:
     torch.set_num_threads(1)
-    teacher_job.serve(TeacherSession.newest(token, index), forward, torch.device("cpu"))
+    teacher_main.serve(TeacherSession.newest(token, index), forward, torch.device("cpu"))
 
 
 def ids(step: int) -> torch.Tensor:

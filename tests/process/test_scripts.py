@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from shmbridge import config, offering
-from shmbridge.offer import OutputSpec
-from shmbridge.teacher_job import build
+from shmbridge import config
+from shmbridge.output_spec import OutputSpec
+from shmbridge.teacher import discovery
+from shmbridge.teacher.main import build
 from tests import gguf_file
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +245,7 @@ def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
         overrides=["teacher.model=scripts.custom_teacher:build", f"teacher.args={{path: {tmp_path}}}"]
     )
     device = torch.device("cpu")
-    agreed, _ = offering.make(build(None, settings, device, 0), settings, device)
+    agreed, _ = discovery.make(build(None, settings, device, 0), settings, device)
     assert agreed.vocab_size == 50
     assert agreed.outputs == (OutputSpec("hidden", "float32", ("seq", 16)), OutputSpec("value", "float32", ("seq",)))
 

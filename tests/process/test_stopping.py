@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from shmbridge.board import Failure, Phase
-from shmbridge.bridge import Bridge
 from shmbridge.errors import RingFull, RunStopped, TeacherDied
-from shmbridge.heartbeat import Heartbeat
+from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.status import Failure, Phase
 from tests.harness import Child, Echo, bench, until
 
 IDS = torch.ones((1, 4), dtype=torch.int64)

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from shmbridge import peer
-from shmbridge.bridge import Bridge, Pending
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, TeacherDied, TeacherError
 from shmbridge.head import Head
-from shmbridge.payload import Batch
+from shmbridge.plane.arrays import Batch
+from shmbridge.rank.bridge import Bridge, Pending
+from shmbridge.shm import process
 from tests.harness import Bench, Child, bench, until
 from tests.process.test_bridge import ids
 
@@ -374,7 +374,7 @@ def reads_later(bridge: Bridge) -> None:
 def test_a_stopped_rank_keeps_nobody_waiting_and_reads_its_chunks_later():
     with serving(lanes=2) as it:
         stopped = it.rank(1, reads_later)
-        until(lambda: peer.state(stopped.pid) == "stopped", "the stopped rank")
+        until(lambda: process.state(stopped.pid) == "stopped", "the stopped rank")
         bridge = it.bridge()
         for step in range(10):
             answers(bridge, step)
@@ -427,7 +427,7 @@ def test_lockstep_waits_for_the_reader_of_a_stream():
     """What teacher.collect=lockstep means here: no forward without a request of every open lane."""
     with serving("teacher.collect=lockstep", *LOGITS, lanes=2) as it:
         stopped = it.rank(1, reads_later)
-        until(lambda: peer.state(stopped.pid) == "stopped", "the stopped rank")
+        until(lambda: process.state(stopped.pid) == "stopped", "the stopped rank")
         bridge = it.bridge()
         answers(bridge)  # together with the other's first
         sent = safe(1, 9)
@@ -507,7 +507,7 @@ def half_way(body: Callable[[Bridge], Any] = lambda bridge: None) -> tuple[Flag,
 def stopped_half_way(it: Bench, lane: int, body: Callable[[Bridge], Any] = lambda bridge: None) -> Child:
     there, reads = half_way(body)
     child = it.rank(lane, reads)
-    until(lambda: there and peer.state(child.pid) == "stopped", "the rank in the middle of its stream")
+    until(lambda: there and process.state(child.pid) == "stopped", "the rank in the middle of its stream")
     return child
 
 

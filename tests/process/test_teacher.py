@@ -11,12 +11,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shmbridge import config, offering, teacher
+from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.offer import OutputSpec
-from shmbridge.payload import Batch
-from shmbridge.teacher_job import build
+from shmbridge.output_spec import OutputSpec
+from shmbridge.plane.arrays import Batch
+from shmbridge.teacher import discovery, huggingface
+from shmbridge.teacher.main import build
 from tests import gguf_file
 from tests.harness import Child, bench
 from tests.process.test_bridge import ids, tiny_model
@@ -24,8 +25,8 @@ from tests.process.test_bridge import ids, tiny_model
 CPU = torch.device("cpu")
 
 
-def load(model: str, *overrides: str) -> teacher.HuggingFaceTeacher:
-    return teacher.HuggingFaceTeacher(
+def load(model: str, *overrides: str) -> huggingface.HuggingFaceTeacher:
+    return huggingface.HuggingFaceTeacher(
         config.load(overrides=[f"teacher.model={model}", *overrides]), CPU, lambda *_: None
     )
 
@@ -67,14 +68,14 @@ def test_a_gguf_file_is_converted_once_and_tells_its_progress(tmp_path, monkeypa
     gguf_file.write(file)
     progress = []
     settings = config.load(overrides=[f"teacher.model={file}"])
-    first = teacher.HuggingFaceTeacher(settings, CPU, lambda done, total: progress.append((done, total)))
+    first = huggingface.HuggingFaceTeacher(settings, CPU, lambda done, total: progress.append((done, total)))
     if hasattr(transformers.utils.logging, "set_tqdm_hook"):  # not in transformers 4
         assert progress[-1][0] == progress[-1][1] > 0
     assert first.vocab_size == gguf_file.VOCAB
     text = "def f(x): return x"
     tokenizer = AutoTokenizer.from_pretrained(first.path)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    monkeypatch.setattr(teacher, "_write_conversion", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(huggingface, "_write_conversion", lambda *_: pytest.fail("converted again"))
     again = load(str(file))
     with torch.inference_mode():
         batch = Batch(ids(1, 7) % gguf_file.VOCAB, None)
@@ -89,10 +90,10 @@ def test_a_conversion_that_was_killed_is_made_again(tmp_path, monkeypatch):
     def convert_and_die():
         """The weights are saved, the tokenizer is not."""
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        teacher.local_copy(TeacherConfig(model=str(file)))
+        huggingface.local_copy(TeacherConfig(model=str(file)))
 
     assert Child(convert_and_die).join() == -signal.SIGKILL
-    path = Path(teacher.local_copy(TeacherConfig(model=str(file))))
+    path = Path(huggingface.local_copy(TeacherConfig(model=str(file))))
     assert load(str(file)).tokenizer is not None
     assert {each.name for each in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
@@ -104,7 +105,7 @@ def test_a_missing_local_model_is_named(model):
 
 
 def offered(forward, *overrides: str):
-    return offering.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)[0].outputs
+    return discovery.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)[0].outputs
 
 
 def test_a_probe_finds_dtype_shape_and_the_axis_of_the_sequence():

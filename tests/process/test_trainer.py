@@ -20,8 +20,8 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 import shmbridge
-from shmbridge import teacher
-from shmbridge.bridge import Bridge
+from shmbridge.rank.bridge import Bridge
+from shmbridge.teacher import huggingface
 from tests.distilling import TOLERANCE, VOCAB, WORDS, At, Case, compare, control, distilled, save_teacher
 from tests.harness import Child, bench, until
 from tests.process.test_host import finish, launch
@@ -179,7 +179,7 @@ def one_rank(saved: Path, body: Callable[[Any], Any], *settings: str) -> None:
     """body(bridge) in a process of its own, beside the teacher."""
     model = [f"teacher.model={saved}", "teacher.dtype=float32", "ring.max_tokens=512"]
     with bench(1, *model, *settings) as it:
-        it.teacher(teacher.HuggingFaceTeacher(it.settings, torch.device("cpu"), lambda *_: None))
+        it.teacher(huggingface.HuggingFaceTeacher(it.settings, torch.device("cpu"), lambda *_: None))
         assert it.rank(0, body).join() == 0
 
 

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
-from shmbridge import config, layout
-from shmbridge.board import Phase
+from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import DeadlineExceeded, TrainerDied
-from shmbridge.layout import Header
-from shmbridge.offer import Extent, Offer, OutputSpec
-from shmbridge.owner import Owner
-from shmbridge.ring import Chunk, Composition, ReplyHead, Ring
-from shmbridge.segment import Segment
-from shmbridge.session import Names, TeacherSession, Token, TrainerSession
+from shmbridge.output_spec import Extent, Offer, OutputSpec
+from shmbridge.shm import layout
+from shmbridge.shm.layout import Header
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.ring import Chunk, Composition, ReplyHead, Ring
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Names, TeacherSession, Token, TrainerSession
+from shmbridge.shm.status import Phase
 
 TOKENS = 8
 NBYTES = 64  # of the IDs, of a reply and of a chunk

@@ -27,13 +27,13 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
 
-from shmbridge import board, doorbell, owner, ring, segment, session
-from shmbridge.board import Phase
-from shmbridge.doorbell import Doorbell
 from shmbridge.errors import DeadlineExceeded, PeerLost
-from shmbridge.layout import ControlWord
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, Token, TrainerSession
+from shmbridge.shm import doorbell, owner, ring, segment, session, status
+from shmbridge.shm.doorbell import Doorbell
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, Token, TrainerSession
+from shmbridge.shm.status import Phase
 from tests.protocol import actors, mutants
 from tests.protocol.actors import FAILS, OFFER, Broken, TinyRank, TinyTeacher, Witness, exchange_afresh, require
 
@@ -41,7 +41,7 @@ SLICE_S = 0.001  # of the survivor, so that it notices a death at once
 PATIENCE_S = 10.0
 REACHED = 7  # exit status of a victim that was paused
 MOST_IDLE = 10  # turns in a row in which a side was not rung
-TRACED = {module.__file__: module in (ring, doorbell, board) for module in (ring, doorbell, board, session, segment)}
+TRACED = {module.__file__: module in (ring, doorbell, status) for module in (ring, doorbell, status, session, segment)}
 
 
 # What the rank does; the teacher serves it.

@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from shmbridge import doorbell, layout
-from shmbridge.board import Failure
 from shmbridge.errors import ShmbridgeError
-from shmbridge.layout import RECORD_BYTES, RECORDS_OFFSET, SETTINGS_OFFSET
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge.shm import doorbell, layout
+from shmbridge.shm.layout import RECORD_BYTES, RECORDS_OFFSET, SETTINGS_OFFSET
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.status import Failure
 from tests.protocol import actors
 from tests.protocol.actors import FAILS, OFFER, TOKENS, Broken, TinyRank, TinyTeacher, content, require
 

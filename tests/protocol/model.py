@@ -23,11 +23,11 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from shmbridge import ring as ring_module
 from shmbridge.errors import RingFull, ShmbridgeError
-from shmbridge.layout import CHUNK_HEAD, REPLY_HEAD, REQUEST, REQUEST_DATA, WORD, LaneLayout, LaneWord
-from shmbridge.offer import Extent
-from shmbridge.ring import Composition, Ring
+from shmbridge.output_spec import Extent
+from shmbridge.shm import ring as ring_module
+from shmbridge.shm.layout import CHUNK_HEAD, REPLY_HEAD, REQUEST, REQUEST_DATA, WORD, LaneLayout, LaneWord
+from shmbridge.shm.ring import Composition, Ring
 from tests.protocol.actors import Broken, require
 
 CURSORS = (

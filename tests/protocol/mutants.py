@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from shmbridge.ring import Ring
-from shmbridge.session import TeacherSession
+from shmbridge.shm.ring import Ring
+from shmbridge.shm.session import TeacherSession
 
 Set = Callable[[Any, str, Any], None]
 

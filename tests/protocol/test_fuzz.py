@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from shmbridge import config, layout
-from shmbridge.board import Record
+from shmbridge import config
 from shmbridge.errors import AttachError, ConfigError, ShmbridgeError
-from shmbridge.layout import RECORD_BYTES, RecordWord
-from shmbridge.offer import Offer
+from shmbridge.output_spec import Offer
+from shmbridge.shm import layout
+from shmbridge.shm.layout import RECORD_BYTES, RecordWord
+from shmbridge.shm.status import Record
 from tests.protocol.running import module
 
 

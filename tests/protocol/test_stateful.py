@@ -6,10 +6,10 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from shmbridge import owner
 from shmbridge.errors import AttachError, RingFull
-from shmbridge.owner import Owner
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge.shm import owner
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import TeacherSession, TrainerSession
 from tests.protocol import actors
 from tests.protocol.actors import (
     CHUNKS_OF_A_REPLY,

@@ -1,4 +1,4 @@
-"""Streams and pools as shmbridge.cuda_ipc takes them from torch, over stand-ins for torch's own classes."""
+"""Streams and pools as shmbridge.plane.cuda_ipc takes them from torch, over stand-ins for torch's own classes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from shmbridge import cuda_ipc
+from shmbridge.plane import cuda_ipc
 
 CPU = torch.device("cpu")
 

@@ -15,16 +15,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shmbridge import config, cuda_exchange, cuda_ipc, cuda_plane, layout, offering, slots
-from shmbridge.bridge import Bridge, Pending
-from shmbridge.cuda_plane import RankCudaPlane, TeacherCudaPlane
+from shmbridge import config
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
-from shmbridge.owner import Owner
-from shmbridge.payload import Batch
-from shmbridge.ring import Ring
-from shmbridge.segment import Segment
-from shmbridge.server import Server
-from shmbridge.session import Names, TeacherSession, TrainerSession
+from shmbridge.plane import cuda, cuda_exchange, cuda_ipc, slots
+from shmbridge.plane.arrays import Batch
+from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
+from shmbridge.rank.bridge import Bridge, Pending
+from shmbridge.shm import layout
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.ring import Ring
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Names, TeacherSession, TrainerSession
+from shmbridge.teacher import discovery
+from shmbridge.teacher.server import Server
 from tests.fake_cuda import FakeCuda
 from tests.sim_cuda import SimEvent, SimGpu, SimStream
 
@@ -61,7 +64,7 @@ class Pair:
     def open_teacher(self) -> None:
         with self.gpu.process("teacher"):
             session = TeacherSession(self.token)
-            agreed, encoder = offering.make(self.forward, self.settings, CPU)
+            agreed, encoder = discovery.make(self.forward, self.settings, CPU)
             self.owner.create_replies(agreed)
             session.offer(agreed)
             self.server = Server(session, self.forward, encoder, agreed, CPU)
@@ -115,7 +118,7 @@ class Pair:
 
 @contextmanager
 def opened(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[Pair]:
-    monkeypatch.setattr(cuda_plane, "cuda_ipc", gpu)
+    monkeypatch.setattr(cuda, "cuda_ipc", gpu)
     pair = Pair(gpu, *overrides)
     try:
         yield pair
@@ -434,13 +437,13 @@ def test_a_gpu_takes_the_time_of_its_waits_only_for_somebody_who_reads_it(monkey
 
 def test_each_lane_has_an_export_of_its_own(monkeypatch):
     gpu = SimGpu()
-    monkeypatch.setattr(cuda_plane, "cuda_ipc", gpu)
+    monkeypatch.setattr(cuda, "cuda_ipc", gpu)
     overrides = ["teacher.model=tests:teacher", "plane=cuda_ipc", "ring.max_tokens=64"]
     with Owner(config.load(overrides=overrides), 3) as owner, gpu.process("teacher"):
         token = owner.start_generation()
         session = TeacherSession(token)
         forward = lambda batch: {"rows": gpu.put(TABLE[batch.input_ids])}  # noqa: E731
-        agreed, encoder = offering.make(forward, config.load(overrides=[*overrides, "parity=false"]), CPU)
+        agreed, encoder = discovery.make(forward, config.load(overrides=[*overrides, "parity=false"]), CPU)
         owner.create_replies(agreed)
         session.offer(agreed)
         Server(session, forward, encoder, agreed, CPU)
@@ -519,7 +522,7 @@ def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypat
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_rank_that_opens_a_new_teachers_slab_stands_at_its_reply(refused, monkeypatch):
     """Opening waits for an event of that teacher's, which may be killed meanwhile: the watchdog must know."""
-    gpu, real, seen = SimGpu(), cuda_plane.Opened, []
+    gpu, real, seen = SimGpu(), cuda.Opened, []
 
     def opened(export, device):
         seen.append(rank.stands_at())
@@ -532,7 +535,7 @@ def test_a_rank_that_opens_a_new_teachers_slab_stands_at_its_reply(refused, monk
         take_over(pair)
         pending = pair.submit(ids(0))
         pair.teach()
-        monkeypatch.setattr(cuda_plane, "Opened", opened)
+        monkeypatch.setattr(cuda, "Opened", opened)
         with suppress(AttachError):
             pair.read(pending)
         gpu.run()
@@ -630,14 +633,14 @@ def no_stamp(self, number):
 
 
 def wrong_stamp(self, number):
-    with cuda_plane.cuda_ipc.on(self._stream):
+    with cuda.cuda_ipc.on(self._stream):
         self._slab.stamps[number % self._slab.slots].fill_(12345)
     no_stamp(self, number)
 
 
 def stamp_of_an_earlier_generation(self, number):
-    with cuda_plane.cuda_ipc.on(self._stream):
-        self._slab.stamps[number % self._slab.slots].fill_(cuda_plane._stamp(self._slab.generation - 1, number))
+    with cuda.cuda_ipc.on(self._stream):
+        self._slab.stamps[number % self._slab.slots].fill_(cuda._stamp(self._slab.generation - 1, number))
     no_stamp(self, number)
 
 
@@ -788,7 +791,7 @@ def test_another_torch_is_named_with_the_remedy(monkeypatch):
         monkeypatch.setattr(torch, "__version__", "2.1.0")
         pair.open_teacher()
         monkeypatch.undo()
-        monkeypatch.setattr(cuda_plane, "cuda_ipc", pair.gpu)
+        monkeypatch.setattr(cuda, "cuda_ipc", pair.gpu)
         with pytest.raises(AttachError, match=r"torch 2\.1\.0, this process .*plane=host"):
             pair.open_rank()
 

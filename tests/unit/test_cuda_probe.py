@@ -14,9 +14,10 @@ import msgspec
 import pytest
 import torch
 
-from shmbridge import cuda_exchange, cuda_ipc, cuda_plane, cuda_probe
-from shmbridge.cuda_probe import Exported, Facts, Task, Tried
 from shmbridge.errors import AttachError, PlanError
+from shmbridge.plane import cuda, cuda_exchange, cuda_ipc
+from shmbridge.plane import probe as cuda_probe
+from shmbridge.plane.probe import Exported, Facts, Task, Tried
 from tests.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ THEIRS = Facts("2.9.0", 7, ("GPU-teacher", "GPU-train"))
 def fake(monkeypatch) -> FakeCuda:
     """CUDA whose memory is files, on two GPUs that both see."""
     made = FakeCuda()
-    monkeypatch.setattr(cuda_plane, "cuda_ipc", made)
+    monkeypatch.setattr(cuda, "cuda_ipc", made)
     monkeypatch.setattr(cuda_ipc, "unusable", lambda device: None)
     monkeypatch.setattr(cuda_probe, "facts", lambda: THEIRS)
     monkeypatch.setattr(cuda_probe, "_device", lambda index: CPU)
@@ -67,9 +68,9 @@ def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeyp
 
 def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, capsys, monkeypatch):
     kept = weakref.WeakSet()
-    real = cuda_plane.Slab
+    real = cuda.Slab
 
-    def slab(*args: object, **kwargs: object) -> cuda_plane.Slab:
+    def slab(*args: object, **kwargs: object) -> cuda.Slab:
         made = real(*args, **kwargs)
         kept.add(made)
         return made
@@ -80,7 +81,7 @@ def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, caps
         return b""
 
     events: list[tuple[object, ...]] = []
-    monkeypatch.setattr(cuda_plane, "Slab", slab)
+    monkeypatch.setattr(cuda, "Slab", slab)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=told)))
     cuda_probe.export(2)
     assert events == [(None, 2, 2)]
@@ -104,7 +105,7 @@ def test_a_message_is_told_from_what_else_is_printed():
     ],
 )
 def test_an_exporter_says_why_it_cannot(fake, capsys, monkeypatch, part, replacement, refused):
-    module = {"unusable": cuda_ipc, "Slab": cuda_plane, "facts": cuda_probe}[part]
+    module = {"unusable": cuda_ipc, "Slab": cuda, "facts": cuda_probe}[part]
     monkeypatch.setattr(module, part, raising(replacement) if isinstance(replacement, Exception) else replacement)
     message = exported(capsys, monkeypatch)
     assert message.refused == refused
@@ -132,8 +133,8 @@ def raising(error: Exception):
 )
 def test_an_importer_says_why_it_cannot(fake, capsys, monkeypatch, error, reason):
     message = cuda_probe._export(2, [])
-    real = cuda_plane.Opened
-    monkeypatch.setattr(cuda_plane, "Opened", lambda *args: raising(error)() if not fake.tried else real(*args))
+    real = cuda.Opened
+    monkeypatch.setattr(cuda, "Opened", lambda *args: raising(error)() if not fake.tried else real(*args))
     fake.tried = 0
     cuda_probe.try_all(tasks_of(message)[:1])
     fake.tried = 1
@@ -145,7 +146,7 @@ def test_gpus_without_peer_access_are_not_opened(fake, capsys, monkeypatch):
     message = cuda_probe._export(2, [])
     monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: (device, other) != (0, 1))
-    monkeypatch.setattr(cuda_plane, "Opened", raising(AssertionError("it was opened")))
+    monkeypatch.setattr(cuda, "Opened", raising(AssertionError("it was opened")))
     cuda_probe.try_all(tasks_of(message)[:1])
     assert said(capsys, Tried) == [Tried("no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)")]
 
@@ -190,7 +191,7 @@ def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, train
         assert found is None
         return
     monkeypatch.setattr(cuda_probe, "facts", lambda: ours)
-    monkeypatch.setattr(cuda_plane, "Opened", raising(AssertionError("it was opened")))
+    monkeypatch.setattr(cuda, "Opened", raising(AssertionError("it was opened")))
     cuda_probe.try_all([Task(device, theirs, msgspec.Raw(b"{}"))])
     assert said(capsys, Tried) == [Tried(found, of_jobs=True)]
     assert re.search(reason, found)
@@ -201,7 +202,7 @@ def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, train
 
 def probe(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "shmbridge.cuda_probe", *arguments],
+        [sys.executable, "-m", "shmbridge.plane.probe", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import posix_ipc
 import pytest
 
-from shmbridge import doorbell
-from shmbridge.doorbell import Doorbell
 from shmbridge.errors import AttachError, TeacherDied
+from shmbridge.shm import doorbell
+from shmbridge.shm.doorbell import Doorbell
 from tests.harness import Child
 
 

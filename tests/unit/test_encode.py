@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from shmbridge import config, encode
-from shmbridge.combine import next_tokens
-from shmbridge.encode import Choice, LanguageModel, Verbatim
+from shmbridge import config
 from shmbridge.errors import PlanError
 from shmbridge.head import Head
-from shmbridge.offer import OutputSpec
+from shmbridge.output_spec import OutputSpec
+from shmbridge.teacher import payload as teacher_payload
+from shmbridge.teacher.combine import next_tokens
+from shmbridge.teacher.payload import Choice, LanguageModel, Verbatim
 
 WORDS = 50
 NO_WORD = -torch.inf
@@ -138,7 +139,7 @@ def test_the_head_gives_what_logits_give_for_the_chosen_positions_alone(whole, m
     chosen = torch.tensor([0, 3, 7, 8, 9, 13])
     payload = settings(*ALL, "hidden={}")
     targets, candidates = words(2 * 7), words(2 * 7, 3)
-    monkeypatch.setattr(encode, "_HEAD_BYTES", 4 * WORDS * 4)  # four positions at a time
+    monkeypatch.setattr(teacher_payload, "_HEAD_BYTES", 4 * WORDS * 4)  # four positions at a time
     for places, count in ((None, 14), (chosen, 6), (chosen[:0], 0)):
         at = slice(None) if places is None else places
         choice = Choice(slice(1, 3), 7, places, targets[at], candidates[at])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shmbridge import fingerprint
-from shmbridge.offer import OutputSpec
+from shmbridge.output_spec import OutputSpec
 
 LOGITS = OutputSpec("logits", "float32", ("seq", 100))
 

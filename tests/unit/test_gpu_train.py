@@ -104,7 +104,7 @@ def test_the_launcher_takes_the_commands_of_every_layout(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert "--nproc-per-node=7" in done.stdout.replace(" ", "=")
-        assert ("shmbridge.teacher_job" in done.stdout) == bridge
+        assert ("shmbridge.teacher.main" in done.stdout) == bridge
 
 
 @pytest.mark.slow

@@ -15,13 +15,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shmbridge import config, host_plane, offering, pinned
-from shmbridge.bridge import Bridge, Pending
-from shmbridge.host_plane import RankHostPlane, TeacherHostPlane
-from shmbridge.owner import Owner
-from shmbridge.ring import Ring
-from shmbridge.server import Server
-from shmbridge.session import TeacherSession, TrainerSession
+from shmbridge import config
+from shmbridge.plane import host, pinned
+from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
+from shmbridge.rank.bridge import Bridge, Pending
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.ring import Ring
+from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.teacher import discovery
+from shmbridge.teacher.server import Server
 from tests.harness import PATIENCE_S, until
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -122,7 +124,7 @@ class Pair:
         self.owner = Owner(settings, 1)
         token = self.owner.start_generation()
         session = TeacherSession(token)
-        agreed, encoder = offering.make(self.forward, settings, CPU)
+        agreed, encoder = discovery.make(self.forward, settings, CPU)
         self.owner.create_replies(agreed)
         session.offer(agreed)
         self.server = Server(session, self.forward, encoder, agreed, CPU)
@@ -311,7 +313,7 @@ def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkey
 def test_each_side_pins_its_own_mapping(cuda):
     with met(cuda) as pair:
         assert len(cuda.registered) == 2
-        assert isinstance(pair.bridge._requests.plane, host_plane.RankHostPlane)
+        assert isinstance(pair.bridge._requests.plane, host.RankHostPlane)
     del pair
     gc.collect()
     assert cuda.registered == []

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shmbridge.publish import Publisher
+from shmbridge.teacher.publish import Publisher
 from tests.harness import until
 
 PATIENCE_S = 60

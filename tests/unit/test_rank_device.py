@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shmbridge import config, rank_device, trace
+from shmbridge import config, log
+from shmbridge.rank import device
 
 
 def session(lane: int, gpus: str = "0-3", plane: object = None) -> SimpleNamespace:
@@ -34,9 +35,9 @@ def test_a_rank_is_told_once_when_its_device_is_not_its_own(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(trace.logger, "propagate", True)
+    monkeypatch.setattr(log.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
-        assert rank_device.choose(session(lane, gpus, plane), None) == torch.device("cuda", current)
+        assert device.choose(session(lane, gpus, plane), None) == torch.device("cuda", current)
     told = [record.getMessage() for record in caplog.records]
     own = lane % len(set(config_gpus(gpus)))
     assert len(told) == warned
@@ -50,6 +51,6 @@ def config_gpus(text: str) -> list[str]:
 def test_a_device_that_was_given_is_taken_as_it_is(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert rank_device.choose(session(2), torch.device("cuda:3")) == torch.device("cuda:3")
-    assert rank_device.choose(session(2), torch.device("cpu")) == torch.device("cpu")
+    assert device.choose(session(2), torch.device("cuda:3")) == torch.device("cuda:3")
+    assert device.choose(session(2), torch.device("cpu")) == torch.device("cpu")
     assert not caplog.records

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from shmbridge import config, token_ids
+from shmbridge import config
 from shmbridge.errors import RequestRefused
-from shmbridge.offer import Extent, Offer, OutputSpec
-from shmbridge.session import Shape
-from shmbridge.token_ids import check_arrays, check_ids, check_names
+from shmbridge.output_spec import Extent, Offer, OutputSpec
+from shmbridge.rank import validate
+from shmbridge.rank.validate import check_arrays, check_ids, check_names
+from shmbridge.shm.session import Shape
 from tests.late_gpu import LateGpu
 
 LOGPROBS = OutputSpec("logprobs", "float32", ("seq",))
@@ -61,7 +62,7 @@ def test_words_and_places_travel_as_int32(kind):
 
 
 def test_arrays_on_a_gpu_are_read_once_they_are_on_the_host_with_one_warning(monkeypatch, caplog):
-    monkeypatch.setattr(token_ids, "_gpu_copy_told", False)
+    monkeypatch.setattr(validate, "_gpu_copy_told", False)
     gpu = LateGpu(monkeypatch)
     given = {
         "ids": torch.from_numpy(IDS),

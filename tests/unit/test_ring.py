@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shmbridge.errors import AttachError, RingFull
-from shmbridge.layout import ARRAYS, CHUNK_HEAD, ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
-from shmbridge.offer import Extent
-from shmbridge.ring import Composition, Ring
+from shmbridge.output_spec import Extent
+from shmbridge.shm.layout import ARRAYS, CHUNK_HEAD, ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
+from shmbridge.shm.ring import Composition, Ring
 
 PLACE = Composition(1, 0, 2, 4, 7, 1000)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from launcher import stale
-from shmbridge import config, owner
-from shmbridge.owner import SHM_DIRECTORY, Owner
+from shmbridge import config
+from shmbridge.shm import owner
+from shmbridge.shm.owner import SHM_DIRECTORY, Owner
 
 CODE = sorted([*Path("shmbridge").rglob("*.py"), *Path("launcher").rglob("*.py")])
 MODULES = {

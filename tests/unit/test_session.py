@@ -13,8 +13,7 @@ import posix_ipc
 import pytest
 import torch
 
-from shmbridge import config, layout, owner
-from shmbridge.board import Failure, Phase, Record
+from shmbridge import config
 from shmbridge.errors import (
     AttachError,
     DeadlineExceeded,
@@ -25,10 +24,12 @@ from shmbridge.errors import (
     TeacherDied,
     TrainerDied,
 )
-from shmbridge.layout import ControlWord, Header
-from shmbridge.offer import HeadSpec, Offer, OutputSpec
-from shmbridge.segment import Segment
-from shmbridge.session import TeacherSession, Token, TrainerSession, lost
+from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
+from shmbridge.shm import layout, owner
+from shmbridge.shm.layout import ControlWord, Header
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import TeacherSession, Token, TrainerSession, lost
+from shmbridge.shm.status import Failure, Phase, Record
 from tests.harness import Echo, bench, until
 
 OFFER = Offer((OutputSpec("out", "float32", ("seq", 8)),), "m")

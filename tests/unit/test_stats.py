@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from shmbridge import stats
-from shmbridge.ring import Composition
-from shmbridge.stats import Meter, Stats
+from shmbridge.rank import stats
+from shmbridge.rank.stats import Meter, Stats
+from shmbridge.shm.ring import Composition
 from tests.harness import Echo, bench
 
 
@@ -35,7 +35,7 @@ def clock(monkeypatch) -> Clock:
 @pytest.fixture
 def lines(caplog, monkeypatch) -> Callable[[], list[str]]:
     """The lines about steps so far."""
-    monkeypatch.setattr(stats.trace.logger, "propagate", True)
+    monkeypatch.setattr(stats.log.logger, "propagate", True)
     caplog.set_level(logging.INFO, logger="shmbridge")
     return lambda: [line for line in caplog.messages if "waiting for the teacher" in line]
 

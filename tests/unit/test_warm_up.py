@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shmbridge import config, offering, probing
-from shmbridge.batching import TokenLimit
-from shmbridge.payload import Batch
+from shmbridge import config
+from shmbridge.plane.arrays import Batch
+from shmbridge.teacher import discovery, startup
+from shmbridge.teacher.batching import TokenLimit
 
 CPU = torch.device("cpu")
 SETTINGS = config.load(
@@ -40,9 +41,9 @@ class Model:
 
 def warm_up(model: Model, settings: config.Config = SETTINGS) -> TokenLimit:
     made = Model()
-    _, encoder = offering.make(made, settings, CPU)
+    _, encoder = discovery.make(made, settings, CPU)
     limit = TokenLimit(settings.teacher.max_batch_tokens)
-    probing.warm_up(model, encoder, limit, settings, CPU)
+    startup.warm_up(model, encoder, limit, settings, CPU)
     return limit
 
 

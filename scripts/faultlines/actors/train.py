@@ -16,7 +16,7 @@ from teachers import BAD, LETHAL, WORDS
 
 import shmbridge
 from shmbridge.errors import ParityError, RequestRefused, TeacherDied, TeacherError
-from shmbridge.ring import Ring
+from shmbridge.shm.ring import Ring
 
 RANK = int(os.environ["LOCAL_RANK"])
 RANKS = int(os.environ["WORLD_SIZE"])

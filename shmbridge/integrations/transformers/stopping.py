@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from shmbridge import RunStopped, trace
+from shmbridge import RunStopped, log
 
 _LOOK_S = 0.05
 
@@ -97,7 +97,7 @@ class CheckpointOnStop:
         folder = os.path.join(trainer._get_output_dir(trial=None), f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self._saved in (None, step):
             return
-        trace.logger.info("rank %d saves %s before it stops", trainer.bridge.rank, folder)
+        log.logger.info("rank %d saves %s before it stops", trainer.bridge.rank, folder)
         for module in trainer.model_wrapped.modules():
             if hasattr(module, "reshard"):  # FSDP2, whose forward was interrupted
                 module.reshard()

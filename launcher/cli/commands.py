@@ -1,0 +1,169 @@
+"""`shmbridge-launch report|status|ls|clean|doctor`: what is said of sessions from outside, and of the machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from launcher import registry, sessions, stale
+from launcher.cli import parsers
+from launcher.codes import INTERRUPTED, REFUSED
+from launcher.console import status
+from launcher.console.text import size, table
+from launcher.hang import report, snapshot
+from launcher.sessions import LIVE, STALE, Attached, Session
+from shmbridge.errors import AttachError, ShmbridgeError
+from shmbridge.shm import owner
+
+_EVERY_S = 1.0
+_CLEAR = "\033[H\033[J"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `argv`, whose first word names the command; the exit code."""
+    name, *rest = argv
+    args = parsers.command(name).parse_args(rest)
+    try:
+        return COMMANDS[name](args)
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch {name}: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    session = sessions.find(args.session)
+    view = sessions.attach(session.session_id)
+    run = Path(view.settings.run_dir)
+    made = report.make(view, run if run.is_dir() else None, "asked for by shmbridge-launch report", session.name)
+    try:
+        made = report.write(made, run)
+    except OSError as error:
+        print(f"shmbridge-launch report: not written to {run}: {error.strerror}", file=sys.stderr)
+    if args.json:
+        sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(made)) + b"\n")
+    else:
+        print(made)
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    session = sessions.find(args.session)
+    view = sessions.attach(session.session_id)
+    if args.watch:
+        return _keep_showing(session, view)
+    print(_page(session, view))
+    return 0
+
+
+def _page(session: Session, view: Attached) -> str:
+    return status.page(snapshot.look(view), session.name, view.settings.run_dir)
+
+
+def _keep_showing(session: Session, view: Attached) -> int:
+    """Once a second, until Ctrl-C or the session's end."""
+    clear = _CLEAR if sys.stdout.isatty() else ""
+    try:
+        while sessions.live(session.session_id):
+            if view.current != view.generation:
+                view = sessions.attach(session.session_id)
+            print(f"{clear}{time.strftime('%H:%M:%S')}  {_page(session, view)}\n", flush=True)
+            time.sleep(_EVERY_S)
+    except AttachError:
+        pass  # it ended between two looks
+    except KeyboardInterrupt:
+        return 0
+    print(f"session {session.short} has ended")
+    return 0
+
+
+def _list(_: argparse.Namespace) -> int:
+    found = sessions.every()
+    if not found:
+        print("no sessions")
+        return 0
+    rows = [("SESSION", "NAME", "STATE", "OWNER", "RANKS", "TEACHER", "RUN")]
+    print(table([*rows, *map(_line, found)], indent=""))
+    for one in found:
+        if one.problem:
+            print(f"{one.short}: {one.problem}")
+    if any(one.state == STALE for one in found):
+        print("\nstale: the launcher was killed; `shmbridge-launch clean` removes what it left")
+    return 0
+
+
+def _line(one: Session) -> tuple[str, ...]:
+    if one.facts is None:
+        objects = f"{one.objects} object{'s' if one.objects != 1 else ''} in /dev/shm"
+        return one.short, one.name, one.state, "", "", "", objects if one.state == STALE else ""
+    ranks, seen = one.facts.ranks, one.facts
+    held_by = f"{'keeper' if seen.kept else 'launcher'} {seen.launcher_pid}"
+    attached = sum(rank.attached for rank in ranks)
+    share = str(len(ranks)) if attached == len(ranks) else f"{attached} of {len(ranks)}"
+    phases = dict.fromkeys(status.phase(rank) for rank in ranks if rank.attached)
+    states = f": {', '.join(phases)}" if phases else ""
+    teachers = ", ".join(dict.fromkeys(status.phase(teacher) for teacher in seen.teachers))
+    again = f" (generation {seen.generation})" if seen.generation > 1 else ""
+    training = "no group" if seen.over else share + states
+    return one.short, one.name, one.state + again, held_by, training, teachers, one.run
+
+
+def _clean(args: argparse.Namespace) -> int:
+    """Whoever is live holds a kernel lock, and is not touched."""
+    would = "would remove" if args.dry_run else "removed"
+    dead = {one.session_id: _bytes(one.session_id) for one in sessions.every() if one.state == STALE}
+    removed = [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(stale.reclaim())
+    for session_id, count in removed:
+        print(
+            f"{would} {count} objects{_freed(dead.get(session_id, 0))} of the dead session {session_id[: sessions.SHORT]}"
+        )
+    free = registry.is_free if args.dry_run else registry.remove_if_free
+    names = [name for name in registry.entries() if free(name)]
+    for name in names:
+        print(f"{would} the name {name!r}, which no live launcher holds")
+    if not removed and not names:
+        print("nothing to remove")
+    live = sum(one.state == LIVE for one in sessions.every())
+    if live:
+        print(f"{live} live session{'s' if live > 1 else ''} untouched")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Every check of the machine; 1 where one finds a fault."""
+    from launcher.doctor import command
+
+    return command.main(args.json)
+
+
+def _freed(nbytes: int) -> str:
+    return f" ({size(nbytes)})" if nbytes else ""
+
+
+def _bytes(session_id: str) -> int:
+    total = 0
+    for name in owner.objects(session_id).get(session_id, []):
+        try:
+            total += (owner.SHM_DIRECTORY / name).stat().st_blocks * 512
+        except OSError:
+            pass
+    return total
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "report": _report,
+    "status": _status,
+    "ls": _list,
+    "clean": _clean,
+    "doctor": _doctor,
+}

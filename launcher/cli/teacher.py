@@ -1,0 +1,110 @@
+"""`shmbridge-launch teacher start|status|stop`: a teacher that stays loaded while training scripts come and go."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import sys
+import time
+from collections.abc import Sequence
+
+from launcher.cli import parsers, teacher_start
+from launcher.cli.main import values
+from launcher.codes import INTERRUPTED, REFUSED
+from launcher.console.text import listed, seconds, table
+from launcher.daemon import attached, messages
+from launcher.daemon.messages import Standing
+from shmbridge import config
+from shmbridge.errors import ConfigError, DeadlineExceeded, ShmbridgeError
+from shmbridge.shm import process
+
+_QUIET_S = 3.0  # a stop that takes longer says what it waits for
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run what follows `teacher` on the command line; the exit code."""
+    args = parsers.teacher_start().parse_intermixed_args(argv[1:]) if argv[:1] == ["start"] else None
+    try:
+        if args:
+            return _start(args)
+        return _of_running(argv)
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch teacher: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _start(args: argparse.Namespace) -> int:
+    name, *overrides = args.words
+    if not name or "=" in name:
+        raise ConfigError(f"the first word after `teacher start` is {name!r}; expected the teacher's name.")
+    settings = teacher_start.settings_of(config.given(args.config, overrides, values(args)), name)
+    if not settings.enabled:
+        raise ConfigError("enabled is false, and a kept teacher is nothing else than enabled: leave it out.")
+    if args.foreground:
+        return teacher_start.keep(settings, lambda run: None, lambda: None)
+    return teacher_start.in_background(settings)
+
+
+def _of_running(argv: Sequence[str]) -> int:
+    args = parsers.kept_teacher().parse_args(argv)
+    line = attached.Line(args.name)
+    try:
+        return _status(line) if args.command == "status" else _stop(line, args.force)
+    finally:
+        line.close()
+
+
+def _status(line: attached.Line) -> int:
+    print(_page(line.ask(messages.Look(), Standing), time.time()))
+    return 0
+
+
+def _page(standing: Standing, now: float) -> str:
+    where = f"GPU {standing.gpus}" if standing.gpus else "the CPU"
+    pids = listed([str(pid) if pid else "none" for pid in standing.teachers])
+    rows = [
+        ("state", standing.state),
+        ("teacher", f"{standing.model} on {where}, pid {pids}"),
+        ("plane", standing.plane),
+        ("keeper", f"pid {standing.pid}, since {_since(standing.since, now)}"),
+        ("session", standing.session),
+        ("run", standing.run),
+        ("answered", f"{standing.answered} request{'s' if standing.answered != 1 else ''}"),
+        ("held by", "nobody"),
+    ]
+    holder = standing.holder
+    if holder:
+        ranks = (
+            f"generation {holder.generation}, {holder.ranks} rank{'s' if holder.ranks > 1 else ''}, run {holder.run}"
+        )
+        rows[-1] = ("held by", f"pid {holder.pid}, since {_since(holder.since, now)}")
+        rows.append(("", ranks if holder.generation else "no generation yet"))
+    return f"kept teacher {standing.name}\n{table(rows)}"
+
+
+def _since(at: float, now: float) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))} ({seconds(max(0.0, now - at))})"
+
+
+def _stop(line: attached.Line, force: bool) -> int:
+    """Return once the keeper has ended. Raises DeadlineExceeded where it does not."""
+    pid = line.lines.pid
+    keeper = os.pidfd_open(pid)
+    try:
+        leaving = line.ask(messages.Stop(force), messages.Leaving)
+        poll = select.poll()
+        poll.register(keeper, select.POLLIN)
+        if not poll.poll(_QUIET_S * 1000):
+            print(f"waiting for {leaving.waits_for} to end, at most {seconds(leaving.within_s)}", flush=True)
+            if not poll.poll(leaving.within_s * 1000):
+                raise DeadlineExceeded(
+                    f"the keeper of {line.name} (pid {pid}) has not ended within {seconds(leaving.within_s)}; it is "
+                    f"{process.state(pid)}. `kill -KILL {pid}` ends it and everything below it."
+                )
+    finally:
+        os.close(keeper)
+    print(f"the kept teacher {line.name} has ended")
+    return 0

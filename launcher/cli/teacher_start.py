@@ -1,0 +1,195 @@
+"""`shmbridge-launch teacher start NAME`: plans a kept teacher, and runs its keeper, here or in the background."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import msgspec
+
+from launcher import registry
+from launcher.cli.main import check_memory, make_directory, reclaim, run_path, settle
+from launcher.console.logs import Tail
+from launcher.console.terminal import LAUNCHER, Console
+from launcher.console.text import table
+from launcher.daemon import agreement, reception
+from launcher.daemon.keeper import Keeper
+from launcher.plan import gpus, machine, plan
+from launcher.plan.machine import Machine
+from launcher.plan.plan import JobSpec, Plan
+from launcher.process.signals import Signals
+from launcher.process.trial import Stopped
+from shmbridge import config
+from shmbridge.config import Config
+from shmbridge.errors import ShmbridgeError
+from shmbridge.shm.owner import Owner
+
+_READY = b"ready"
+_POLL_MS = 50
+
+
+def settings_of(given: dict[str, object], name: str) -> Config:
+    """What the command line asks for, for a teacher that stays. Raises ConfigError."""
+    settings = agreement.located(config.from_tree({**given, "name": name}))
+    teacher = msgspec.structs.replace(settings.teacher, keep=True)
+    return msgspec.structs.replace(settings, teacher=teacher)
+
+
+def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], None]) -> int:
+    """Run a keeper to its end; `logged` is told the run directory, `ready` that the teacher has loaded. The exit code."""
+    console = Console()
+    reclaim(console)
+    found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
+    expected = _expecting(settings, found)
+    planned = plan.make(expected, ("-m", "training"), found)
+    with ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        registration = stack.enter_context(registry.claim(settings.name, kept=True))
+        listener = stack.enter_context(reception.listening(settings.name))
+        try:
+            planned = settle(expected, planned, found, console, signals)
+        except Stopped as stopped:
+            console.say(str(stopped))
+            return 128 + stopped.number
+        check_memory(planned)
+        run = make_directory(run_path(settings, settings.name))
+        logged(run)
+        owner = stack.enter_context(Owner(planned.config, 1, len(planned.teachers)))
+        owner.describe(msgspec.structs.replace(planned.config, run_dir=str(run.resolve())))
+        registration.describe(owner.session_id, str(run.resolve()))
+        jobs = _teachers(planned, run, owner.session_id)
+        _describe(planned, jobs, run, owner.session_id, console)
+        return Keeper(settings.name, planned, jobs, os.environ, owner, run, console, signals, listener, ready).run()
+
+
+def _expecting(settings: Config, found: Machine) -> Config:
+    """With the training group that is planned for, where none is named: a rank on each other GPU, or one for each replica."""
+    if settings.train.gpus or settings.train.cpu_ranks or not settings.enabled:
+        return settings
+    if settings.teacher.gpus:
+        own = gpus.parse(settings.teacher.gpus, "teacher.gpus")
+        others = [number for number in range(len(found.gpus)) if number not in own] or own
+        train = msgspec.structs.replace(settings.train, gpus=",".join(map(str, others)))
+    else:
+        train = msgspec.structs.replace(settings.train, cpu_ranks=settings.teacher.replicas or 1)
+    return msgspec.structs.replace(settings, train=train)
+
+
+def _teachers(planned: Plan, run: Path, session: str) -> tuple[JobSpec, ...]:
+    return tuple(job for job in planned.jobs(run, f"{session}@1") if job.replica is not None)
+
+
+def _describe(planned: Plan, jobs: tuple[JobSpec, ...], run: Path, session: str, console: Console) -> None:
+    (run / "config.yaml").write_text(config.dump(planned.config))
+    (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
+    for job in jobs:
+        console.expect(job.who)
+    teacher = planned.config.teacher
+    where = f"GPU {teacher.gpus}" if teacher.gpus else "the CPU"
+    rows = [
+        ("run", str(run)),
+        ("session", session),
+        ("teacher", f"{teacher.model} on {where}, kept as {planned.config.name}"),
+    ]
+    console.say(table([*rows, ("plane", str(planned.plane)), ("keeper", f"pid {os.getpid()}")], indent=""))
+
+
+# In the background
+
+
+def in_background(settings: Config) -> int:
+    """Start a keeper that outlives this process; show its output until the teacher is ready. The exit code: 0, or the
+    keeper's own. A signal meanwhile goes to the keeper."""
+    read, write = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        os.close(read)
+        os._exit(_become_keeper(settings, write))
+    os.close(write)
+    with Signals() as signals:
+        code = _Onlooker(keeper, read, signals).look_on()
+    os.close(read)
+    return code
+
+
+def _become_keeper(settings: Config, told: int) -> int:
+    """The exit code of the keeper, which this process is from now on."""
+    os.setsid()
+
+    def logged(run: Path) -> None:
+        log = os.open(run / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        void = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd, to in ((void, 0), (log, 1), (log, 2)):
+            os.dup2(fd, to)
+        os.write(told, f"{run}\n".encode())
+
+    try:
+        return keep(settings, logged, lambda: _tell(told))
+    except ShmbridgeError as error:
+        print(f"shmbridge-launch teacher: {error}", file=sys.stderr)
+        return 2
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _tell(told: int) -> None:
+    try:
+        os.write(told, _READY)
+    except BrokenPipeError:  # whoever started the keeper has gone
+        pass
+    os.close(told)
+
+
+class _Onlooker:
+    """The process that has started a keeper."""
+
+    def __init__(self, keeper: int, told: int, signals: Signals) -> None:
+        self._keeper = keeper
+        self._told = told
+        self._signals = signals
+        self._heard = b""
+        self._closed = False
+        self._tail: Tail | None = None
+        self._console = Console()
+
+    def look_on(self) -> int:
+        while True:
+            self._wait()
+            self._show()
+            ready = self._heard.endswith(_READY)
+            if ready:
+                return 0
+            pid, status = os.waitpid(self._keeper, os.WNOHANG)
+            if pid:
+                self._show()
+                return _status(status)
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._signals.fd, select.POLLIN)
+        if not self._closed:
+            poll.register(self._told, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(_POLL_MS)}
+        if self._told in ready:
+            heard = os.read(self._told, 64 * 1024)
+            self._heard += heard
+            self._closed = not heard
+        for number in self._signals.take():
+            os.kill(self._keeper, number)
+
+    def _show(self) -> None:
+        if self._tail is None and b"\n" in self._heard:
+            self._tail = Tail(LAUNCHER, Path(self._heard.split(b"\n")[0].decode()) / "keeper.log")
+        for line in self._tail.read() if self._tail else ():
+            self._console.write(f"{line}\n")
+        self._console.flush()
+
+
+def _status(wait_status: int) -> int:
+    code = os.waitstatus_to_exitcode(wait_status)
+    return code if code >= 0 else 128 - code

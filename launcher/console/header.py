@@ -1,0 +1,69 @@
+"""Who runs where, as it is told before anything starts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launcher.console.text import listed, table
+from launcher.plan import plane, replicas
+from launcher.plan.gpus import Gpu
+from launcher.plan.plan import Plan
+
+
+def make(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:
+    """The lines of a run in directory `run`; `session` is empty where the bridge is off, `base` the launcher's
+    environment."""
+    rows = [("run", str(run))]
+    if planned.teachers:
+        rows += [("session", session), ("teacher", f"{planned.config.teacher.model}{_teachers(planned)}")]
+    where = _place([planned.train_gpus], planned.threads[1], planned.ranks)
+    ranks = f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
+    rows.append(("training", f"{ranks} on {where}: {shlex.join(planned.script)}"))
+    if planned.plane:
+        rows.append(("plane", str(planned.plane)))
+    rows += [
+        (name, line)
+        for name, line in (("allocator", _allocator(planned, run, base)), ("sharing", _sharing(planned)))
+        if line
+    ]
+    uneven = replicas.imbalance(planned.ranks, len(planned.teachers))
+    if uneven:
+        rows.append(("lanes", uneven))
+    return table(rows, indent="")
+
+
+def _teachers(planned: Plan) -> str:
+    count = len(planned.teachers)
+    several = f", {count} replicas" if count > 1 else ""
+    return f"{several} on {_place(planned.teachers, planned.threads[0], count)}"
+
+
+def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int) -> str:
+    """GPUs, or the CPU, of `processes` processes with `threads` threads each."""
+    gpus = listed([",".join(str(gpu.number) for gpu in own) for own in shares if own])
+    where = f"GPU {gpus}" if gpus else "the CPU"
+    if threads is None:
+        return where
+    return f"{where}, {threads} thread{'s' if threads > 1 else ''}{' each' if processes > 1 else ''}"
+
+
+def _allocator(planned: Plan, run: Path, base: Mapping[str, str]) -> str:
+    """What the teachers' environment lacks so that the ranks can open their memory."""
+    first, *_ = planned.jobs(run, "")
+    found = [f"{' and '.join(options)} of {name}" for name, options in first.strips(base).items()]
+    return f"the teacher runs without {listed(found)}, under which ranks cannot open its memory" if found else ""
+
+
+def _sharing(planned: Plan) -> str:
+    """What it means that processes share a GPU."""
+    cards = list(dict.fromkeys(planned.train_gpus))
+    both = [gpu.number for own in planned.teachers for gpu in own if gpu in cards]
+    lines = [f"{plane.called(both)}: the teacher's and training's"] if both else []
+    if len(cards) < len(planned.train_gpus):
+        lines.append(
+            f"{planned.ranks} ranks on {plane.called([gpu.number for gpu in cards])}: they need "
+            f"torch.cuda.set_device(LOCAL_RANK % {len(cards)}) and the gloo backend, because NCCL refuses two ranks on one GPU"
+        )
+    return "; ".join(lines)

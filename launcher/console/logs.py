@@ -1,0 +1,200 @@
+"""Follows the jobs' log files and shows their lines. The jobs write to files, so nothing here can block them."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import deque
+from pathlib import Path
+from typing import NamedTuple
+
+from launcher.console.terminal import Console
+
+KEPT_LINES = 20
+_CHUNK = 2**20
+_LONGEST_LINE = 64 * 1024
+_LONGEST_TRACEBACK = 200
+# Unfinished lines: how often a progress bar is drawn again on a terminal, and printed elsewhere; how long a line without a
+# carriage return must stand still to be a prompt.
+_REDRAW_S, _REPRINT_S, _PROMPT_S = 1.0, 10.0, 0.5
+_TRACEBACK = "Traceback (most recent call last):"
+# Colours; the prefix of torchrun's --tee; torch's prefix on a rank's traceback.
+_COLOUR = re.compile(r"\033\[[0-9;]*m")
+# A nested tqdm bar goes down a line, draws itself and goes up again: a state like any other.
+_NESTED_BAR = re.compile(rb"\n([^\n]*?)\033\[A")
+_PREFIX = re.compile(r"^(?:\[(?!rank\d)\w+\d\]:)?(?:\[rank\d+\]: ?)?")
+
+
+class Tail:
+    """One growing file. Complete lines come out; of a line with carriage returns, such as a progress bar, its last state.
+
+    `unfinished` is the last state of the line that has no end yet, and `changed_at` the time (monotonic, in seconds) since
+    which it is so; `is_bar` tells that it has carriage returns.
+    """
+
+    def __init__(self, source: str, path: Path, *, from_end: bool = False) -> None:
+        """`from_end`: only what is written from now on."""
+        self.source = source
+        self.path = path
+        self.traceback: list[str] = []  # the last one that went by
+        self._file: int | None = None
+        self._rest = b""
+        self.unfinished, self.is_bar, self.changed_at = "", False, 0.0
+        self._in_traceback = False
+        self._begin = path.stat().st_size if from_end and path.exists() else 0
+
+    def read(self) -> list[str]:
+        """Lines that were completed since the last call, of at most 1 MiB."""
+        return self._split(self._chunk())
+
+    def _split(self, chunk: bytes) -> list[str]:
+        """The lines that `chunk` completes."""
+        *lines, rest = _NESTED_BAR.sub(rb"\r\1\r", self._rest + chunk).split(b"\n")
+        is_bar = b"\r" in rest
+        if is_bar:  # what came before the last state is overwritten
+            rest = b"\r" + _last_state(rest) + (b"\r" if rest.endswith(b"\r") else b"")
+        self._rest = rest[-_LONGEST_LINE:]
+        text = _last_state(self._rest).decode(errors="replace")
+        if lines or text != self.unfinished:
+            self.unfinished, self.is_bar, self.changed_at = text if text.strip() else "", is_bar, time.monotonic()
+        return [self._decode(line) for line in lines]
+
+    def finish(self) -> list[str]:
+        """What is left in the file, its last line complete or not."""
+        lines: list[str] = []
+        while chunk := self._chunk():
+            lines += self._split(chunk)
+        if self._rest:
+            lines.append(self._decode(self._rest))
+            self._rest, self.unfinished = b"", ""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        return lines
+
+    def _chunk(self) -> bytes:
+        if self._file is None:
+            try:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                os.lseek(self._file, self._begin, os.SEEK_SET)
+            except FileNotFoundError:
+                return b""
+        return os.read(self._file, _CHUNK)
+
+    def _decode(self, line: bytes) -> str:
+        text = _last_state(line).decode(errors="replace")
+        self._remember(_PREFIX.sub("", _COLOUR.sub("", text)))
+        return text
+
+    def _remember(self, line: str) -> None:
+        """Keep the last traceback: a chatty log pushes it out of its last lines."""
+        if line.endswith(_TRACEBACK):
+            self.traceback, self._in_traceback = [], True
+        if self._in_traceback and len(self.traceback) < _LONGEST_TRACEBACK:
+            self.traceback.append(line)
+            if line and not line.startswith(" ") and not line.endswith(_TRACEBACK):
+                self._in_traceback = False
+
+
+def _last_state(line: bytes) -> bytes:
+    """What a terminal would show of a line with carriage returns."""
+    return next((state for state in reversed(line.split(b"\r")) if state), b"")
+
+
+class _Shown(NamedTuple):
+    """What is shown of an unfinished line, since when (monotonic, in seconds)."""
+
+    at: float
+    text: str = ""
+    is_bar: bool = False
+
+
+class Logs:
+    """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ..."""
+
+    def __init__(self, console: Console, ranks_below: Path, ranks: int) -> None:
+        """`ranks_below` is torchrun's --log-dir, in which the logs of `ranks` ranks will appear."""
+        self._console = console
+        self._ranks_below = ranks_below
+        self._missing = 2 * ranks
+        self._tails: list[Tail] = []
+        self._last: dict[str, deque[str]] = {}
+        self._shown: dict[Tail, _Shown] = {}  # of the tails whose last line is unfinished
+
+    def follow(self, source: str, path: Path, *, from_end: bool = False) -> None:
+        """`from_end`: only what is written from now on."""
+        self._tails.append(Tail(source, path, from_end=from_end))
+        self._last.setdefault(source, deque(maxlen=KEPT_LINES))
+
+    def expect(self, ranks: int) -> None:
+        """The logs of `ranks` more ranks will appear."""
+        self._missing += 2 * ranks
+
+    def pump(self) -> bool:
+        """Show what was written since the last call. Returns whether there was anything."""
+        self._discover()
+        shown = 0
+        for tail in self._tails:
+            lines = tail.read()
+            if lines:
+                self._show(tail, lines)
+            self._show_unfinished(tail, time.monotonic())
+            shown += len(lines)
+        self._console.flush()
+        return shown > 0
+
+    def finish(self) -> None:
+        """Show all that is left."""
+        self._discover()
+        for tail in self._tails:
+            self._show(tail, tail.finish())
+        self._console.flush()
+
+    def last_lines(self, source: str) -> list[str]:
+        """The last traceback of the source, else its last lines."""
+        traces = [tail.traceback for tail in self._tails if tail.source == source and tail.traceback]
+        return traces[-1] if traces else list(self._last.get(source, ()))
+
+    def paths(self, source: str) -> list[Path]:
+        return [tail.path for tail in self._tails if tail.source == source]
+
+    def _show(self, tail: Tail, lines: list[str]) -> None:
+        self._last[tail.source].extend(lines)
+        self._console.unfinished(tail, tail.source, "")
+        begun = self._shown.pop(tail, None)
+        if (
+            begun and begun.text and lines and not self._console.redraws
+        ):  # the first is printed already, or its beginning
+            rest = lines[0] if begun.is_bar else lines[0].removeprefix(begun.text).lstrip()
+            lines = [*([rest] if rest not in ("", begun.text) else []), *lines[1:]]
+        for line in lines:
+            self._console.line(tail.source, line)
+
+    def _show_unfinished(self, tail: Tail, now: float) -> None:
+        """Draw or print a progress bar from time to time, and a prompt once it has stood still."""
+        redraws = self._console.redraws
+        if not tail.unfinished and tail not in self._shown:
+            return
+        shown = self._shown.setdefault(tail, _Shown(now - _REDRAW_S if redraws else now))
+        if tail.is_bar:
+            due = now - shown.at >= (_REDRAW_S if redraws else _REPRINT_S)
+        else:
+            due = now - tail.changed_at >= _PROMPT_S
+        if not due or tail.unfinished == shown.text:
+            return
+        self._shown[tail] = _Shown(now, tail.unfinished, tail.is_bar)
+        if redraws:
+            self._console.unfinished(tail, tail.source, tail.unfinished)
+        elif tail.unfinished:
+            self._console.line(tail.source, tail.unfinished)
+
+    def _discover(self) -> None:
+        """torchrun makes LOG_DIR/RUN_ID/attempt_0/LOCAL_RANK/{stdout,stderr}.log."""
+        if not self._missing:
+            return
+        known = {tail.path for tail in self._tails}
+        for path in sorted(self._ranks_below.glob("*/attempt_*/*/std*.log")):
+            if path not in known:
+                self.follow(f"rank {path.parent.name}", path)
+                self._missing -= 1

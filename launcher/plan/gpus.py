@@ -1,0 +1,216 @@
+"""Which GPUs there are, and what each job sees of them. nvidia-smi is asked; without one torch, in a process of its own.
+
+A user's numbers count within what CUDA_VISIBLE_DEVICES allows, as Slurm and containers set it: with `4,5,6,7`, GPU 0 of
+the command line is the fourth of the machine. A job sees the GPUs on the other side of its bridge too, because a CUDA IPC
+handle opens only on a device that the opener can see; it has its own first, so that its cuda:0 is its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from launcher.process.ask import Answer, ask
+from shmbridge.errors import ConfigError
+from shmbridge.plane import devices
+from shmbridge.plane.devices import Devices
+
+_FIELDS = "index,uuid,memory.total,memory.free,compute_mode,mig.mode.current,driver_version,name"
+_QUERY = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"]
+# Without persistence mode the driver initialises every GPU for each caller: some seconds for each.
+NVIDIA_SMI_LIMIT_S = 60.0
+TORCH_LIMIT_S = 120.0  # the import of torch from a cold disk, and a CUDA context on each GPU
+SLOW_DRIVER = (
+    "Turn persistence mode on (`sudo nvidia-smi -pm 1`), so that the driver stays loaded; if it hangs still, look for NVRM "
+    "and Xid in `dmesg`."
+)
+NO_DRIVER = "Mend the driver: a new one wants a reboot, and a container wants the GPUs (docker run --gpus all)."
+
+
+class Gpu(NamedTuple):
+    """One GPU that this run may use."""
+
+    number: int  # the user's number: the position within what is visible
+    visible: str  # how CUDA_VISIBLE_DEVICES names it: an index of the machine or a UUID
+    total_bytes: int
+    free_bytes: int
+    compute_mode: str = ""  # Default, Exclusive_Process or Prohibited; empty where only torch was asked, as below
+    mig: bool = False  # it is divided into slices
+    driver: str = ""
+    name: str = ""
+
+
+def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
+    """The GPUs that `environment` allows, in the user's numbering; empty where there is no driver.
+
+    Raises:
+        ConfigError: nvidia-smi hangs, or it fails and torch finds no GPU either, or an entry of CUDA_VISIBLE_DEVICES is a
+            MIG slice.
+    """
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    try:
+        answer = ask_nvidia_smi(environment)
+    except TimeoutError as error:
+        raise ConfigError(f"{error}. {SLOW_DRIVER}") from None
+    except OSError:
+        return [] if visible == "" else of_torch(ask_torch(environment))
+    if answer.code == 0:
+        return select_visible(answer.out.decode(errors="replace"), visible)
+    found = of_torch(ask_torch(environment))
+    if not found:
+        raise ConfigError(
+            f"nvidia-smi failed with exit code {answer.code}: {answer.last_words}\n\n{NO_DRIVER} Without GPUs use --cpu 2."
+        )
+    return found
+
+
+def ask_nvidia_smi(environment: Mapping[str, str]) -> Answer:
+    """The table of all GPUs, for select_visible.
+
+    Raises:
+        OSError: there is no nvidia-smi on PATH.
+        TimeoutError: it gave no answer in time.
+    """
+    return ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
+
+
+def ask_torch(environment: Mapping[str, str]) -> Devices:
+    """What torch sees of the GPUs, asked in a process of its own with the GPUs in the order that the jobs give them.
+
+    Raises:
+        ConfigError: the process hangs or fails.
+    """
+    argv = [sys.executable, "-m", devices.__name__]
+    try:
+        answer = ask(argv, {**environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, TORCH_LIMIT_S)
+    except TimeoutError:
+        raise ConfigError(f"torch did not tell its GPUs within {TORCH_LIMIT_S:g} s. {SLOW_DRIVER}") from None
+    found = devices.parse(answer.out)
+    if found is None:
+        raise ConfigError(f"torch could not be asked for its GPUs (exit code {answer.code}): {answer.last_words}")
+    return found
+
+
+def of_torch(found: Devices) -> list[Gpu]:
+    """The GPUs that torch sees; CUDA_VISIBLE_DEVICES has been applied to them."""
+    return [
+        Gpu(number, gpu.uuid, gpu.total_bytes, gpu.free_bytes, name=gpu.name)
+        for number, gpu in enumerate(found.devices)
+    ]
+
+
+def select_visible(table: str, visible: str | None) -> list[Gpu]:
+    """The rows of nvidia-smi's `table` that a value of CUDA_VISIBLE_DEVICES allows; None allows all.
+
+    As in CUDA, the first entry that names no GPU ends the list. Columns that are missing at the end of a row are empty.
+
+    Raises:
+        ConfigError: an entry is a MIG slice.
+    """
+    width = len(_FIELDS.split(","))
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") >= 3]
+    rows = [row + [""] * (width - len(row)) for row in rows]
+    names = [row[0] for row in rows] if visible is None else [name.strip() for name in visible.split(",")]
+    found: list[Gpu] = []
+    for name in names:
+        row = next((row for row in rows if _names(name, row)), None)
+        if name.startswith("MIG-"):
+            raise ConfigError(f"CUDA_VISIBLE_DEVICES names {name}: MIG slices are not supported; give whole GPUs.")
+        if row is None:
+            break
+        memory = _mebibytes(row[2]), _mebibytes(row[3])
+        found.append(Gpu(len(found), name, *memory, row[4], row[5] == "Enabled", row[6], ",".join(row[7:])))
+    return found
+
+
+def parse(text: str, setting: str, shared: bool = False) -> list[int]:
+    """The numbers of `0-6`, `7` or `0,2,5`, in the order given; `shared`: one GPU may have several ranks, as in `0,0`.
+
+    Raises:
+        ConfigError: the list is empty or garbled, names a GPU twice that is not shared, or ranks do not share GPUs in turn;
+            names `setting`.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise ConfigError(f"{setting} is {text!r}: {part!r} is no GPU. Write 7, 0-6 or 0,2,5.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
+        numbers += range(first, last + 1)
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice and not shared:
+        raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
+    in_turn = _in_turn(numbers)
+    if numbers != in_turn:
+        raise ConfigError(
+            f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
+            f"{','.join(map(str, in_turn))}."
+        )
+    return numbers
+
+
+def check(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> None:
+    """Raises ConfigError where a GPU does not exist, or its mode does not allow what the run does with it."""
+    for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
+        missing = [number for number in numbers if number >= len(gpus)]
+        if missing:
+            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {_what_there_is(gpus)}")
+        for number in numbers:
+            processes = list(teacher).count(number) + list(train).count(number)
+            problem = unusable(gpus[number], processes)
+            if problem:
+                raise ConfigError(f"{setting} names GPU {number}. {problem}")
+
+
+def unusable(gpu: Gpu, processes: int) -> str | None:
+    """Why `processes` cannot use a GPU, with the remedy; None where its mode allows them."""
+    if gpu.mig:
+        return (
+            f"GPU {gpu.number} has MIG enabled, and MIG slices are not supported: name another GPU, or turn MIG off "
+            f"(`sudo nvidia-smi -i {gpu.visible} -mig 0`)."
+        )
+    if gpu.compute_mode == "Prohibited" or (gpu.compute_mode.startswith("Exclusive") and processes > 1):
+        return (
+            f"{mode(gpu)}, and {processes} process{'es' if processes > 1 else ''} would use it: name another GPU, or allow "
+            f"it (`sudo nvidia-smi -i {gpu.visible} -c 0`)."
+        )
+    return None
+
+
+def mode(gpu: Gpu) -> str:
+    """A compute mode that keeps processes out, and what it means."""
+    allows = "no process" if gpu.compute_mode == "Prohibited" else "one process at a time"
+    return f"GPU {gpu.number} is in compute mode {gpu.compute_mode}, which allows {allows}"
+
+
+def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge, each once. Without GPUs of its own it sees
+    none."""
+    return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
+
+
+def _in_turn(numbers: Sequence[int]) -> list[int]:
+    """The same GPUs for as many ranks, rank i on GPU i % GPUs."""
+    cards = list(dict.fromkeys(numbers))
+    return [cards[rank % len(cards)] for rank in range(len(numbers))]
+
+
+def _names(name: str, row: Sequence[str]) -> bool:
+    """Whether an entry of CUDA_VISIBLE_DEVICES means this row; a UUID may be shortened to a prefix."""
+    return name == row[0] if name.isdigit() else name.startswith("GPU-") and row[1].startswith(name)
+
+
+def _mebibytes(cell: str) -> int:
+    return int(cell) * 2**20 if cell.isdigit() else 0
+
+
+def _what_there_is(gpus: Sequence[Gpu]) -> str:
+    if not gpus:
+        return "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
+    numbers = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
+    return f"there {numbers} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."

@@ -1,0 +1,200 @@
+"""Config, training command and machine to job specs and a memory plan. Nothing is started or created here."""
+
+from __future__ import annotations
+
+import fnmatch
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from launcher.console.text import table
+from launcher.plan import allocator, gpus, memory, model_card, plane, replicas, torchrun
+from launcher.plan.gpus import Gpu
+from launcher.plan.machine import Machine
+from launcher.plan.memory import MemoryPlan
+from launcher.plan.model_card import ModelCard
+from launcher.plan.plane import Choice
+from shmbridge.config import Config
+from shmbridge.errors import ConfigError
+from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
+
+TEACHER, TRAIN, TORCHRUN = "teacher", "train", "torchrun"
+
+# What tells a process that it is a rank of some world. The teacher is a rank of none.
+OF_A_RANK = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
+    *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_*", "TORCHELASTIC_*", "PET_*", "SLURM_*"),
+    *("OMPI_COMM_WORLD_*", "PMI_*", "PMIX_*", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
+)
+# Of torchrun: defaults for its flags, which train.torchrun_args is the way to set; and what tells its ranks, which it is none of.
+_OF_TORCHRUN = ("PET_*", "LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job: what is executed, and how its environment differs from the launcher's."""
+
+    name: str  # teacher, or teacher0, teacher1, ... where there are several; TRAIN
+    who: str  # as people are told: `teacher`, `teacher 1`, TORCHRUN
+    replica: int | None  # which teacher it is; None for training
+    argv: tuple[str, ...]
+    set: Mapping[str, str]
+    removed: tuple[str, ...]  # patterns of variable names
+    log: Path  # stdout and stderr of the job's first process
+    reads_terminal: bool = False  # has the launcher's stdin where that is a terminal; all others read /dev/null
+    exports: bool = False  # CUDA memory, so that the allocator must be one whose memory others can open
+
+    def within(self, token: Token) -> JobSpec:
+        """The same job for another generation."""
+        return replace(self, set={**self.set, SESSION_VARIABLE: str(token)})
+
+    def environment(self, base: Mapping[str, str]) -> dict[str, str]:
+        """The job's whole environment, made of the launcher's."""
+        kept = {name: value for name, value in base.items() if not _matches(name, self.removed)}
+        if self.exports:
+            kept = allocator.shareable(kept)
+        return {"PYTHONUNBUFFERED": "1", **kept, **self.set}  # so that a log shows a line when it is printed
+
+    def removes(self, base: Mapping[str, str]) -> list[str]:
+        """Names in `base` that the job does not get."""
+        return sorted(name for name in base if _matches(name, self.removed))
+
+    def strips(self, base: Mapping[str, str]) -> dict[str, list[str]]:
+        """Options that the job does not get, by the variable in `base` that they stand in."""
+        return allocator.unshareable(base) if self.exports else {}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before anything of it exists."""
+
+    config: Config  # its plane is the choice's
+    script: tuple[str, ...]  # the training command
+    ranks: int
+    teachers: tuple[tuple[Gpu, ...], ...]  # the GPUs of each replica, none on the CPU; empty where the bridge is off
+    train_gpus: tuple[Gpu, ...]
+    visible: tuple[tuple[str, ...], str]  # CUDA_VISIBLE_DEVICES of each teacher, of training
+    threads: tuple[int | None, int | None]  # of each teacher, of each rank; None: torch's or torchrun's default
+    memory: MemoryPlan | None  # None where the bridge is off
+    plane: Choice | None  # None where the bridge is off
+
+    def jobs(self, run: Path, session: str) -> tuple[JobSpec, ...]:
+        """The jobs of a run in directory `run`; `session` is the text of SHMBRIDGE_SESSION."""
+        teachers = [self._teacher(i, run, session) for i in range(len(self.teachers))]
+        return (*teachers, self._train(run, session if self.config.enabled else OFF))
+
+    def _teacher(self, replica: int, run: Path, session: str) -> JobSpec:
+        python = self.config.teacher.python or sys.executable
+        own = str(len(self.teachers[replica]))
+        argv = (python, "-m", "shmbridge.teacher.main", "--teacher-index", str(replica), "--gpus", own)
+        variables = _variables(session, self.visible[0][replica], self.threads[0])
+        if own != "0":  # a stream for each lane; streams that share one of CUDA's connections hold each other up
+            variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
+        who = replicas.called(replica, len(self.teachers))
+        name = who.replace(" ", "")
+        log = run / f"{name}.log"
+        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, exports=self.config.plane == "cuda_ipc")
+
+    def _train(self, run: Path, session: str) -> JobSpec:
+        args = torchrun.split(self.config.train.torchrun_args)
+        timeouts, record = self.config.timeouts, run / "train" / "failures.json"
+        patience_s = timeouts.save_s + timeouts.shutdown_s  # the launcher ends the ranks earlier
+        command = torchrun.command(args, self.ranks, self.script, run / "train", record, patience_s)
+        variables = _variables(session, self.visible[1], self.threads[1])
+        argv = (sys.executable, *command)
+        log, alone = run / "torchrun.log", self.ranks == 1  # a debugger in one of several ranks would read for all
+        return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, log, reads_terminal=alone)
+
+
+def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice | None = None) -> Plan:
+    """A plan for the plane that was `chosen`, or that the settings lead to expect.
+
+    Raises:
+        ConfigError: something contradicts itself, or names a GPU that is not there, or a local model that is not.
+        PlanError: the payload is not one that the model can give.
+    """
+    torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
+    teacher, train = _gpu_numbers(config)
+    gpus.check(teacher, train, machine.gpus)
+    ranks = len(train) or config.train.cpu_ranks
+    count = replicas.count(config.teacher, len(teacher), ranks) if config.enabled else 0
+    shares = replicas.shares(teacher, count)
+    found = machine.gpus
+    placed = tuple(tuple(found[i] for i in own) for own in shares)
+    trained = tuple(found[i] for i in train)
+    if placed:
+        chosen = chosen or plane.expect(config, placed, trained)
+        config = msgspec.structs.replace(config, plane=chosen.plane)
+    card = model_card.read(config.teacher) if placed else ModelCard()
+    return Plan(
+        config=config,
+        script=tuple(script),
+        ranks=ranks,
+        teachers=placed,
+        train_gpus=trained,
+        visible=(tuple(gpus.visible(own, train, found) for own in shares), gpus.visible(train, teacher, found)),
+        threads=_threads(config, machine.cores, ranks, count),
+        memory=memory.plan(config, ranks, card, placed, machine, trained) if placed else None,
+        plane=chosen,
+    )
+
+
+def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> str:
+    """The command lines, what is set and removed in their environment, and the memory plan. No other variable is shown."""
+    parts = []
+    for job in jobs:
+        rows = [(f"{name}={shlex.quote(value)}",) for name, value in job.set.items()]
+        removed = job.removes(base)
+        if removed:
+            rows.append((f"without {' '.join(removed)}",))
+        rows += [(f"without {' '.join(options)} in {name}",) for name, options in job.strips(base).items()]
+        parts.append(f"{job.name}\n  {shlex.join(job.argv)}\n\n{table(rows)}\n\n  log {job.log}")
+    if plan.plane:
+        parts.append(f"plane\n  {plan.plane}")
+    if plan.memory:
+        parts.append(f"memory\n{plan.memory}")
+    uneven = replicas.imbalance(plan.ranks, len(plan.teachers))
+    if uneven:
+        parts.append(f"lanes\n  {uneven}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
+    teacher, train = config.teacher.gpus, config.train.gpus
+    if train and config.train.cpu_ranks:
+        raise ConfigError(
+            f"train.gpus is {train!r} and train.cpu_ranks is {config.train.cpu_ranks}: train on GPUs or on the CPU."
+        )
+    if not train and not config.train.cpu_ranks:
+        raise ConfigError("no training ranks: give --train-gpus 0-6, or --cpu 2 for two ranks on the CPU.")
+    with_teacher = bool(teacher) and config.enabled
+    return (
+        gpus.parse(teacher, "teacher.gpus") if with_teacher else [],
+        gpus.parse(train, "train.gpus", shared=True) if train else [],
+    )
+
+
+def _variables(session: str, visible: str, threads: int | None) -> dict[str, str]:
+    variables = {SESSION_VARIABLE: session, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+    if threads is not None:
+        variables["OMP_NUM_THREADS"] = variables["MKL_NUM_THREADS"] = str(threads)
+    return variables
+
+
+def _threads(config: Config, cores: int, ranks: int, teachers: int) -> tuple[int | None, int | None]:
+    """CPU threads of each teacher and of each rank: jobs on the CPU share the cores, so that they do not fight."""
+    teacher = config.teacher.cpu_threads
+    if teacher is None and teachers and not config.teacher.gpus:
+        teacher = max(1, cores // 2 // teachers)
+    rank = config.train.cpu_threads
+    if rank is None and not config.train.gpus:
+        rank = max(1, (cores - teachers * (teacher or 0)) // ranks)
+    return teacher, rank
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

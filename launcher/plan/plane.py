@@ -1,0 +1,103 @@
+"""Which plane the replies of a run lie in, and why. Pure: the trial itself is process/trial.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from launcher.console.text import listed, ranges
+from launcher.plan import gpus
+from launcher.plan.gpus import Gpu
+from shmbridge.config import Config
+from shmbridge.errors import ConfigError, PlanError
+
+
+class Choice(NamedTuple):
+    """A plane and the reason for it. Without a reason it is one that a trial must still confirm."""
+
+    plane: Literal["cuda_ipc", "host"]
+    reason: str = ""
+
+    @property
+    def untried(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return f"{self.plane}, if a trial at the start passes" if self.untried else f"{self.plane}: {self.reason}"
+
+
+class Pair(NamedTuple):
+    """A training GPU, and the GPU of the teacher that its ranks read from."""
+
+    replica: int
+    teacher: Gpu
+    train: Gpu
+    device: int  # the training GPU's number within the training job
+
+    def __str__(self) -> str:
+        return f"GPU {self.teacher.number} and GPU {self.train.number}"
+
+
+def expect(config: Config, teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Choice:
+    """What follows from the settings alone; each teacher has its GPUs, each rank one of `train`.
+
+    Raises:
+        ConfigError: plane is cuda_ipc, and a job has no GPU.
+    """
+    if config.plane == "host":
+        return Choice("host", "as the settings say")
+    on_cpu = [job for job, own in (("the teacher", teachers[0]), ("training", train)) if not own]
+    if not on_cpu:
+        return Choice("cuda_ipc")
+    where = f"{listed(on_cpu)} {'are' if len(on_cpu) > 1 else 'is'} on the CPU"
+    if config.plane == "cuda_ipc":
+        raise ConfigError(
+            f"plane is cuda_ipc, which needs GPUs on both sides: {where}. Give --teacher-gpu and --train-gpus, or leave "
+            "plane out."
+        )
+    return Choice("host", f"no GPUs on both sides ({where})")
+
+
+def choose(config: Config, wanted: Sequence[Pair], trial: Callable[[], str | None]) -> Choice:
+    """The plane of a run with GPUs on both sides. `trial` gives None, or in one line why cuda_ipc does not work.
+
+    Raises:
+        PlanError: plane is cuda_ipc, and the trial failed.
+    """
+    reason = trial()
+    if reason is None:
+        return Choice("cuda_ipc", f"opened, read and checked between {between(wanted)}")
+    cards = [gpu for pair in wanted for gpu in (pair.teacher, pair.train)]
+    exclusive = next((gpu for gpu in cards if gpu.compute_mode.startswith("Exclusive")), None)
+    if exclusive:
+        reason += f"; {gpus.mode(exclusive)} (`sudo nvidia-smi -c 0` allows several)"
+    if config.plane == "cuda_ipc":
+        raise PlanError(
+            f"plane is cuda_ipc, and its trial failed: {reason}.\n\nExpected: training opens the teacher's memory and reads what "
+            f"was written there, between {between(wanted)}. Mend what the reason names, or set plane=host (replies go through "
+            "host memory), or plane=auto (cuda_ipc where the trial passes)."
+        )
+    return Choice("host", reason)
+
+
+def pairs(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> tuple[Pair, ...]:
+    """Each pair of GPUs that a lane connects, once. Lane i is served by replica i % replicas, on its first GPU."""
+    cards = list(dict.fromkeys(train))
+    found = {
+        Pair(lane % len(teachers), teachers[lane % len(teachers)][0], gpu, cards.index(gpu))
+        for lane, gpu in enumerate(train)
+    }
+    return tuple(sorted(found, key=lambda pair: (pair.replica, pair.device)))
+
+
+def between(wanted: Sequence[Pair]) -> str:
+    """`GPU 7 and GPUs 0-6`."""
+    trained: dict[int, list[int]] = {}
+    for pair in wanted:
+        trained.setdefault(pair.teacher.number, []).append(pair.train.number)
+    return ", ".join(f"GPU {number} and {called(others)}" for number, others in trained.items())
+
+
+def called(numbers: Sequence[int]) -> str:
+    """`GPU 3`, `GPUs 0-6`."""
+    return f"GPU{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"

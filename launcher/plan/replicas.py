@@ -1,0 +1,97 @@
+"""How many copies of the teacher a run has, and which GPUs and lanes each of them gets. Pure.
+
+Replica i takes the i-th contiguous share of the teacher's GPUs, and serves the lanes i, i + replicas, i + 2 x replicas, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from launcher.console.text import listed
+from shmbridge.config import TeacherConfig
+from shmbridge.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
+    """teacher.replicas; without it one for each of the `gpus` GPUs, and one on the CPU.
+
+    Raises:
+        ConfigError: a replica would be without a GPU, would have more GPUs than another, or would have no rank to serve.
+    """
+    replicas = teacher.replicas or max(gpus, 1)
+    if gpus:
+        _check_gpus(replicas, gpus, ranks, teacher.gpus)
+    if replicas > ranks:
+        given = (
+            f"teacher.replicas is {replicas}" if teacher.replicas else f"teacher.gpus names {gpus} GPUs, a replica each"
+        )
+        raise ConfigError(
+            f"{given}, and there {_are(ranks, 'training rank')}: a rank is served by one replica, so "
+            f"{replicas - ranks} would be idle. {_fewer(gpus, ranks)}"
+        )
+    return replicas
+
+
+def shares(items: Sequence[T], replicas: int) -> tuple[tuple[T, ...], ...]:
+    """`items` in as many contiguous shares of one size; `replicas` divides their number, or is 0."""
+    each = len(items) // max(replicas, 1)
+    return tuple(tuple(items[i * each : (i + 1) * each]) for i in range(replicas))
+
+
+def lanes(replica: int, replicas: int, ranks: int) -> range:
+    """The lanes that a replica serves."""
+    return range(replica, ranks, replicas)
+
+
+def home(lane: int, replicas: int) -> int:
+    """The replica that a lane belongs to."""
+    return lane % replicas
+
+
+def called(replica: int, replicas: int) -> str:
+    """How people are told of a replica: `teacher 1`; `teacher` where it is the only one."""
+    return "teacher" if replicas == 1 else f"teacher {replica}"
+
+
+def imbalance(ranks: int, replicas: int) -> str:
+    """What it means that replicas serve different numbers of ranks; empty where they do not."""
+    over = ranks % replicas if replicas else 0
+    if not over:
+        return ""
+    served = listed([str(len(lanes(i, replicas, ranks))) for i in range(replicas)])
+    return (
+        f"{ranks} ranks over {replicas} replicas: {served}. The slowest replica sets the step; "
+        f"{ranks - over} or {ranks - over + replicas} ranks would be even"
+    )
+
+
+def _check_gpus(replicas: int, gpus: int, ranks: int, named: str) -> None:
+    if gpus % replicas == 0:
+        return
+    why = "each replica needs one of its own" if replicas > gpus else f"{replicas} does not divide {gpus}"
+    would_do = listed([str(number) for number in _fitting(gpus, ranks)], "or")
+    raise ConfigError(
+        f"teacher.replicas is {replicas}, and teacher.gpus names {gpus} GPU{'s' if gpus > 1 else ''} ({named}): {why}. "
+        f"Set teacher.replicas to {would_do}, or name other GPUs."
+    )
+
+
+def _fewer(gpus: int, ranks: int) -> str:
+    """What to do about more replicas than ranks."""
+    if not gpus:
+        return f"Set teacher.replicas to {ranks} or less."
+    most = _fitting(gpus, ranks)[-1]
+    each = f"each over {gpus // most} GPUs" if gpus > most else "a GPU each"
+    return f"Set teacher.replicas to {most} ({each}), or name fewer GPUs in teacher.gpus."
+
+
+def _fitting(gpus: int, ranks: int) -> list[int]:
+    """Numbers of replicas that divide the GPUs and leave none without a rank."""
+    return [number for number in range(1, min(gpus, ranks) + 1) if gpus % number == 0]
+
+
+def _are(count: int, what: str) -> str:
+    return f"is 1 {what}" if count == 1 else f"are {count} {what}s"

@@ -1,0 +1,137 @@
+"""The ranks of the training group, as the launcher watches them from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable
+
+from launcher.hang import snapshot
+from launcher.process import signals
+from launcher.process.job import Job
+from launcher.supervisor.steering import Steering
+from shmbridge.shm.process import Identity, identity
+
+
+class Ranks:
+    """Who has signed in, and when which rank ended."""
+
+    def __init__(self, owner: Steering | None, count: int) -> None:
+        self._owner = owner
+        self.count = count
+        self.ended_ns: dict[int, int] = {}  # by rank, CLOCK_MONOTONIC
+        self._watched: dict[int, int] = {}  # rank -> pidfd
+
+    def identity(self, rank: int) -> Identity | None:
+        """None until the rank has signed in on the board."""
+        return self._owner.lanes[rank].records[0].identity if self._owner else None
+
+    @property
+    def all_signed_in(self) -> bool:
+        return self._owner is not None and not self.absent
+
+    @property
+    def absent(self) -> list[int]:
+        """Those that have not connected to the bridge; empty where it is off."""
+        return [rank for rank in range(self.count) if not self.identity(rank)] if self._owner else []
+
+    def finished(self, ranks: Iterable[int]) -> bool:
+        """Their teacher has nobody left to serve: each of `ranks` has ended, or has closed its bridge and does not come back
+        (teacher.serve_until)."""
+        assert self._owner
+        until_closed = self._owner.settings.teacher.serve_until == "closed"
+        return all(
+            rank in self.ended_ns or (self._owner.lanes[rank].ring.closed and (until_closed or self._is_gone(rank)))
+            for rank in ranks
+        )
+
+    def _is_gone(self, rank: int) -> bool:
+        """Looked up now: its teacher, which ends right after it, may be seen first."""
+        who = self.identity(rank)
+        return who is None or snapshot.state_of_process(who) in snapshot.GONE
+
+    @property
+    def with_save_hook(self) -> list[int]:
+        """Those that are to save before they stop, and have not ended."""
+        lanes = self._owner.lanes if self._owner else []
+        return [
+            lane.index
+            for lane in lanes
+            if lane.records[0].saves and not lane.ring.closed and lane.index not in self.ended_ns
+        ]
+
+    def failed(self, ranks: Iterable[int]) -> bool:
+        """One of `ranks` has written a failure, be it one that follows from another's."""
+        assert self._owner
+        return any(self._owner.lanes[rank].records[0].failure for rank in ranks)
+
+    def watch(self) -> list[int]:
+        """File descriptors that become readable when a rank ends; takes note of the ranks that have."""
+        for rank in range(self.count):
+            who = self.identity(rank)
+            if who and rank not in self._watched and rank not in self.ended_ns:
+                fd = _open(who)
+                if fd is None:
+                    self.ended_ns[rank] = time.monotonic_ns()
+                else:
+                    self._watched[rank] = fd
+        return list(self._watched.values())
+
+    def note_ended(self, ready: set[int]) -> None:
+        """Take note of the ranks whose file descriptors are `ready`."""
+        for rank, fd in list(self._watched.items()):
+            if fd in ready:
+                self.ended_ns[rank] = time.monotonic_ns()
+                os.close(self._watched.pop(rank))
+
+    def forward(self, number: signal.Signals, training: Job | None) -> str:
+        """Send a user's signal to each rank that handles it, past torchrun. Says what was done."""
+        found = sorted(self._processes(training).items())
+        handling = {rank for rank, who in found if signals.handles(who.pid, number)}
+        # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
+        sent = [str(rank) for rank, who in found if rank in handling and _send(who, number)]
+        spared = [str(rank) for rank, _ in found if str(rank) not in sent]
+        if not sent:
+            return f"{number.name} was sent to no rank: none has a handler for it"
+        rest = f"; not to {', '.join(spared)}, without a handler" if spared else ""
+        return f"{number.name} was sent to rank {', '.join(sent)}{rest}"
+
+    def _processes(self, training: Job | None) -> dict[int, Identity]:
+        """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
+        found = snapshot.ranks_among(training.children() if training else ())
+        for rank in range(self.count):
+            who = self.identity(rank)
+            if who:
+                found[rank] = who
+        return found
+
+    def close(self) -> None:
+        for fd in self._watched.values():
+            os.close(fd)
+        self._watched = {}
+
+
+def _open(who: Identity) -> int | None:
+    """A pidfd of the process itself; None where it has ended, and also where its pid is another process by now."""
+    try:
+        fd = os.pidfd_open(who.pid)
+    except ProcessLookupError:
+        return None
+    if identity(who.pid) == who:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _send(who: Identity, number: int) -> bool:
+    fd = _open(who)
+    if fd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True

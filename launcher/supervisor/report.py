@@ -1,0 +1,161 @@
+"""The root-cause report: one message on the terminal, the same with more about the machine as text and as JSON in the run
+directory."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from launcher.console.logs import Logs
+from launcher.console.terminal import LAUNCHER, Console
+from launcher.console.text import seconds, size, table
+from launcher.doctor import command as doctor
+from launcher.doctor import host
+from launcher.doctor.fact import Fact, gather
+from launcher.plan.plan import TEACHER, TORCHRUN, Plan
+from launcher.process.job import Exit
+from launcher.supervisor.cause import TRAINER, Cause
+from shmbridge.shm.status import Phase
+
+_SHOW_S = 5.0
+_MACHINE_S = 2.0  # a name server that does not answer must not hold up a report
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What the user is told of a failed run, as report.json holds it."""
+
+    cause: Cause
+    gpu: str
+    elapsed_s: float  # of the run
+    exit_code: int
+    memory: str  # about a death that may have been for want of memory, else empty
+    log_of: str  # whose log tells most: its own, or torchrun's for a rank that has none here
+    log: list[str]  # the last lines of it, or the last traceback in it
+    log_paths: list[str]
+    action: str
+    path: str  # of this report as text
+    machine: list[Fact] = []  # what `shmbridge-launch doctor` finds without starting a process
+
+    def __str__(self) -> str:
+        """With every fact of the machine."""
+        return self.text(self.machine)
+
+    def text(self, machine: Sequence[Fact]) -> str:
+        """As people read it, with some facts of the machine."""
+        parts = (self._headline(), self._facts(), self._evidence(), _of_machine(machine), self._end())
+        return "\n".join(part for part in parts if part)
+
+    def _headline(self) -> str:
+        return f"\nThe run failed after {seconds(self.elapsed_s)}: {self.cause.sentence}\n"
+
+    def _facts(self) -> str:
+        cause = self.cause
+        where = [cause.phase and f"phase {cause.phase}" + _for(cause.elapsed_s)]
+        where += [f"step {cause.step}" if cause.step is not None else ""]
+        where += [f"sequence {cause.sequence}" if cause.sequence is not None else ""]
+        rows = [
+            ("who", f"{cause.who}, pid {cause.pid or 'unknown'}" + (f", GPU {self.gpu}" if self.gpu else "")),
+            ("where", ", ".join(part for part in where if part)),
+            ("ended", cause.reason if cause.signal else f"exit code {cause.status}"),
+            ("memory", self.memory),
+        ]
+        return table([row for row in rows if row[1]])
+
+    def _evidence(self) -> str:
+        cause = self.cause
+        if cause.traceback:
+            return _quoted("its traceback", cause.traceback)
+        if "\n" in cause.reason:
+            return _quoted("the whole reason", cause.reason)
+        return _quoted(f"the end of its log ({self.log_of})", "\n".join(self.log)) if self.log else ""
+
+    def _end(self) -> str:
+        logs = [("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths)]
+        return "\n" + table([("next", self.action), *logs, ("report", self.path)])
+
+
+def make(
+    cause: Cause, ended: Exit | None, plan: Plan, logs: Logs, elapsed_s: float, oom_kills: int | None, directory: Path
+) -> Report:
+    """The report of a cause; `ended` is the exit of the job that it happened in, `oom_kills` the run's, where known."""
+    # Where train.torchrun_args has log flags of its own, what the ranks print is torchrun's output, or in files elsewhere.
+    log_of = TORCHRUN if cause.role == TRAINER and not logs.paths(cause.who) else cause.who
+    return Report(
+        cause=cause,
+        gpu=_gpu(cause, plan),
+        elapsed_s=elapsed_s,
+        exit_code=cause.status,
+        memory=_memory(ended, oom_kills) if cause.signal == signal.SIGKILL else "",
+        log_of=log_of,
+        log=[] if cause.traceback else logs.last_lines(log_of),
+        log_paths=[str(path) for path in logs.paths(log_of)],
+        action=_action(cause, oom_kills),
+        path=str(directory / "report.txt"),
+        machine=gather(host.CHECKS, _MACHINE_S),
+    )
+
+
+def write(report: Report) -> None:
+    """report.txt and report.json in the run directory."""
+    path = Path(report.path)
+    path.write_text(f"{report}\n")
+    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+
+
+def tell(report: Report, console: Console) -> None:
+    """Write it, and show it on stderr after what `console` still has to show; of the machine only what is not ok."""
+    write(report)
+    console.flush(_SHOW_S)
+    errors = Console(sys.stderr)
+    errors.write(report.text([fact for fact in report.machine if fact.status != "ok"]) + "\n")
+    errors.flush(_SHOW_S)
+
+
+def _for(elapsed_s: float | None) -> str:
+    return "" if elapsed_s is None else f" for {seconds(elapsed_s)}"
+
+
+def _quoted(title: str, text: str) -> str:
+    return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
+
+
+def _of_machine(machine: Sequence[Fact]) -> str:
+    title = "this machine (shmbridge-launch doctor also looks at the GPUs)"
+    return f"\n  {title}\n{doctor.page(machine, margin=4)}" if machine else ""
+
+
+def _gpu(cause: Cause, plan: Plan) -> str:
+    if cause.role == TEACHER:
+        return ",".join(str(gpu.number) for gpu in plan.teachers[cause.rank])
+    if cause.role == TRAINER and cause.rank < len(plan.train_gpus):
+        return str(plan.train_gpus[cause.rank].number)
+    return ""
+
+
+def _memory(ended: Exit | None, oom_kills: int | None) -> str:
+    """What the kernel counted, and how large the job had grown."""
+    counted = "the cgroup's oom_kill counter " + ("is not readable" if oom_kills is None else f"rose by {oom_kills}")
+    peak = f"; the largest process of the job had {size(ended.peak_rss)} (peak RSS)" if ended else ""
+    return counted + peak
+
+
+def _action(cause: Cause, oom_kills: int | None) -> str:
+    if cause.role == LAUNCHER:
+        return "See above; the log of every job is in the run directory."
+    if cause.signal == signal.SIGKILL and cause.role == TORCHRUN:
+        return "Find out who killed torchrun; training ended with it."
+    if cause.signal == signal.SIGKILL and oom_kills == 0:
+        return "Find out who or what sent SIGKILL (a user, the batch system): the kernel's out-of-memory killer counted nothing."
+    if cause.signal == signal.SIGKILL:
+        return "See `dmesg` for the kernel's reason; use less memory, or raise the limit."
+    if cause.signal:
+        return "A crash in native code: run with PYTHONFAULTHANDLER=1 to see the stack."
+    if cause.role == TEACHER and cause.phase in (str(Phase.STARTING), str(Phase.LOADING), str(Phase.PROBING), ""):
+        return "Correct teacher.model or its settings; nothing was trained."
+    if cause.traceback:
+        return "Correct what the traceback tells."
+    return "Its log tells why it ended."

@@ -1,0 +1,220 @@
+"""What a teacher offers at the barrier, and how many bytes that takes. Torch-free: the launcher sizes memory with it.
+
+The layout of a payload is not written into every reply. Both sides derive it from the offer and the request's shape: the
+outputs one after the other, each aligned to a cache line.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from shmbridge.config import PayloadConfig, TorchDtype
+from shmbridge.errors import AttachError, PlanError
+from shmbridge.shm.layout import OFFER_CAPACITY, PAGE, align
+
+ITEM_BYTES: dict[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+class Extent(NamedTuple):
+    """What a request asks for: `batch` rows of `seq` tokens, and outputs for `chosen` positions; None: for all."""
+
+    batch: int
+    seq: int
+    chosen: int | None = None
+
+    @property
+    def positions(self) -> int:
+        """Positions whose outputs come back."""
+        return self.batch * self.seq if self.chosen is None else self.chosen
+
+
+class OutputSpec(msgspec.Struct, frozen=True):
+    """One named tensor of every reply: (batch, *shape), where the first axis of `shape` may be the sequence's."""
+
+    name: str
+    dtype: TorchDtype
+    shape: tuple[int | Literal["seq"], ...]
+
+    @property
+    def per_token(self) -> bool:
+        return bool(self.shape) and self.shape[0] == "seq"
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one position's share of the output, or of one row's where it has no sequence axis."""
+        return ITEM_BYTES[self.dtype] * self.item_width
+
+    @property
+    def item_width(self) -> int:
+        """Numbers in one position's share of the output, or in one row's."""
+        return prod(size for size in self.shape[self.per_token :] if size != "seq")
+
+    def dims(self, extent: Extent) -> tuple[int, ...]:
+        """The shape of the tensor for a request: its chosen positions lie in one axis, in row-major order."""
+        if not self.per_token:
+            return (extent.batch, *self.shape)  # type: ignore[arg-type]
+        lead = (extent.batch, extent.seq) if extent.chosen is None else (extent.chosen,)
+        return (*lead, *self.shape[1:])
+
+
+class HeadSpec(msgspec.Struct, frozen=True):
+    """The output head that turns hidden states into logits: softcap(scale x (hidden @ weight.T + bias))."""
+
+    dtype: TorchDtype
+    words: int
+    width: int
+    bias: bool = False
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @property
+    def bias_offset(self) -> int:
+        """Where the bias begins, in bytes behind the weight's first."""
+        return align(self.words * self.width * ITEM_BYTES[self.dtype])
+
+    @property
+    def nbytes(self) -> int:
+        return self.bias_offset + (self.words * ITEM_BYTES[self.dtype] if self.bias else 0)
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """What the parity check compares: token IDs, and a fingerprint of each output that the model gives for them."""
+
+    input_ids: tuple[tuple[int, ...], ...]
+    outputs: dict[str, tuple[float, ...]]
+    tolerance: float  # relative; what the dtypes on the way leave of the digits
+
+
+BY_HEAD = "head(hidden)"
+
+
+def by_head(words: int) -> OutputSpec:
+    """The logits that a rank makes of hidden states: no output, but fingerprinted like one."""
+    return OutputSpec(BY_HEAD, "float32", ("seq", words))
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """A tokenizer's table: how many entries it has and a SHA-256 of (id, token) in the order of IDs."""
+
+    entries: int
+    digest: str
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """The teacher's side of the agreement."""
+
+    outputs: tuple[OutputSpec, ...]
+    model: str
+    path: str = ""  # local directory with the tokenizer, where there is one
+    vocab_size: int | None = None  # token IDs must be below it
+    max_seq: int | None = None  # positions that the model has
+    packs: bool = True  # whether packed documents cannot see each other
+    words: int | None = None  # the size of the teacher's distribution, where it has one
+    temperatures: tuple[float, ...] = ()  # of tail_logmass, where the payload is topk
+    head: HeadSpec | None = None  # where the payload is hidden
+    tokenizer: Tokens | None = None
+    probe: Probe | None = None
+
+    def encode(self) -> bytes:
+        """Raises PlanError where the offer is larger than its field on the board."""
+        text = msgspec.json.encode(self)
+        if len(text) > OFFER_CAPACITY:
+            raise PlanError(
+                f"the teacher's offer takes {len(text)} bytes, at most {OFFER_CAPACITY} fit: return fewer outputs, or "
+                "shorten their names."
+            )
+        return text
+
+    def agrees(self, other: Offer) -> bool:
+        """Whether two replicas offer the same; their probes may differ in the last bits."""
+        return msgspec.structs.replace(self, probe=None) == msgspec.structs.replace(other, probe=None)
+
+    def differs(self, other: Offer) -> str:
+        """What is not as in `other`, by name; empty where they agree."""
+        names = [name for name in self.__struct_fields__ if name != "probe"]
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        return "; ".join(f"{name} {here}, not {there}" for name, here, there in pairs if here != there)
+
+    @classmethod
+    def decode(cls, text: bytes) -> Offer:
+        """Raises AttachError where the text is not an offer."""
+        try:
+            offer = msgspec.json.decode(text, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise AttachError(f"the teacher's offer is garbled: {error}.") from None
+        for spec in offer.outputs:
+            rest = spec.shape[spec.per_token :]
+            if any(size == "seq" or size < 0 for size in rest):
+                raise AttachError(f"the teacher's offer is garbled: output {spec.name!r} has the shape {spec.shape}.")
+        return offer
+
+
+def payload_outputs(payload: PayloadConfig, words: int, width: int | None, dtype: TorchDtype) -> tuple[OutputSpec, ...]:
+    """The outputs of a language model's reply.
+
+    Args:
+        payload: its sections name what a reply carries.
+        words: the size of the distribution; payload.vocab cuts it.
+        width, dtype: of the hidden state; a width of None where it is not known.
+
+    Raises:
+        PlanError: `vocab` or `topk.k` is above `words`, or the payload is hidden and its width is not known.
+    """
+    if payload.vocab is not None and payload.vocab > words:
+        raise PlanError(f"payload.vocab is {payload.vocab}; the teacher's distribution has {words} words. Lower it.")
+    words = payload.vocab or words
+    specs: list[OutputSpec] = []
+    if payload.logits:
+        specs.append(OutputSpec("logits", payload.logits.dtype, ("seq", words)))
+    if payload.topk:
+        if payload.topk.k > words:
+            raise PlanError(
+                f"payload.topk.k is {payload.topk.k}; the teacher's distribution has {words} words. Lower it."
+            )
+        specs.append(OutputSpec("topk_logprobs", "float32", ("seq", payload.topk.k)))
+        specs.append(OutputSpec("topk_ids", "int32", ("seq", payload.topk.k)))
+        specs.append(OutputSpec("tail_logmass", "float32", ("seq", len(payload.topk.temperatures))))
+    if payload.logprobs:
+        specs.append(OutputSpec("logprobs", "float32", ("seq",)))
+        if payload.logprobs.entropy:
+            specs.append(OutputSpec("entropy", "float32", ("seq",)))
+        if payload.logprobs.candidates:
+            specs.append(OutputSpec("candidate_logprobs", "float32", ("seq", payload.logprobs.candidates)))
+    if payload.hidden is not None:
+        if width is None:
+            raise PlanError("payload.hidden needs the teacher's hidden state, and this teacher gives none.")
+        specs.append(OutputSpec("hidden", dtype, ("seq", width)))
+    return tuple(specs)
+
+
+def offsets(outputs: tuple[OutputSpec, ...], extent: Extent) -> list[int]:
+    """Where each output of a reply begins in its slot, in bytes; the end of the last one follows."""
+    places = [0]
+    for spec in outputs:
+        places.append(align(places[-1] + (extent.positions if spec.per_token else extent.batch) * spec.item_bytes))
+    return places
+
+
+def reply_bytes(outputs: tuple[OutputSpec, ...], extent: Extent) -> int:
+    """Bytes of a reply's tensors."""
+    return sum((extent.positions if spec.per_token else extent.batch) * spec.item_bytes for spec in outputs)
+
+
+def slot_bytes(outputs: tuple[OutputSpec, ...], positions: int, rows: int) -> int:
+    """Bytes of a reply slot that holds `positions` positions, and `rows` rows of what has no sequence axis."""
+    largest = sum(align((positions if spec.per_token else rows) * spec.item_bytes) for spec in outputs)
+    return align(largest, PAGE)

@@ -1,0 +1,136 @@
+"""The host plane: replies in POSIX shared memory, written by the teacher and read by the rank.
+
+On the CPU the teacher writes in place and the rank reads in place. A GPU copies by itself, on a stream of its own, to and
+from memory that its process has pinned: the teacher publishes a reply once its copy has come to an end, which a thread waits
+for, and a rank gives a slot back after its own copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from shmbridge.errors import AttachError
+from shmbridge.output_spec import Extent, Offer
+from shmbridge.plane import arrays, cuda_ipc, pinned
+from shmbridge.plane.slots import Slots
+from shmbridge.shm import layout
+from shmbridge.shm.process import Identity
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Lane, Names, Shape, Token
+
+
+class _Copies:
+    """A GPU's stream for the copies of one lane, and an event for each slot."""
+
+    def __init__(self, memory: memoryview, device: torch.device, slots: int) -> None:
+        self.device = device
+        self.stream = cuda_ipc.side_stream(device)
+        self.done = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # else a thread that waits would spin
+        pinned.register(memory, self, device)
+
+    def follow(self) -> None:
+        """The copies come after all that was launched before."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+
+
+class TeacherHostPlane:
+    """Teacher: the replies of one lane."""
+
+    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
+        """Attach the lane's reply segment; `device` is the teacher's. Raises AttachError."""
+        memory, self._slots = _attach(token, shape, lane, agreed)
+        self._copies = _Copies(memory, device, self._slots.count) if device.type == "cuda" else None
+
+    def write(
+        self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
+    ) -> None:
+        """Copy `outputs` into the reply: see Slots.write. On a GPU the copy has only been launched."""
+        if self._copies is None:
+            self._slots.write(number, extent, outputs, position, row)
+            return
+        here = {name: tensor.to(self._copies.device, non_blocking=True) for name, tensor in outputs.items()}
+        self._copies.follow()
+        with torch.cuda.stream(self._copies.stream):
+            self._slots.write(number, extent, here, position, row)
+        for tensor in here.values():
+            tensor.record_stream(self._copies.stream)
+
+    def seal(self, number: int) -> Callable[[], None] | None:
+        """Nothing of the reply is written any more: it may be published once what this gives has returned; None: at once."""
+        if self._copies is None:
+            return None
+        done = self._copies.done[number % self._slots.count]
+        done.record(self._copies.stream)
+        return done.synchronize
+
+    def settled(self) -> bool:
+        """What is published lies in host memory, which outlives this process."""
+        return True
+
+
+class RankHostPlane:
+    """Rank: the replies of its lane, in place on the CPU, copied to a GPU. See planes.RankPlane."""
+
+    keeps = True
+    timed = False
+
+    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
+        """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
+        memory, self._slots = _attach(token, shape, lane, agreed)
+        self.lends = device.type != "cuda"
+        self._copies = None if self.lends else _Copies(memory, device, self._slots.count)
+
+    def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """The tensors of a published reply; on a GPU for its current stream."""
+        if self._copies is None:
+            return self._slots.lend(number, extent)
+        views = self._slots.views(number, extent)
+        device, stream = self._copies.device, self._copies.stream
+        done = self._copies.done[number % self._slots.count]
+        with torch.cuda.stream(stream):
+            copies = {name: view.to(device, non_blocking=True) for name, view in views.items()}
+            done.record(stream)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_event(done)
+        for copy in copies.values():
+            copy.record_stream(compute)
+        return copies
+
+    def release(self, number: int) -> int | None:
+        """Before the slot is given back: this rank's copy of it, and nothing else of its GPU, has come to an end."""
+        if self._copies is None:
+            return self._slots.take_back(number)
+        self._copies.done[number % self._slots.count].synchronize()
+        return None
+
+    def stalled_s(self) -> float:
+        """What a GPU stands still for here is its own copy."""
+        return 0.0
+
+    def teachers(self) -> tuple[Identity, ...]:
+        """None: replies lie in host memory."""
+        return ()
+
+    def waits_for(self) -> Identity | None:
+        """Nobody's GPU: a reply is published once it is there."""
+        return None
+
+    def stands_at(self) -> tuple[Identity, int] | None:
+        """No read: a reply is published once it is there."""
+        return None
+
+    def check(self) -> None:
+        """Host memory cannot be torn: a reply is published after its bytes."""
+
+
+def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memoryview, Slots]:
+    name = Names(token.session_id).reply(token.generation, lane.index)
+    segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane.index)
+    memory, expected = segment.bytes, shape.reply_bytes(agreed.outputs)
+    if memory.nbytes != expected:
+        raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")
+
+    count, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
+    return memory, Slots(agreed.outputs, count, stride, arrays.over(memory, layout.PAGE, "uint8", (count * stride,)))

@@ -1,0 +1,50 @@
+"""Host memory that a GPU copies to and from by itself: shared memory, of which each process registers its own mapping, and a copy
+of a tensor."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+from shmbridge.log import logger
+
+
+def register(memory: memoryview, keeper: object, device: torch.device) -> bool:
+    """Pin `memory` until `keeper` is gone. False, with a warning, where CUDA refuses (confidential computing, a limit on locked
+    memory): copies then go through CUDA's own buffers, slower, and the host waits for them."""
+    runtime = torch.cuda.cudart()
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    with torch.cuda.device(device):  # else CUDA would make a context on the current one
+        error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
+    if error:
+        _forget_error(device)
+        logger.warning("CUDA did not pin %d bytes of shared memory (error %d); copies are slower", memory.nbytes, error)
+        return False
+    weakref.finalize(keeper, _unregister, runtime, address, memory)
+    return True
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a CUDA tensor in pinned host memory. The host waits until the current stream of the tensor's device has come to
+    its end."""
+    with torch.cuda.device(tensor.device):  # else CUDA would make a context on the current one
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return host
+
+
+def _unregister(runtime: Any, address: int, memory: memoryview) -> None:
+    """`memory` is an argument because the mapping must outlive its registration."""
+    runtime.cudaHostUnregister(address)
+
+
+def _forget_error(device: torch.device) -> None:
+    """The next launch reports what the last call left behind, whoever launches; so launch something now."""
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError:
+        pass

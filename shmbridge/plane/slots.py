@@ -1,0 +1,105 @@
+"""How replies lie in their slots, whatever memory that is: the outputs of the offer one after the other.
+
+Where a rank reads its slots in place, their tensors are lent. Each slot has a version counter, which its lent tensors and
+whatever autograd saves of them share. `take_back` raises it, so that a backward that comes too late raises an error instead
+of reading what the teacher has written since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch.autograd.graph import increment_version
+
+from shmbridge import output_spec
+from shmbridge.errors import AttachError
+from shmbridge.output_spec import Extent, OutputSpec
+from shmbridge.plane.arrays import DTYPES
+
+_NONE = Extent(0, 0)
+_FIRST_VERSION = 1024  # above what in-place operations make of other tensors, so that an error of autograd tells ours
+
+
+class Slots:
+    """`count` reply slots of `stride` bytes, seen as the tensors of `outputs`."""
+
+    def __init__(self, outputs: tuple[OutputSpec, ...], count: int, stride: int, memory: torch.Tensor) -> None:
+        """`memory`: (bytes,) uint8, at least all slots."""
+        self.count = count
+        self._outputs = outputs
+        self._stride = stride
+        with torch.inference_mode(False):  # inference tensors have no version counter
+            slots = [memory[number * stride : (number + 1) * stride] for number in range(count)]
+            self._memory = [slot.data for slot in slots]  # each with a version counter of its own
+        for number, slot in enumerate(self._memory):
+            increment_version([slot] * (_FIRST_VERSION + number))
+        self._cached: list[tuple[Extent, dict[str, torch.Tensor]]] = [(_NONE, {})] * count
+
+    def views(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """Every output of reply (or chunk) `number`, in place. The dict is not to be changed.
+
+        Raises:
+            AttachError: `extent` is larger than a slot: a garbled request.
+        """
+        slot = number % self.count
+        cached, views = self._cached[slot]
+        if cached == extent:
+            return views
+        places = output_spec.offsets(self._outputs, extent)
+        if places[-1] > self._stride:
+            raise AttachError(f"a reply for {extent} takes {places[-1]} bytes, its slot has {self._stride}: refused.")
+        with torch.inference_mode(False):
+            views = {
+                spec.name: _over(self._memory[slot], place, spec, extent)
+                for spec, place in zip(self._outputs, places, strict=False)
+            }
+        self._cached[slot] = (extent, views)
+        return views
+
+    def lend(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
+        """Every output of reply (or chunk) `number`, in place, until `take_back`. Raises AttachError."""
+        return {name: view.detach() for name, view in self.views(number, extent).items()}
+
+    def take_back(self, number: int) -> int:
+        """The memory of reply (or chunk) `number` may be written again: a backward that needs it raises from now on.
+
+        Returns:
+            The version that autograd expects then. Counters start one apart and grow by `count`, so no other reply had it.
+        """
+        memory = self._memory[number % self.count]
+        version = memory._version
+        increment_version([memory] * self.count)
+        return version
+
+    def write(
+        self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
+    ) -> None:
+        """Copy `outputs`, in the offered dtype, into the reply from `position` (what has a sequence axis) and from `row`
+        (what has none) on, without waiting for a GPU. An output that is not there is left as it is."""
+        views = self.views(number, extent)
+        for spec in self._outputs:
+            source = outputs.get(spec.name)
+            if source is None:
+                continue
+            target = views[spec.name]
+            if source.shape != target.shape:
+                target = _part(target, source, spec, position if spec.per_token else row)
+            target.copy_(source, non_blocking=True)
+
+
+def _over(memory: torch.Tensor, place: int, spec: OutputSpec, extent: Extent) -> torch.Tensor:
+    """The output of a reply of `extent` that begins at `place`, in bytes. It shares the version counter of `memory`."""
+    dims, dtype = spec.dims(extent), DTYPES[spec.dtype]
+    return memory[place : place + prod(dims) * dtype.itemsize].view(dtype).view(dims)
+
+
+def _part(target: torch.Tensor, source: torch.Tensor, spec: OutputSpec, at: int) -> torch.Tensor:
+    """Where `source` goes in `target`. Positions lie in one or two leading axes of either, in row-major order."""
+    if not spec.per_token:
+        return target[at : at + source.shape[0]]
+    rest = spec.shape[1:]
+    flat = target.view(-1, *rest)  # type: ignore[arg-type]
+    count = prod(source.shape[: source.ndim - len(rest)])
+    return flat[at : at + count].view(source.shape)

@@ -1,0 +1,407 @@
+"""The trainer's side: submit, wait, lease.
+
+    bridge = shmbridge.connect()
+    bridge.wait_ready()
+    pending = bridge.submit(input_ids)          # returns at once
+    with pending.wait() as reply:               # a lease on the teacher's output
+        loss = kd_loss(student_logits, reply.logits)
+        loss.backward()
+    reply = bridge.exchange(input_ids)          # the simple way: tensors of one's own
+    for batch, pending in bridge.prefetch(loader):
+        ...                                     # the teacher is ahead of the loop
+
+What is in flight is in `requests`, what the caller holds of it in `pending`; here is what the caller calls.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar, Unpack
+
+import torch
+
+from shmbridge import log
+from shmbridge.config import Config
+from shmbridge.errors import Closed, PeerLost, RequestRefused, RunStopped, TeacherDied
+from shmbridge.head import Head
+from shmbridge.output_spec import Extent, Offer
+from shmbridge.plane import shared_head
+from shmbridge.rank import parity
+from shmbridge.rank.on_stop import Stopping
+from shmbridge.rank.pending import Lease, Pending, SendQueue
+from shmbridge.rank.prefetch import Prefetch, Tokens
+from shmbridge.rank.reply import Reply
+from shmbridge.rank.requests import Requests
+from shmbridge.rank.stats import Stats
+from shmbridge.rank.validate import CheckedRequest, Extras, IntArray, check_request
+from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.process import Identity
+from shmbridge.shm.session import TrainerSession
+
+__all__ = ["Bridge", "Lease", "Pending", "Reply"]
+
+T = TypeVar("T")
+
+
+class Bridge:
+    """One rank's connection to the teacher. Made by `connect`."""
+
+    enabled = True
+
+    def __init__(self, session: TrainerSession, device: torch.device | None = None) -> None:
+        self._open = session
+        self._closed = False
+        self._why_closed = "the bridge is closed."
+        self.heartbeat: Heartbeat | None = None  # ends with the bridge
+        self.process = os.getpid()
+        self._device = device
+        self._offer: Offer | None = None
+        self._requests: Requests | None = None
+        self._checked = False  # the parity check has passed, or is off
+        self._head: Head | None = None
+        self._stopping = Stopping(session)
+
+    @property
+    def rank(self) -> int:
+        """This rank's lane: its LOCAL_RANK, unless connect was told otherwise."""
+        return self._session.lane.index
+
+    @property
+    def settings(self) -> Config:
+        """The run's resolved config."""
+        return self._session.settings
+
+    @property
+    def teacher(self) -> Offer:
+        """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher."""
+        return self._barrier()
+
+    @property
+    def head(self) -> Head:
+        """The teacher's output head, on this rank's device: head(reply.hidden) are its logits. Waits for the teacher.
+
+        On the CPU its weight (words, width) is shared with the other ranks and not to be written.
+
+        Raises:
+            RequestRefused: the payload is not hidden.
+        """
+        agreed = self._barrier()
+        if agreed.head is None:
+            raise RequestRefused("the teacher shares its head only with the payload hidden; set payload.hidden={}.")
+        if self._head is None:
+            self._head = shared_head.attach(self._session.token, agreed.head, self._sending.device)
+        return self._head
+
+    def wait_ready(
+        self,
+        timeout: float | None = None,
+        *,
+        vocab_size: int | None = None,
+        tokenizer: Any = None,
+        loss: Callable[[torch.Tensor, Reply], torch.Tensor] | None = None,
+    ) -> None:
+        """The startup barrier: sleep until the teacher's model is loaded, then check that what comes over the bridge equals
+        what the model gives in its own process (`parity` of the config). Rank 0 logs the result in one line.
+
+        Args:
+            timeout: seconds. None: timeouts.startup_s of the config.
+            vocab_size: the last axis of the student's logits, to be compared with the teacher's.
+            tokenizer: the student's, to be compared with the teacher's.
+            loss: the loss of the training loop, as loss(student_logits, reply); it must be 0 where the student's logits are
+                the teacher's own.
+
+        Raises:
+            ParityError: names the check that failed.
+            TeacherDied: it failed while loading; carries its traceback.
+            DeadlineExceeded: it is still loading; says how far it is.
+        """
+        agreed = self._barrier(timeout)
+        student = parity.Student(vocab_size, tokenizer, loss)
+        if self._checked and all(part is None for part in student):
+            return
+        try:
+            passed = parity.check(agreed, student, self._ask_probe, lambda: self.head)
+        except TeacherDied as error:
+            self._sending.go_on_without(error)
+            passed = ""
+        self._checked = True
+        if passed and self.rank == 0:
+            log.logger.info("parity check passed: %s", passed)
+        self._sending.meter.reset()
+
+    def submit(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        **extras: Unpack[Extras],
+    ) -> Pending:
+        """Hand a batch to the teacher and return at once. The first call waits for the teacher's model.
+
+        Tensors are on the CPU, strided or not, and copied before the call returns. Tensors on a CUDA device are copied to the
+        host first: the call then waits until the GPU has computed everything that it was given before, which a warning says once.
+
+        Args:
+            input_ids: (batch, seq) int32 or int64.
+            attention_mask: (batch, seq) of 0 and 1, or None where every token counts.
+            positions: (batch, seq) of 0 and 1: outputs come back, and the teacher's head is computed, for these alone.
+            position_ids: (batch, seq) int32 or int64; they start at 0 again at each packed document.
+            targets: (batch, seq) int32 or int64, with the payload logprobs: the words whose log-probability comes back, -100
+                for none. None: the next token of each row, and none after its last.
+            candidates: (batch, seq, c) int32 or int64, with payload.logprobs.candidates = c: words whose log-probabilities
+                come back as `candidate_logprobs`.
+            step: the training loop's own counter, for logs and reports; never a key.
+
+        Raises:
+            RequestRefused (a ValueError): shape, dtype, device or an ID that the teacher cannot take; nothing was sent.
+            RingFull: ring.depth requests are in flight.
+            Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
+        """
+        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
+        self._stopping.heed()
+        return Pending(self._sending, self._sending.send(request))
+
+    def _prepare(
+        self,
+        queue: SendQueue,
+        /,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        **extras: Unpack[Extras],
+    ) -> Pending:
+        """What `submit` does, but for sending: that is up to `queue`."""
+        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
+        return queue.add(self._sending, request.copied())
+
+    def _fill_ring(self, queue: SendQueue) -> None:
+        """Send as many requests of `queue` as the ring has room for. Raises Closed where there are any."""
+        if self._requests:
+            self._stopping.heed()
+        queue.fill_ring()
+
+    def exchange(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        *,
+        timeout: float | None = None,
+        **extras: Unpack[Extras],
+    ) -> Reply:
+        """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
+        sequence = self._requests.next_sequence if self._requests else 0
+        try:
+            return self.submit(input_ids, attention_mask, **extras).copy(timeout)
+        except BaseException:
+            if self._requests:  # a KeyboardInterrupt comes anywhere, and its handler may ask the teacher
+                self._requests.cancel_since(sequence)
+            raise
+
+    def prefetch(
+        self,
+        batches: Iterable[T],
+        tokens: Tokens[T] = None,
+        *,
+        ahead: int | None = None,
+        state: Callable[[], Any] | None = None,
+    ) -> Prefetch[T]:
+        """Iterate over (batch, pending) with the teacher ahead of the loop: the next batches are taken before their turn, and
+        their requests are sent in order as the ring has room.
+
+            for batch, pending in bridge.prefetch(loader):
+            for batch, pending in bridge.prefetch(loader, "tokens"):
+            for batch, pending in bridge.prefetch(loader, lambda batch: {"input_ids": batch[0], "positions": batch[1]}):
+
+        Batches are handed out in their order, each exactly once, and unchanged. At the end, on an exception of `batches`
+        and on a `break`, nothing is lost and nothing stays in flight: see shmbridge.rank.prefetch. A loader that accelerate
+        prepared behaves as without prefetch: see shmbridge.integrations.accelerate.
+
+        A loop may draw all micro-batches of a step before it reads the first reply, at any ring.depth: a pending that the ring
+        has no room for is sent when a reply before it was read, at the latest by its own `wait`. Read replies in the order of
+        their batches. ring.depth is the number of leases that the loop holds at a time plus the replies that are to be computed
+        beside them: 2 keeps the teacher busy where one lease is held at a time.
+
+        Args:
+            batches: a loader, or any iterable or iterator. It may use one buffer again and again: the token IDs are copied when
+                a batch is taken.
+            tokens: where a batch has its token IDs. None: the batch itself where it is a tensor or an array, or its entries
+                "input_ids", "attention_mask" and "position_ids", the last two where they are there. A key: that entry
+                alone. A function, called once for each batch: to input_ids (batch, seq), or to a dict of what `submit` takes, which is how
+                `positions`, `targets`, `candidates` and `step` are sent.
+            ahead: batches that are taken before their turn, beyond those that the loop has drawn. None: ring.depth - 1.
+            state: called after each batch is taken from `batches`, such as loader.state_dict; what it gave for the batch of
+                the loop is the iterator's `state`, so that a checkpoint resumes exactly.
+
+        Raises (in the batch's turn):
+            RequestRefused (a ValueError): it cannot be submitted, or `ahead` is negative.
+            What `wait_ready` and `batches` raise. What happens to a request that was taken is raised by its pending: RingFull
+            where the loop holds all slots, TeacherError, TeacherDied, DeadlineExceeded.
+        """
+        depth = self.settings.ring.depth if self.enabled else 1
+        ahead = depth - 1 if ahead is None else ahead
+        return Prefetch(self._prepare, self._fill_ring, batches, tokens, ahead, state)
+
+    def on_stop(self, save: Callable[[], object]) -> None:
+        """Call `save()` once before this rank stops: at a SIGTERM (as Slurm sends it ahead of the end), a Ctrl-C or SIGTERM of
+        the launcher, the loss of the teacher or of another rank. It runs in the thread and at the place of the next call of
+        the bridge, which then raises a PeerLost; the launcher gives all ranks timeouts.save_s for it.
+
+        Without a hook the launcher sends each rank SIGINT for a Ctrl-C and SIGTERM for a SIGTERM, once. What the script's own
+        handlers, or its `except KeyboardInterrupt:`, do has timeouts.shutdown_s, and the teacher serves them.
+        """
+        self._stopping.set(save)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the user or the scheduler has stopped the run, so that a loop may save and end by itself."""
+        return self._stopping.requested
+
+    @contextmanager
+    def defer_stop(self) -> Iterator[None]:
+        """In the block a stop of the run interrupts no call of the bridge: requests are answered as before, and `stop_requested`
+        tells of the stop. Ranks that agree on it between two steps save and end at the same step, in a collective where saving
+        is one. For ranks with a hook (`on_stop`), within timeouts.save_s. The loss of the teacher or of a rank is raised as ever.
+        """
+        with self._stopping.deferred():
+            yield
+
+    @contextmanager
+    def phase(self, name: str, timeout: float) -> Iterator[None]:
+        """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
+        fault that this rank's loop stands still; hang reports name the phase."""
+        record = self._session.record
+        with record.declaring(name, timeout):
+            yield
+
+    def stats(self) -> Stats:
+        """What this rank's replies took so far, since `wait_ready`.
+
+        How long a GPU stood still for replies is measured on rank 0 where log.stats_every is not 0, and on any rank from its
+        first call of this on.
+        """
+        self._ready()
+        self._sending.plane.timed = True
+        return self._sending.meter.total()
+
+    @property
+    def free_slots(self) -> int:
+        """Requests that could be submitted now. Waits for the teacher."""
+        self._ready()
+        return self._sending.free_slots
+
+    def gpu_stands_at(self) -> tuple[Identity, int] | None:
+        """The read that this rank's GPU has come to and not got past: see planes.RankPlane."""
+        requests = self._requests
+        return (requests.broken_at or requests.plane.stands_at()) if requests else None
+
+    def close(self) -> None:
+        """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing. Leases end.
+
+        connect() gives another bridge over the same lane, as long as the teacher serves: see teacher.serve_until.
+
+        Raises:
+            TornReply: the last reply, which this rank's GPU had still to read, was not whole.
+        """
+        self._end(closes_lane=True)
+
+    def give_way(self) -> TrainerSession:
+        """Close this bridge, and open its lane for another one of this process. Raises what TrainerSession.reopen raises, and
+        TornReply."""
+        self._end(closes_lane=False)
+        self._open.reopen()
+        return self._open
+
+    def _end(self, *, closes_lane: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if not closes_lane:
+            self._why_closed = "connect() was called again, which closed this bridge; use the one that it gave."
+        try:
+            if self._requests:
+                self._requests.close(self._why_closed)
+        finally:
+            if os.getpid() == self.process:  # a forked child, such as a DataLoader worker, is not the rank
+                if self.heartbeat and not (self._requests and self._requests.broken_at):
+                    self.heartbeat.stop()  # else it ends a process whose clean-up hangs
+                self._stopping.close()
+                if closes_lane:
+                    self._open.close()
+
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            died = self._requests.blame(error) if self._requests and not self._closed else None
+            self._fail(died or error)
+            self.close()
+            if died:
+                raise died from error
+        self.close()
+
+    # Within
+
+    def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
+        """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
+        request = CheckedRequest(ids.data.cast("B"), extent, arrays)
+        pending = Pending(self._sending, self._sending.send(request, probe=True))
+        reply = pending.copy(self._open.settings.timeouts.startup_s)
+        if reply.missing:
+            raise TeacherDied("the teacher was lost during the parity check.")
+        return reply, self._sending.last_head.echo
+
+    @property
+    def _sending(self) -> Requests:
+        assert self._requests, "before the barrier"
+        return self._requests
+
+    @property
+    def _session(self) -> TrainerSession:
+        if self._closed:
+            raise Closed(self._why_closed)
+        if os.getpid() != self.process:
+            raise Closed(f"the bridge belongs to pid {self.process}; a forked child cannot use it.")
+        return self._open
+
+    def _barrier(self, timeout: float | None = None) -> Offer:
+        """What the teacher offers, once its model is loaded."""
+        session = self._session
+        if self._offer is None:
+            try:
+                agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
+            except PeerLost:
+                self._stopping.save()
+                raise
+            self._requests = Requests(session, agreed, self._device, self._stopping)
+            self._offer = agreed
+        return self._offer
+
+    def _ready(self) -> Offer:
+        """The offer, once the parity check has passed as well."""
+        if not self._checked or self._offer is None:
+            self.wait_ready()
+            return self._barrier()
+        return self._offer
+
+    def _fail(self, error: BaseException) -> bool:
+        """Tell the session that this rank ends by an exception. False where that is no failure: a clean SystemExit, and the
+        end of a rank in a run that was stopped."""
+        clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
+        if clean_exit or self._was_stopped(error):
+            return False
+        if not self._closed and os.getpid() == self.process:
+            if self._requests:
+                self._requests.explain(error)
+                error = self._requests.blame(error) or error
+            self._open.record.fail_with(error)
+        return True
+
+    def _was_stopped(self, error: BaseException) -> bool:
+        """Whether `error` is how a rank ends in a run that the user, or the scheduler, has stopped."""
+        if isinstance(error, KeyboardInterrupt) and not self._closed and os.getpid() == self.process:
+            return self._open.is_told_to_stop()
+        return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._open.asked_to_stop

@@ -1,0 +1,155 @@
+"""The parity check at the startup barrier: what comes over the bridge is what the model gives in its own process.
+
+A server teacher that is not the local teacher (a shift by one, a temperature applied twice, another tokenizer) costs days,
+because the loss still falls. So before step 1 each rank sends a probe batch and compares; which check failed is named.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from shmbridge import fingerprint
+from shmbridge.errors import ParityError
+from shmbridge.head import Head
+from shmbridge.output_spec import Extent, Offer, Probe, by_head
+from shmbridge.rank.reply import Reply
+from shmbridge.rank.validate import IntArray
+
+Loss = Callable[[torch.Tensor, Reply], torch.Tensor]
+Ask = Callable[[IntArray, Extent, dict[str, memoryview]], tuple[Reply, int]]
+"""Token IDs and what travels beside them to the reply and the CRC-32 of the IDs that the teacher read."""
+
+_ZERO = 1e-3  # nats; KL(teacher, teacher) to rounding
+
+
+class Student(NamedTuple):
+    """What the training script tells of its student."""
+
+    vocab_size: int | None = None
+    tokenizer: Any = None
+    loss: Loss | None = None
+
+
+def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -> str:
+    """Compare; what was compared, in one line, empty where nothing was.
+
+    Raises:
+        ParityError: names the check that failed, what was found and what was expected.
+    """
+    passed: list[str] = []
+    vocabulary = _vocabulary(agreed, student)
+    if agreed.probe:
+        reply, echo = _reply_to_probe(agreed, agreed.probe, ask)
+        passed += _ids(agreed.probe, echo)
+        passed += _payload(agreed, agreed.probe, reply, head)
+        if student.loss:
+            passed += _loss(agreed, student.loss, reply, head)
+    passed += vocabulary
+    return ", ".join(passed)
+
+
+def _reply_to_probe(agreed: Offer, probe: Probe, ask: Ask) -> tuple[Reply, int]:
+    ids = _ids_of(probe)
+    arrays: dict[str, memoryview] = {}
+    candidates = next((spec.shape[-1] for spec in agreed.outputs if spec.name == "candidate_logprobs"), 0)
+    if candidates:
+        zeros: IntArray = np.zeros((*ids.shape, int(candidates)), np.int32)
+        arrays["candidates"] = zeros.data.cast("B")
+    return ask(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
+
+
+def _ids(probe: Probe, echo: int) -> list[str]:
+    sent = zlib.crc32(_ids_of(probe).tobytes())
+    if echo != sent:
+        raise ParityError(f"parity check, token IDs: the teacher read IDs with CRC {echo:#x}, {sent:#x} were sent.")
+    return ["token IDs"]
+
+
+def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]) -> list[str]:
+    found = [(spec, reply[spec.name]) for spec in agreed.outputs]
+    if agreed.head:
+        found.append((by_head(agreed.head.words), head()(reply.hidden)))
+    for spec, tensor in found:
+        wrong = fingerprint.differ(
+            fingerprint.of(spec, tensor), probe.outputs[spec.name], _tolerance(spec.dtype, probe)
+        )
+        if wrong:
+            raise ParityError(
+                f"parity check, payload {spec.name}: the reply is not what the model gives in its own process: {wrong}. If "
+                "the teacher's answers differ from call to call (dropout, sampling), set parity=false."
+            )
+    return [spec.name for spec, _ in found]
+
+
+def _tolerance(dtype: str, probe: Probe) -> float:
+    return probe.tolerance if "float" in dtype else float("inf")
+
+
+def _vocabulary(agreed: Offer, student: Student) -> list[str]:
+    passed = []
+    if student.tokenizer is not None and agreed.tokenizer is None:
+        passed.append("(no tokenizer: the teacher has no tokenizer files, nothing was compared)")
+    elif student.tokenizer is not None and agreed.tokenizer is not None:
+        table = fingerprint.of_tokenizer(student.tokenizer)
+        if table != agreed.tokenizer:
+            raise ParityError(
+                f"parity check, vocabulary: the tokenizers' tables differ (teacher: {agreed.tokenizer.entries} entries, SHA-256 "
+                f"{agreed.tokenizer.digest[:12]}; student: {table.entries} entries, {table.digest[:12]}). A word of one is not "
+                "the same word of the other; train with the teacher's tokenizer."
+            )
+        passed.append("tokenizer")
+    if student.vocab_size is None or agreed.words is None:
+        return passed
+    if student.vocab_size != agreed.words:
+        raise ParityError(
+            f"parity check, vocabulary: the teacher's distribution has {agreed.words} words, the student's "
+            f"{student.vocab_size}. {_remedy(agreed, student.vocab_size)}"
+        )
+    return [*passed, f"vocabulary of {agreed.words}"]
+
+
+def _remedy(agreed: Offer, vocab_size: int) -> str:
+    entries = agreed.tokenizer.entries if agreed.tokenizer else 0
+    smaller = min(vocab_size, agreed.words or 0)
+    if entries > smaller:
+        return f"The teacher's tokenizer has {entries} entries: these are words and no padding, so the models do not match."
+    if vocab_size < (agreed.words or 0):
+        return f"Where the rest is padding, cut it: payload.vocab={vocab_size}."
+    return f"Where the rest is padding, cut it from the student's logits: logits[..., :{agreed.words}]."
+
+
+def _loss(agreed: Offer, loss: Loss, reply: Reply, head: Callable[[], Head]) -> list[str]:
+    """The chosen loss of the teacher and itself, where the reply tells the whole distribution or its top and its tail."""
+    logits = _own_logits(agreed, reply, head)
+    if logits is None:
+        return ["(no loss: this payload does not tell a distribution at temperature 1)"]
+    value = float(loss(logits, reply))
+    if not abs(value) <= _ZERO:
+        raise ParityError(
+            f"parity check, loss: of the teacher and itself it is {value:.4g}, expected 0. A temperature on one side alone, rows "
+            "shifted by one, or logits taken for log-probabilities do this."
+        )
+    return [f"loss of teacher and teacher {value:.1e}"]
+
+
+def _own_logits(agreed: Offer, reply: Reply, head: Callable[[], Head]) -> torch.Tensor | None:
+    """Logits (batch, seq, vocab) float32 of a student that is the teacher, as far as the reply tells."""
+    if "logits" in reply:
+        return reply.logits.float()
+    if "hidden" in reply:
+        return head()(reply.hidden).float()
+    if "topk_logprobs" not in reply or agreed.words is None or agreed.temperatures != (1.0,):
+        return None
+    k = reply["topk_logprobs"].shape[-1]
+    each = reply["tail_logmass"] - float(np.log(max(1, agreed.words - k)))
+    whole = each.expand(*each.shape[:-1], agreed.words).contiguous()
+    return whole.scatter(-1, reply["topk_ids"].long(), reply["topk_logprobs"])
+
+
+def _ids_of(probe: Probe) -> IntArray:
+    return np.array(probe.input_ids, np.int64)

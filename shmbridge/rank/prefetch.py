@@ -1,0 +1,167 @@
+"""A loader with the teacher ahead of it: batches are taken from it before their turn, and their requests are sent in order.
+
+On a fixed data set this costs no staleness, because it is the same batch that the teacher saw. `ahead` batches are taken before
+their turn, however many replies the ring has room for. Requests are sent in order as it has room: when the loop draws, when it
+waits for a reply, and when it has read one. So the loop may draw any number of batches before it reads the first. What holds at
+the edges:
+
+    end of the loader     what was taken is handed out, then the iteration ends; the next epoch is a new prefetch
+    the loader raises     the batches before it are handed out first, then its exception is raised, in its place
+    a batch is refused    likewise
+    break, or an error    what was taken and not handed out is cancelled: the teacher drops it, its slots are free again
+      in the loop         (as soon as no variable holds the iterator; a `with` block does it at its end)
+
+Other requests come first. Before a request of `submit`, `exchange` or another prefetch is sent, what this one has in the ring and
+the loop has not waited for is withdrawn, and it is sent again when the loop draws or waits: slots come free in order, so the
+request's slot would stay taken until the loop has read everything in front of it. The teacher computes a withdrawn request twice
+if it had begun with it. Make such requests where the loop holds no lease: behind that one no slot comes free, and a full ring is
+an error.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from shmbridge.errors import RequestRefused, ShmbridgeError
+from shmbridge.integrations.accelerate import LoaderState, ReadAhead
+from shmbridge.rank.pending import Pending, SendQueue
+
+T = TypeVar("T")
+
+Tokens = str | Callable[[T], Any] | None
+_TAKEN = ("input_ids", "attention_mask", "position_ids")
+
+
+class _Taken(NamedTuple):
+    """A batch that was taken from the loader and not handed out."""
+
+    batch: Any
+    state: Any
+    loaders: list[LoaderState]
+    pending: Pending | None
+    error: Exception | None  # why there is no pending
+
+
+class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
+    """Made by `Bridge.prefetch`. An iterator, and a context manager that closes it.
+
+    A Prefetch that is dropped is cancelled when the bridge is next used: each Pending notes that it was dropped, in whatever
+    thread that happens, and no cursor moves there."""
+
+    def __init__(
+        self,
+        prepare: Callable[..., Pending],
+        fill_ring: Callable[[SendQueue], None],
+        batches: Iterable[T],
+        tokens: Tokens[T],
+        ahead: int,
+        state: Callable[[], Any] | None,
+    ) -> None:
+        """`prepare` is the bridge's: a queue and the arguments of `submit` to a Pending that the queue sends."""
+        if ahead < 0:
+            raise RequestRefused(f"ahead is {ahead}; 0 takes each batch in its turn.")
+        self._prepare = prepare
+        self._fill_ring = fill_ring
+        self._queue = SendQueue()
+        self._batches: Iterator[T] | None = iter(batches)
+        self._reading = ReadAhead()
+        self._tokens = tokens
+        self._ahead = ahead
+        self._take_state = state
+        self._taken: deque[_Taken] = deque()  # in order
+        self._error: Exception | None = None  # of the loader, behind what was taken
+        self.state: Any = None
+        """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
+
+    def __next__(self) -> tuple[T, Pending]:
+        self._fill_ring(self._queue)
+        while len(self._taken) <= self._ahead and self._take():
+            self._fill_ring(self._queue)
+        first = self._taken[0] if self._taken else None
+        if first and first.pending:
+            self._taken.popleft()
+            self.state = first.state
+            for loader in first.loaders:
+                loader.restore()
+            return first.batch, first.pending
+        error = first.error if first else self._error
+        self.close()
+        try:
+            raise error or StopIteration
+        finally:
+            del error, first  # the traceback holds this frame
+
+    def _take(self) -> bool:
+        """Take a batch from the loader. False where it is at its end, has raised, or may not be asked yet."""
+        if self._batches is None or (self._taken and self._reading.at_end):
+            return False
+        try:
+            batch, loaders = self._reading.next(self._batches)
+            state = self._take_state() if self._take_state else None
+        except Exception as error:
+            self._batches = None
+            if not isinstance(error, StopIteration):
+                self._error = _without_frames(error)
+            return False
+        pending, refused = None, None
+        try:
+            pending = self._prepare(self._queue, **self._request(batch))
+        except Exception as error:
+            refused = _without_frames(error)
+        self._taken.append(_Taken(batch, state, loaders, pending, refused))
+        return True
+
+    def _request(self, batch: T) -> dict[str, Any]:
+        """The arguments of `submit`."""
+        tokens = self._tokens
+        if callable(tokens):
+            found = tokens(batch)
+            return dict(found) if isinstance(found, Mapping) else {"input_ids": found}
+        if isinstance(batch, Mapping):
+            names = (tokens,) if tokens else _TAKEN
+            if names[0] not in batch:
+                raise RequestRefused(f"the batch has {sorted(map(str, batch))}; expected {names[0]!r}. Give tokens=...")
+            found = {name: batch[name] for name in names if name in batch}
+            return {"input_ids": found[names[0]]} if tokens else found
+        if tokens or isinstance(batch, (list, tuple)):
+            raise RequestRefused(
+                f"the batch is a {type(batch).__name__}; tokens is {tokens!r}: give a function from the batch to its token IDs, "
+                "such as tokens=lambda batch: batch[0]."
+            )
+        return {"input_ids": batch}
+
+    def close(self) -> None:
+        """Cancel what was not handed out; the iteration ends. What was handed out may still be waited for. Once is enough; more
+        does nothing."""
+        self._batches = None
+        self._error = None
+        for taken in self._taken:
+            if taken.pending:
+                taken.pending.cancel()
+        self._taken.clear()
+
+    def __enter__(self) -> Prefetch[T]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _without_frames(error: Exception) -> Exception:
+    """`error` with its traceback as a note. Its frames refer to the Prefetch that keeps it, and to the loop's: such a cycle
+    would keep slots and tensors where no collector runs."""
+    if not isinstance(error, ShmbridgeError):  # ours says all in its message
+        error.add_note("while the teacher was ahead of the loop:\n" + "".join(traceback.format_exception(error)))
+    seen: set[int] = set()  # `raise error from error` is a circle
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        cause.__traceback__ = None
+        cause = cause.__cause__ or cause.__context__
+    return error

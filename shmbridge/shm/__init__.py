@@ -1,0 +1,13 @@
+"""The protocol in shared memory between launcher, teacher and ranks. Without torch.
+
+layout      every byte offset; the states of a slot
+segment     one shared-memory object: create, reserve, attach with every check
+doorbell    the one blocking wait
+ring        cursors and slots over plain memory
+process     which process is alive: pid and start time
+status      one record per participant: where it is, and why it failed
+heartbeat   a thread that shows that its process lives
+stacks      Python stacks of a live process, on demand
+session     what participants find: token, names, control segment, lanes; the startup barrier
+owner       what only the owner of a session does: create, begin a generation, remove
+"""

@@ -1,0 +1,178 @@
+"""The teacher's process: `python -m shmbridge.teacher.main`, started by the launcher.
+
+Attach, load the model, probe it, offer what it returns, serve. Whatever is raised on the way is written on the board
+before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is told without one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from shmbridge import log
+from shmbridge.config import Config, is_builder
+from shmbridge.errors import AttachError, ConfigError, PeerLost
+from shmbridge.head import Head
+from shmbridge.output_spec import Offer
+from shmbridge.plane import shared_head
+from shmbridge.plane.arrays import Forward
+from shmbridge.plane.base import Slabs
+from shmbridge.shm import stacks
+from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token
+from shmbridge.shm.status import Phase
+from shmbridge.teacher import discovery, startup
+from shmbridge.teacher.batching import TokenLimit
+from shmbridge.teacher.payload import Encoder
+from shmbridge.teacher.server import Server
+
+
+def main() -> int:
+    """Serve until the ranks have closed. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="shmbridge.teacher.main")
+    parser.add_argument("--teacher-index", type=int, default=0)
+    parser.add_argument("--gpus", type=int, default=0, help="GPUs of this process's own, cuda:0 and on; 0: the CPU")
+    args = parser.parse_args()
+    _outlive_signals()
+    session = TeacherSession.newest(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
+    log.configure(session.settings.log.level)
+    stacks.listen(Path(session.settings.run_dir))
+    Heartbeat(session.record)
+    try:
+        run(session, args.gpus)
+    except PeerLost as error:
+        session.record.fail_with(error)
+        log.logger.error("the teacher stops: %s", error)
+        return 1
+    except ConfigError as error:  # its message tells the user all; a traceback would hide it
+        session.record.fail(str(error))
+        session.wake_ranks()
+        log.logger.error("%s", error)
+        return 1
+    except BaseException as error:
+        session.record.fail_with(error)
+        session.wake_ranks()
+        raise
+    return 0
+
+
+def run(session: TeacherSession, gpus: int) -> None:
+    """Load, offer, serve."""
+    settings = session.settings
+    if settings.teacher.cpu_threads:
+        torch.set_num_threads(settings.teacher.cpu_threads)
+    device = torch.device("cuda:0" if gpus else "cpu")
+    session.record.enter(Phase.LOADING)
+    forward = build(session, settings, device, gpus)
+    session.record.enter(Phase.PROBING)
+    serve(session, forward, device)
+
+
+def serve(session: TeacherSession, forward: Forward, device: torch.device) -> None:
+    """Offer what `forward` returns, and answer requests with it: of one generation, or of all where training may start
+    again."""
+    agreed, encoder = discovery.make(forward, session.settings, device)
+    stays = session.settings.teacher.keep or session.settings.train.restarts > 0
+    slabs: Slabs = {}
+    limit = TokenLimit(session.settings.teacher.max_batch_tokens)
+    warm = device.type != "cuda"  # on the CPU nothing is loaded late
+    if not warm:
+        torch.cuda.empty_cache()  # a slab cannot take what loading has left in torch's cache
+    following: TeacherSession | None = session
+    while following:
+        served = following
+        warm = _serve_generation(served, forward, encoder, agreed, device, slabs, limit, warm)
+        following = served.next_generation() if stays else None
+        served.close()
+
+
+def _serve_generation(
+    session: TeacherSession,
+    forward: Forward,
+    encoder: Encoder,
+    agreed: Offer,
+    device: torch.device,
+    slabs: Slabs,
+    limit: TokenLimit,
+    warm: bool,
+) -> bool:
+    """Serve one generation; whether the teacher is warm after it. It warms up once its slabs are there, and `warm` is False."""
+    session.offer(agreed)
+    if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
+        session.open_barrier()
+        return warm
+    head: Head | None = getattr(forward, "head", None)
+    if agreed.head and head and session.index == 0:
+        shared_head.write(session.token, agreed.head, head)
+    try:
+        server = Server(session, forward, encoder, agreed, device, slabs, limit)
+    except AttachError:
+        if session.training_done:  # meanwhile, and its memory is gone
+            return warm
+        raise
+    if not warm:
+        startup.warm_up(forward, encoder, limit, session.settings, device)
+    server.serve()
+    server.close()
+    return True
+
+
+def _outlive_signals() -> None:
+    """SIGINT, SIGTERM and SIGHUP do nothing: Slurm sends them to every process of a step, and the ranks are to be served while
+    they save. The launcher gets them too, and tells the teacher when to end. Processes that the teacher starts take them as
+    usual."""
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in stops:
+        signal.signal(number, lambda *_: None)
+
+    def take_again() -> None:
+        for number in stops:
+            signal.signal(number, signal.SIG_DFL)
+
+    os.register_at_fork(after_in_child=take_again)
+
+
+def build(session: TeacherSession, settings: Config, device: torch.device, gpus: int) -> Forward:
+    """The forward of a teacher of one's own (`module:build`), or of a HuggingFace model. Raises ConfigError."""
+    model = settings.teacher.model
+    if is_builder(model):
+        module, _, name = model.partition(":")
+        sys.path.insert(0, str(Path.cwd()))
+        builder = getattr(_import(module, model), name, None)
+        if not callable(builder):
+            raise ConfigError(f"teacher.model is {model!r}; module {module} has no function {name!r}.")
+        forward: Forward = builder(settings)
+        if not callable(forward):
+            raise ConfigError(
+                f"{model} returned a {type(forward).__name__}; expected forward(batch) -> dict of tensors."
+            )
+        return forward
+    from shmbridge.teacher.huggingface import HuggingFaceTeacher
+
+    return HuggingFaceTeacher(settings, device, session.record.progress, gpus)
+
+
+def _import(module: str, model: str) -> ModuleType:
+    """The module of a custom teacher. Raises ConfigError, which tells where it was looked for, if there is none."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports another that is not
+        extra = os.environ.get("PYTHONPATH")
+        raise ConfigError(
+            f"teacher.model is {model!r}: there is no module {error.name!r} in the working directory {Path.cwd()}, on "
+            f"PYTHONPATH ({extra or 'not set'}) or in the packages of {sys.executable}. Start where the module is, or add its "
+            "directory to PYTHONPATH."
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""When a round of the teacher begins, and which requests are in it.
+
+A round takes the oldest request of every lane that has one. A lane's second request waits for the next round, so that ranks
+with requests in flight meet in the same forward. So do ranks that come a little apart: greedy collecting waits for every
+lane for teacher.linger_ms, and for those of the last round up to half as long as that round took. Lockstep waits for all.
+
+Lanes that are closed, whose rank has ended, or whose last reply is still being streamed are not waited for (lockstep waits
+for the stream). While it waits, streams go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+
+from shmbridge.log import logger
+from shmbridge.shm.session import Lane, TeacherSession
+from shmbridge.teacher.combine import Answer
+from shmbridge.teacher.stream import Streams
+
+
+class Collector:
+    """Of one teacher."""
+
+    def __init__(
+        self,
+        session: TeacherSession,
+        streams: Streams,
+        skip: Callable[[Answer], None],
+        adopted: Callable[[Lane], None],
+        healthy: Callable[[], None],
+    ) -> None:
+        """`skip` answers with nothing a request whose reply nobody will read; `adopted` hears of a lane that another teacher has
+        served so far; `healthy` raises where this one can answer no more."""
+        self._adopted = adopted
+        self._healthy = healthy
+        self._session = session
+        self._streams = streams
+        self._skip = skip
+        self._lockstep = session.settings.teacher.collect == "lockstep"
+        self._until_exit = session.settings.teacher.serve_until == "exited"
+        self._linger_s = session.settings.teacher.linger_ms / 1000
+        self._lanes = list(session.lanes)
+        self._gone: set[int] = set()  # own lanes whose rank has ended
+        self._last_round: set[int] = set()  # its lanes
+        self._last_round_s = 0.0
+
+    def answered(self, answers: Sequence[Answer]) -> None:
+        """Take note of a round that is over; on a GPU, that has been launched."""
+        self._last_round = {answer.lane.index for answer in answers}
+        self._last_round_s = max(answer.composition.forward_ns for answer in answers) / 1e9
+
+    def collect(self) -> list[Answer]:
+        """The next round; empty when there will be none.
+
+        Raises:
+            PeerLost: the session has failed, or its launcher is gone.
+        """
+        self._exchange_lanes()  # a teacher that always finds a request never comes to a slice's end
+        while answers := self._session.wait(self._take_or_end, None, self._check):
+            if len(answers) == len(self._lanes):
+                return answers
+            self._wait_for_the_others()
+            answers = self._take()  # again: more may have come since, and who had asked may be gone
+            if answers:
+                return answers
+        return []
+
+    def _wait_for_the_others(self) -> None:
+        wait, began = self._session.wait, time.monotonic()
+        if self._lockstep:
+            wait(self._everyone, None, self._check)
+        elif self._linger_s and not wait(self._everyone, began + self._linger_s, self._check):
+            wait(self._everyone_of_the_last_round, began + self._last_round_s / 2, self._check)
+
+    def _take_or_end(self) -> list[Answer] | None:
+        self._advance_streams()
+        ended = self._ended()  # before the requests: one that a rank made before it closed is seen
+        answers = self._take()
+        if answers:
+            return answers
+        return [] if ended and not self._streams else None
+
+    def _take(self) -> list[Answer]:
+        answers = []
+        for lane in self._lanes:
+            sequence = None if lane.index in self._streams else self._next_wanted(lane)
+            if sequence is not None:
+                answers.append(Answer(lane, lane.ring.read_request(sequence)))
+        return answers
+
+    def _next_wanted(self, lane: Lane) -> int | None:
+        """The lane's oldest request; those before it that were abandoned are answered with nothing."""
+        ring = lane.ring
+        while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
+            self._skip(Answer(lane, ring.read_request(sequence)))
+        return sequence
+
+    def _everyone(self) -> bool | None:
+        """True when no open lane is still to submit."""
+        return self._all_of(self._lanes)
+
+    def _everyone_of_the_last_round(self) -> bool | None:
+        """A rank that is a little late costs a second forward if it is left behind, and half of one at most to wait for."""
+        return self._all_of([lane for lane in self._lanes if lane.index in self._last_round])
+
+    def _all_of(self, lanes: Collection[Lane]) -> bool | None:
+        self._advance_streams()
+        return True if self._ended() or not any(self._is_awaited(lane) for lane in lanes) else None
+
+    def _is_awaited(self, lane: Lane) -> bool:
+        """It is still to submit, or its reply to be read."""
+        if lane.index in self._streams:
+            return self._lockstep
+        submits = not lane.ring.closed and (self._lockstep or lane.records[0].identity is not None)
+        return submits and self._next_wanted(lane) is None
+
+    def _advance_streams(self) -> None:
+        """One chunk of each lane; where more might be sent, the next wait comes back at once."""
+        if self._streams.advance():
+            self._session.bell.ring()
+
+    def _exchange_lanes(self) -> None:
+        """Lanes of a teacher that is gone come to this one, and go back when there is a new one."""
+        for lane in self._session.adopt():
+            logger.info("lane %d is served by this teacher now", lane.index)
+            self._adopted(lane)
+            self._lanes.append(lane)
+        for lane in [lane for lane in self._lanes if lane.wanted_teacher != self._session.index]:
+            if lane.ring.settled and lane.index not in self._streams:
+                self._lanes.remove(lane)
+                self._session.yield_lane(lane)
+
+    def _ended(self) -> bool:
+        if self._session.training_done:
+            return True
+        lanes = (*self._session.own, *self._lanes)
+        return all(lane.index in self._gone or (lane.ring.closed and not self._until_exit) for lane in lanes)
+
+    def _check(self) -> None:
+        """Once a slice of each wait: who is gone will neither submit nor read."""
+        self._session.check()
+        self._healthy()
+        self._exchange_lanes()
+        for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
+            if not lane.ring.closed:
+                logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
+            self._lanes.remove(lane)
+            self._streams.drop(lane.index)
+        self._gone.update(lane.index for lane in self._session.own if self._session.gone(lane))

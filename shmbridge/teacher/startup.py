@@ -1,0 +1,188 @@
+"""Forwards at startup: the teacher's half of the parity check, whether packed documents see each other, and the warm-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from shmbridge import fingerprint
+from shmbridge.config import Config, PayloadConfig
+from shmbridge.errors import PlanError
+from shmbridge.head import Head
+from shmbridge.log import logger
+from shmbridge.output_spec import BY_HEAD, Extent, OutputSpec, Probe, by_head
+from shmbridge.plane import cuda_errors
+from shmbridge.plane.arrays import Batch, Forward
+from shmbridge.shm.session import Shape
+from shmbridge.teacher.batching import TokenLimit
+from shmbridge.teacher.combine import next_tokens
+from shmbridge.teacher.payload import Choice, Encoder, LanguageModel
+
+_ROWS, _SEQ = 2, 6
+_STRIDE = 7  # between neighbouring IDs, so that no two rows of the probe are alike
+_PACKED_IDS, _PACKED_PLACES = (5, 3, 1, 4, 2, 3), (0, 1, 2, 0, 1, 2)
+_EXACT, _ROUNDED = 0.002, 0.05  # relative; float32 all the way, or 16 bits somewhere
+
+
+def make(
+    forward: Forward, encoder: Encoder, outputs: tuple[OutputSpec, ...], settings: Config, device: torch.device
+) -> Probe:
+    """Fingerprints by the teacher's `reference` where it has one (the model's own forward, no part of it taken over by an
+    encoder), else by `forward`."""
+    ids = _token_ids(forward, settings)
+    returned = getattr(forward, "reference", forward)(Batch(ids.to(device), None))
+    if settings.payload.named and "logits" in returned:
+        encoder = LanguageModel(settings.payload, None)
+    expected = _encoded(encoder, returned, ids, settings.payload)
+    _refuse_nan(expected)
+    rows, seq = ids.shape
+    prints = {
+        spec.name: fingerprint.of(spec, expected[spec.name].reshape(spec.dims(Extent(rows, seq)))) for spec in outputs
+    }
+    head: Head | None = getattr(forward, "head", None)
+    if head and settings.payload.hidden is not None:
+        words = head.weight.shape[0]
+        logits = returned["logits"][..., :words] if "logits" in returned else head(returned["hidden"])
+        prints[BY_HEAD] = fingerprint.of(by_head(words), logits)
+    dtypes = [tensor.dtype for tensor in returned.values()] + [tensor.dtype for tensor in expected.values()]
+    rounded = any(dtype.itemsize == 2 for dtype in dtypes) or any(
+        spec.dtype in ("bfloat16", "float16") for spec in outputs
+    )
+    return Probe(tuple(map(tuple, ids.tolist())), prints, _ROUNDED if rounded else _EXACT)
+
+
+def _refuse_nan(outputs: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in outputs.items():
+        odd = int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
+        if odd:
+            raise PlanError(
+                f"the teacher's {name!r} has {odd} NaN among {tensor.numel()} numbers for a small batch of ordinary tokens. Try "
+                "another teacher.dtype or teacher.attn_implementation; parity=false lets it pass."
+            )
+
+
+def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Config, device: torch.device) -> None:
+    """Compute and encode a small batch, without and with an attention mask, and one of ring.max_tokens tokens, so that CUDA loads
+    its kernels and torch's allocator grows before the barrier. Out of memory lowers `limit`, as it does while training.
+
+    Raises:
+        RuntimeError: CUDA cannot be used any more. Whatever else a forward raises is logged.
+    """
+    ids = _token_ids(forward, settings)
+    mask = torch.ones_like(ids)
+    mask[-1, -1] = 0
+    words = _words(forward, settings)
+    with torch.inference_mode():
+        _try(forward, encoder, ids, None, settings, device)
+        _try(forward, encoder, ids, mask, settings, device)
+        tried = 0
+        while (largest := _largest(forward, limit, settings)).numel() != tried:
+            if _try(forward, encoder, largest % words, None, settings, device):
+                return
+            tried = largest.numel()
+            limit.failed(tried)
+            logger.warning(
+                "the teacher ran out of memory as it warmed up; forwards take %d tokens at most", limit.tokens
+            )
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _largest(forward: Forward, limit: TokenLimit, settings: Config) -> torch.Tensor:
+    """(rows, seq) int64 numbers, about ring.max_tokens of them, as far as the model and `limit` allow."""
+    tokens = min(settings.ring.max_tokens, limit.tokens)
+    seq = min(tokens, getattr(forward, "max_seq", None) or tokens)
+    rows = max(1, min(tokens // seq, settings.ring.max_batch))
+    return torch.arange(rows * seq).reshape(rows, seq)
+
+
+def _try(
+    forward: Forward,
+    encoder: Encoder,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    settings: Config,
+    device: torch.device,
+) -> bool:
+    """Compute and encode a batch. False where it ran out of memory."""
+    try:
+        returned = forward(Batch(ids.to(device), None if mask is None else mask.to(device)))
+        for _ in _parts(encoder, returned, ids, settings.payload):
+            pass
+    except Exception as error:
+        if cuda_errors.is_sticky(error):
+            raise
+        if cuda_errors.is_out_of_memory(error):
+            return False
+        logger.info("the warm-up of %s tokens raised %r; requests of that shape would too", tuple(ids.shape), error)
+    return True
+
+
+def vocab_size(forward: Forward, settings: Config) -> int | None:
+    """Token IDs must be below it: as set, or the teacher's own word."""
+    return settings.teacher.vocab_size or getattr(forward, "vocab_size", None)
+
+
+def packs(forward: Forward, settings: Config, device: torch.device) -> bool:
+    """Whether two documents in one row give what each of them gives alone. False where it cannot be tried: the vocabulary
+    is not known, the model is too short, or it takes no position_ids."""
+    known = vocab_size(forward, settings)
+    longest = getattr(forward, "max_seq", None)
+    if known is None or (longest is not None and longest < len(_PACKED_IDS)):
+        return False
+    ids = torch.tensor([_PACKED_IDS], device=device).remainder(known)
+    places = torch.tensor([_PACKED_PLACES], device=device)
+    try:
+        together = forward(Batch(ids, None, places))
+    except Exception:
+        return False
+    first, second = forward(Batch(ids[:, :3], None)), forward(Batch(ids[:, 3:], None))
+    return all(
+        _near(tensor, torch.cat([first[name], second[name]], 1))
+        for name, tensor in together.items()
+        if tensor.is_floating_point() and tensor.shape[:2] == ids.shape
+    )
+
+
+def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    tolerance = 0.02 if found.dtype.itemsize == 2 else 1e-4  # relative, for sums in another order
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _token_ids(forward: Forward, settings: Config) -> torch.Tensor:
+    """(2, 6) int64, or as much of it as the ring and the model take; all 0 where the vocabulary is not known."""
+    shape = Shape.of(settings, 1)
+    room = shape.max_tokens if shape.chunks else shape.max_positions
+    seq = min(_SEQ, room, getattr(forward, "max_seq", None) or _SEQ)
+    rows = _ROWS if _ROWS * seq <= room and shape.max_batch >= _ROWS else 1
+    return torch.arange(rows * seq).reshape(rows, seq) * _STRIDE % _words(forward, settings)
+
+
+def _words(forward: Forward, settings: Config) -> int:
+    """Token IDs of these batches are below it; each of them is a target too, which payload.vocab bounds."""
+    known = vocab_size(forward, settings) or 1
+    return min(known, settings.payload.vocab or known)
+
+
+def _encoded(
+    encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
+) -> dict[str, torch.Tensor]:
+    """The whole payload of the batch."""
+    parts = list(_parts(encoder, returned, ids, payload))
+    return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
+
+
+def _parts(
+    encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
+) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The payload of the batch in the pieces in which it is encoded; candidates are word 0."""
+    rows, seq = ids.shape
+    device = next(iter(returned.values())).device
+    targets = torch.from_numpy(next_tokens(ids.numpy())).flatten().to(device)
+    asked = payload.logprobs.candidates if payload.logprobs else 0
+    candidates = torch.zeros(rows * seq, asked, dtype=torch.int64, device=device) if asked else None
+    choice = Choice(slice(0, rows), seq, None, targets, candidates)
+    chosen = encoder.select(encoder.prepare(returned, rows, seq, True), choice)
+    for _, outputs in encoder.encode(chosen):
+        yield outputs

@@ -1,0 +1,129 @@
+"""Streamed replies on their way: a few chunks of each lane at a time, as fast as its rank reads them.
+
+What a forward returned is kept until its rank has taken it; no lane waits for another's reader. The output head is applied
+to one chunk at a time, so reply memory and the head's are constants of the config whatever the number of tokens. A
+model whose head is not taken apart keeps its whole logits here until they are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from shmbridge.output_spec import Extent
+from shmbridge.plane.base import TeacherPlane
+from shmbridge.teacher.combine import Answer
+from shmbridge.teacher.payload import Encoder
+from shmbridge.teacher.publish import Publisher
+
+
+class _Stream:
+    """What is left of one reply."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.parts = answer.parts  # the first of them is partly sent
+        self.sent_of_part = 0
+        self.sent = 0
+
+    def skip(self, positions: int) -> None:
+        """A teacher before this one has sent `positions` of them."""
+        self.sent = positions
+        while positions and self.parts:
+            here = min(positions, self.parts[0].positions)
+            positions, self.sent_of_part = positions - here, here
+            self.has_more()
+
+    def has_more(self) -> bool:
+        while self.parts and self.sent_of_part == self.parts[0].positions:
+            self.parts.pop(0)
+            self.sent_of_part = 0
+        return bool(self.parts)
+
+
+class Streams:
+    """At most one reply of each lane."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        planes: Mapping[int, TeacherPlane],
+        publisher: Publisher,
+        chunk_positions: int,
+        sent: Callable[[Answer, int], None],
+        failed: Callable[[Answer, Exception], None],
+        publish: Callable[[Answer], None],
+    ) -> None:
+        """`sent` hears of every published chunk and its positions, `failed` of what an encoder raised, `publish` ends a reply."""
+        self._encoder = encoder
+        self._planes = planes
+        self._publisher = publisher
+        self._chunk = chunk_positions
+        self._sent = sent
+        self._failed = failed
+        self._publish = publish
+        self._by_lane: dict[int, _Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_lane)
+
+    def __contains__(self, lane: int) -> bool:
+        return lane in self._by_lane
+
+    def begin(self, answer: Answer) -> None:
+        """Take a reply that is computed but for its head."""
+        assert answer.lane.index not in self._by_lane
+        stream = self._by_lane[answer.lane.index] = _Stream(answer)
+        stream.skip(answer.lane.ring.streamed_of(answer.request.sequence))
+
+    def drop(self, lane: int) -> None:
+        """Forget the reply to a rank that is gone."""
+        stream = self._by_lane.pop(lane, None)
+        if stream:
+            stream.parts.clear()  # the round that made it may still be held
+
+    def advance(self) -> bool:
+        """Send a chunk of each lane that has room; end what is sent, and what its rank has abandoned or closed on. True
+        where it is worth calling again at once: a rank that keeps pace must not keep the others from the teacher."""
+        moved = [self._step(lane) for lane in list(self._by_lane)]
+        return any(moved)
+
+    def _step(self, lane: int) -> bool:
+        """Send one chunk of a lane. False where there is no room for another, or nothing left."""
+        stream = self._by_lane[lane]
+        ring, sequence = stream.answer.lane.ring, stream.answer.request.sequence
+        unread = ring.abandoned > sequence or ring.closed
+        if stream.has_more() and not unread:
+            if not ring.has_room():
+                return False
+            try:
+                self._send(stream)
+            except Exception as error:
+                stream.parts.clear()
+                self._failed(stream.answer, error)
+        if stream.has_more() and not unread:
+            return ring.has_room()
+        del self._by_lane[lane]
+        stream.parts.clear()  # the round that made it may still be held
+        self._publish(stream.answer)
+        return False
+
+    def _send(self, stream: _Stream) -> None:
+        started = time.monotonic_ns()
+        rows, start = stream.parts[0], stream.sent_of_part
+        stop = min(rows.positions, start + self._chunk)
+        answer = stream.answer
+        ring, sequence = answer.lane.ring, answer.request.sequence
+        extent = Extent(0, 0, stop - start)
+        plane, number = self._planes[answer.lane.index], ring.filled
+        plane.write(number, extent, self._encoder.encode_part(rows, start, stop))
+        ring.write_chunk(sequence, stream.sent, stop - start)
+        stream.sent_of_part = stop
+        stream.sent += stop - start
+        took = answer.composition.forward_ns + time.monotonic_ns() - started
+        answer.composition = answer.composition._replace(forward_ns=took)
+        self._publisher.after(plane.seal(number), lambda: self._publish_chunk(answer, stop - start))
+
+    def _publish_chunk(self, answer: Answer, count: int) -> None:
+        answer.lane.ring.publish_chunk()
+        self._sent(answer, count)
