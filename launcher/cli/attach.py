@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from launcher import registry
-from launcher.cli import main
+from launcher.cli.run import make_directory, run_path, values
 from launcher.console import header
 from launcher.console.terminal import Console
 from launcher.daemon import attached
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
     """Plan the run, take the lease, run the training job. Raises ShmbridgeError where it is refused."""
     if args.no_teacher:
         raise ConfigError("--attach and --no-teacher contradict each other: leave one out.")
-    given = config.given(args.config, args.overrides, main.values(args))
+    given = config.given(args.config, args.overrides, values(args))
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         line = Line(args.attach)
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
         planned = _plan(settings, script, args.attach)
         torchrun.check_module(script)
         if args.dry_run:
-            run_path = main.run_path(settings, args.attach)
-            print(plan.describe(planned, _training(planned, run_path, "SESSION@1"), os.environ), end="")
+            jobs = _training(planned, run_path(settings, args.attach), "SESSION@1")
+            print(plan.describe(planned, jobs, os.environ), end="")
             return 0
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
         try:
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
         except Stopped as stopped:
             console.say(str(stopped))
             return 128 + stopped.number
-        run_path = main.make_directory(main.run_path(settings, args.attach))
-        session = _begin(attachment, planned, run_path)
+        directory = make_directory(run_path(settings, args.attach))
+        session = _begin(attachment, planned, directory)
         if registration:
-            registration.describe(session, str(run_path.resolve()))
-        return _supervise(planned, attachment, session, run_path, console, signals)
+            registration.describe(session, str(directory.resolve()))
+        return _supervise(planned, attachment, session, directory, console, signals)
 
 
 def _plan(settings: Config, script: Sequence[str], name: str) -> Plan:
@@ -67,32 +67,32 @@ def _plan(settings: Config, script: Sequence[str], name: str) -> Plan:
     return dataclasses.replace(planned, memory=None)
 
 
-def _training(planned: Plan, run_path: Path, session: str) -> tuple[plan.JobSpec, ...]:
-    return tuple(job for job in planned.jobs(run_path, session) if job.replica is None)
+def _training(planned: Plan, directory: Path, session: str) -> tuple[plan.JobSpec, ...]:
+    return tuple(job for job in planned.jobs(directory, session) if job.replica is None)
 
 
-def _begin(attachment: Attachment, planned: Plan, run_path: Path) -> str:
+def _begin(attachment: Attachment, planned: Plan, directory: Path) -> str:
     """The first generation; its participants are told the run's directory."""
     attachment.ranks = planned.ranks
-    attachment.describe(msgspec.structs.replace(planned.config, run_dir=str(run_path.resolve())))
+    attachment.describe(msgspec.structs.replace(planned.config, run_dir=str(directory.resolve())))
     try:
         return str(attachment.start_generation())
     except BaseException:
-        run_path.rmdir()
+        directory.rmdir()
         raise
 
 
 def _supervise(
-    planned: Plan, attachment: Attachment, session: str, run_path: Path, console: Console, signals: Signals
+    planned: Plan, attachment: Attachment, session: str, directory: Path, console: Console, signals: Signals
 ) -> int:
-    jobs = _training(planned, run_path, session)
-    (run_path / "config.yaml").write_text(config.dump(planned.config))
-    (run_path / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
+    jobs = _training(planned, directory, session)
+    (directory / "config.yaml").write_text(config.dump(planned.config))
+    (directory / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
     for job in jobs:
         console.expect(job.who)
-    console.say(header.make(planned, session, run_path, os.environ))
+    console.say(header.make(planned, session, directory, os.environ))
     kept = KeptTeachers(attachment, console)
-    supervisor = Supervisor(planned, jobs, os.environ, attachment, run_path, console, signals, kept)
+    supervisor = Supervisor(planned, jobs, os.environ, attachment, directory, console, signals, kept)
     for replica, log in enumerate(attachment.logs):
         supervisor.follow(replicas.called(replica, len(attachment.logs)), log)
     return supervisor.run()

@@ -12,7 +12,7 @@ import yaml
 from msgspec import inspect as types
 
 from launcher.cli import parsers
-from launcher.cli.main import values
+from launcher.cli.run import values
 from launcher.codes import REFUSED
 from shmbridge import __version__, config
 from shmbridge.config import Config, schema

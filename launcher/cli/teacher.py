@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 from launcher.cli import parsers, teacher_start
-from launcher.cli.main import values
+from launcher.cli.run import values
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import listed, seconds, table
 from launcher.daemon import attached, messages

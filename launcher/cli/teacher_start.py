@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from launcher import registry
-from launcher.cli.main import check_memory, make_directory, reclaim, run_path, settle
+from launcher.cli.run import check_memory, make_directory, reclaim, run_path, settle
 from launcher.console.logs import Tail
 from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import table
