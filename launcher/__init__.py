@@ -1,4 +1,4 @@
-"""The command `shmbridge-launch`: starts a teacher beside a training group, watches both, and reports. Torch is never imported here.
+"""The command `shmbridge-launch`: starts a teacher beside a training group, watches both, and reports. Only process.elastic imports torch.
 
 cli          flags and sub-commands
 plan         settings and the machine to job specs and a memory plan

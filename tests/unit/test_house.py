@@ -1,95 +1,158 @@
-"""The walls of the house: which module may import which, and what the launcher must not load."""
+"""The rules of the house: which folder may import which, what the launcher must not load, and what is public."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 import shmbridge
 from shmbridge import errors
 
-FLOORS = [
-    {"cuda_errors", "devices", "errors", "launch", "layout", "peer", "stacks"},
-    {"schema"},
-    {"overriding"},
-    {"config", "batching", "trace", "model_path"},
-    {"offer", "segment", "board"},
-    {"doorbell", "ring", "heartbeat"},
-    {"session"},
-    {"owner", "payload", "head", "fingerprint", "stats", "cuda_ipc", "pinned", "publish", "stopwatch"},
-    {"slots", "reply", "shared_head", "encode", "token_ids", "cuda_exchange", "cuda_reads"},
-    {"host_plane", "cuda_plane"},
-    {"combine", "parity", "planes", "cuda_probe"},
-    {"stopping", "stuck", "rank_device"},
-    {"requests"},
-    {"streams", "probing", "pending"},
-    {"collect", "prefetch", "offering"},
-    {"bridge", "server"},
-    {"disabled", "teacher"},
-    {"connection", "teacher_job"},
-]
-THIRD_PARTY = ("transformers", "accelerate", "trl", "peft", "datasets", "lightning")
-TRAINER = Path("shmbridge/integrations/transformers")  # the integration with transformers' Trainer
+# What each folder of shmbridge, or module beside them, may import of shmbridge.
+_SHARED = {"errors", "config", "log", "output_spec"}
+ROOMS: dict[str, set[str]] = {
+    **{name: set() for name in ("errors", "launch", "log", "head")},
+    "model_path": {"errors"},
+    "config": {"errors", "launch"},
+    "output_spec": {"errors", "config"},
+    "fingerprint": {"output_spec"},
+    "shm": _SHARED,
+    "plane": {*_SHARED, "head", "shm"},
+    "teacher": {*_SHARED, "head", "shm", "plane", "fingerprint", "model_path"},
+    "rank": {*_SHARED, "head", "shm", "plane", "fingerprint"},
+    "losses": {"errors", "head"},
+    "integrations": {"losses"},  # and the public names
+}
+TORCH_FREE = {"errors", "launch", "model_path", "config", "log", "output_spec", "shm"}
+EXCEPTIONS = {
+    ("shmbridge.output_spec", "shmbridge.shm.layout"): "constants: the page size, and how long an offer may be",
+    (
+        "shmbridge.rank.prefetch",
+        "shmbridge.integrations.accelerate",
+    ): "imports nothing; knows the loaders of accelerate",
+    ("shmbridge.integrations.transformers.stopping", "shmbridge.log"): "the logger",
+    **{
+        (module, f"shmbridge.plane.{name}"): "imports torch where it runs, in a process of its own"
+        for module, name in (
+            ("launcher.plan.gpus", "devices"),
+            ("launcher.doctor.gpu", "devices"),
+            ("launcher.doctor.gpu", "probe"),
+            ("launcher.process.trial", "probe"),
+        )
+    },
+}
+# The only places that import a package.
+THIRD_PARTY: dict[str, tuple[str, ...]] = {
+    "torch": ("shmbridge", "launcher.process.elastic"),  # which runs in the training job's own process
+    "numpy": ("shmbridge",),
+    "transformers": ("shmbridge.teacher.huggingface", "shmbridge.integrations.transformers"),
+    "huggingface_hub": ("shmbridge.model_path",),
+    "posix_ipc": ("shmbridge.shm",),
+    "yaml": ("shmbridge.config", "launcher.cli.config"),
+    "shtab": ("launcher.cli.completion",),
+    **dict.fromkeys(("accelerate", "trl", "peft", "datasets", "lightning", "gguf", "safetensors", "rich"), ()),
+}
+HEAVY = ("torch", "numpy", "transformers", "safetensors", "accelerate", "gguf", "huggingface_hub", "rich")
+
+ROOT = Path(shmbridge.__file__).parents[1]
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for package in ("shmbridge", "launcher")
+    for file in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-def imports(file: Path) -> set[str]:
-    """What `file` imports anywhere of this project, torch and THIRD_PARTY, as `package.module` or `package.name`."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+@cache
+def imports(module: str, typing_too: bool = True) -> set[str]:
+    """The modules that `module` imports, wherever the import stands; a name of a package's __init__ as `package.name`."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(MODULES[module].read_text())]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    known = ("shmbridge", "launcher", "torch", *THIRD_PARTY)
-    return {name for name in found if name.split(".")[0] in known}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{module} has a relative import"
+            inside = node.module == "shmbridge" or node.module not in MODULES or MODULES[node.module].stem == "__init__"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if inside else {node.module}
+        elif typing_too or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            todo += ast.iter_child_nodes(node)
+    return found
 
 
-def test_every_module_has_a_floor():
-    assert {file.stem for file in Path("shmbridge").glob("*.py")} - {"__init__"} == set().union(*FLOORS)
+def room(name: str) -> str:
+    """`shm` for shmbridge.shm.ring; empty for a name of shmbridge itself, and outside of it."""
+    package, *rest = name.split(".")
+    return rest[0] if package == "shmbridge" and rest and rest[0] in ROOMS else ""
 
 
-@pytest.mark.parametrize("floor", range(len(FLOORS)))
-def test_imports_run_one_way(floor):
-    above = {f"shmbridge.{name}" for names in FLOORS[floor:] for name in names} | {"launcher"}
-    for name in FLOORS[floor]:
-        wrong = imports(Path(f"shmbridge/{name}.py")) & above - {f"shmbridge.{name}"}
-        assert not wrong, f"{name} imports {wrong}"
+def test_folders_import_one_way():
+    public = {f"shmbridge.{name}" for name in shmbridge.__all__} | {"shmbridge"}
+    wrong = set()
+    for module in (name for name in MODULES if name.startswith("shmbridge.")):
+        own = room(module)
+        assert own, f"{module} is in no folder of ROOMS"
+        for name in imports(module) - (public if own == "integrations" else set()):
+            of_house = name.split(".")[0] in ("shmbridge", "launcher")
+            if of_house and room(name) not in {own, *ROOMS[own]} and (module, name) not in EXCEPTIONS:
+                wrong.add(f"{module} imports {name}")
+    assert not wrong
 
 
-def test_losses_stand_alone():
-    for file in Path("shmbridge/losses").glob("*.py"):
-        others = {name for name in imports(file) if name.startswith("shmbridge.")}
-        allowed = ("shmbridge.losses", "shmbridge.head", "shmbridge.errors")
-        assert all(name.startswith(allowed) for name in others), f"{file} imports {others}"
+def test_the_launcher_imports_what_is_free_of_torch():
+    wrong = set()
+    for module in (name for name in MODULES if name.split(".")[0] == "launcher"):
+        for name in imports(module) - {"shmbridge.__version__"}:
+            if name.split(".")[0] == "shmbridge" and room(name) not in TORCH_FREE and (module, name) not in EXCEPTIONS:
+                wrong.add(f"{module} imports {name}")
+    assert not wrong
 
 
-def test_an_integration_outside_its_folder_imports_nothing_and_uses_what_the_process_has_imported():
-    for file in Path("shmbridge/integrations").glob("*.py"):
-        assert not imports(file), file
+def test_nothing_heavy_is_loaded_with_the_launcher():
+    """One process imports all that must be free of torch, and tells after which module something heavy is there."""
+    free = [name for name in MODULES if name.startswith("launcher") or room(name) in TORCH_FREE or name == "shmbridge"]
+    free = [name for name in free if not name.endswith("__main__")]
+    code = f"""
+import importlib, sys
+for module in {free}:
+    importlib.import_module(module)
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    if heavy:
+        sys.exit(f"{{module}} loads {{heavy}}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_the_trainers_integration_uses_what_a_user_may_use():
-    public = {f"shmbridge.{name}" for name in (*shmbridge.__all__, "losses", "trace")}  # trace: the logger
-    for file in TRAINER.rglob("*.py"):
-        for name in imports(file):
-            package, _, rest = name.partition(".")
-            assert package in ("shmbridge", "torch", "transformers", "accelerate"), f"{file} imports {name}"
-            own = name.startswith(("shmbridge.integrations.transformers", "shmbridge.losses."))
-            assert package != "shmbridge" or not rest or own or name in public, f"{file} imports {name}"
+def test_no_exception_is_left_over():
+    assert [pair for pair in EXCEPTIONS if pair[1] not in imports(pair[0])] == []
 
 
-def test_third_party_packages_are_imported_where_they_are_needed_alone():
-    for package in ("shmbridge", "launcher"):
-        for file in Path(package).rglob("*.py"):
-            if TRAINER not in file.parents:
-                found = imports(file)
-                third = {name.split(".")[0] for name in found} & set(THIRD_PARTY)
-                assert third == ({"transformers"} if file == Path("shmbridge/teacher.py") else set()), file
-                assert not any(name.startswith("shmbridge.integrations.transformers") for name in found), file
+def test_modules_import_each_other_in_no_circle():
+    def target(name: str) -> str:
+        return name if name in MODULES else name.rpartition(".")[0]
+
+    TopologicalSorter({module: set(map(target, imports(module, typing_too=False))) for module in MODULES}).prepare()
+
+
+def test_packages_are_imported_where_they_are_needed_alone():
+    wrong = set()
+    for module in MODULES:
+        for package in {name.split(".")[0] for name in imports(module)} & set(THIRD_PARTY):
+            if not f"{module}.".startswith(tuple(f"{place}." for place in THIRD_PARTY[package])):
+                wrong.add(f"{module} imports {package}")
+    assert not wrong
+
+
+def test_an_integration_outside_its_folder_uses_what_the_process_has_imported():
+    known = {"shmbridge", "launcher", "torch", *THIRD_PARTY}
+    for name, file in MODULES.items():
+        if file.parent == ROOT / "shmbridge" / "integrations":
+            assert not {found.split(".")[0] for found in imports(name)} & known, name
 
 
 def test_the_public_names_are_these():
