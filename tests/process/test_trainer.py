@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from tests.distilling import TOLERANCE, VOCAB, WORDS, At, Case, compare, control
 from tests.harness import Child, bench, until
 from tests.process.test_host import finish, launch
 
+with_trl = pytest.mark.skipif(
+    find_spec("trl") is None or find_spec("peft") is None, reason="trl and peft are not installed"
+)
 pytestmark = pytest.mark.filterwarnings("default")  # those of the hosts
 
 CASES: dict[str, dict[str, Any]] = {
@@ -126,6 +130,7 @@ KILLED = {
 }
 
 
+@with_trl
 @pytest.mark.parametrize(
     ("number", "code", "accumulation", "at", "saved_at"),
     [
@@ -157,6 +162,7 @@ def test_two_ranks_train_as_their_controls_and_so_when_stopped_killed_and_resume
     check(tmp_path, second)
 
 
+@with_trl
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     "settings",
@@ -262,7 +268,9 @@ def test_interrupted_trainings_leave_nothing_in_flight_and_saved_ones_nothing_of
 @pytest.mark.matrix
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("look_ahead", [None, 0])
-@pytest.mark.parametrize(("trainer", "iterable"), [("trainer", False), ("trainer", True), ("sft", False)])
+@pytest.mark.parametrize(
+    ("trainer", "iterable"), [("trainer", False), ("trainer", True), pytest.param("sft", False, marks=with_trl)]
+)
 def test_a_resumed_training_is_as_an_undisturbed_one(saved, tmp_path, trainer, iterable, look_ahead, accumulation):
     case = Case(
         trainer=trainer,
@@ -318,6 +326,7 @@ def test_a_training_stopped_in_an_evaluation_goes_on_as_an_undisturbed_one(saved
     one_rank(saved, body, HIDDEN[0])
 
 
+@with_trl
 def test_without_a_teacher_the_loss_is_the_hosts_own(saved, tmp_path, monkeypatch):
     """As under shmbridge-launch --no-teacher; and where there is no launcher, the error says the command."""
     monkeypatch.setenv("SHMBRIDGE_SESSION", "off")
@@ -336,9 +345,9 @@ def test_without_a_teacher_the_loss_is_the_hosts_own(saved, tmp_path, monkeypatc
         distilled(Case(), tmp_path)
 
 
-REFUSED: list[tuple[Case, tuple[str, ...], str]] = [
+REFUSED = [
     (Case(args={"label_smoothing_factor": 0.1}), (), "label_smoothing_factor"),
-    (Case(trainer="sft", args={"loss_type": "dft"}), (), "loss_type"),
+    pytest.param(Case(trainer="sft", args={"loss_type": "dft"}), (), "loss_type", marks=with_trl),
     (
         Case(iterable=True, args={"max_steps": 2, "accelerator_config": {"dispatch_batches": True}}),
         (),
@@ -351,7 +360,7 @@ REFUSED: list[tuple[Case, tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("case", "settings", "named"), REFUSED, ids=[named for _, _, named in REFUSED])
+@pytest.mark.parametrize(("case", "settings", "named"), REFUSED)
 def test_what_cannot_be_had_is_refused_and_named(saved, tmp_path, case, settings, named):
     def body(bridge):
         with pytest.raises((ValueError, shmbridge.RequestRefused), match=named):

@@ -20,7 +20,7 @@ from shmbridge.losses import (
     targets_from_labels,
 )
 
-_LABELS = ("labels", "shift_labels")
+_OF_THE_MODELS_LOSS = ("labels", "shift_labels", "skip_logits")  # the last is set where args.use_liger_kernel is
 
 
 class Computed(NamedTuple):
@@ -80,7 +80,7 @@ class Objective:
 
         takes_place = self.head is not None and not wants_logits
         with self.head.replaced_by(loss) if self.head and takes_place else nullcontext():
-            outputs = model(**{name: value for name, value in inputs.items() if name not in _LABELS})
+            outputs = model(**{name: value for name, value in inputs.items() if name not in _OF_THE_MODELS_LOSS})
         total = outputs["logits"].sum() if takes_place else loss(outputs["logits"])
         return Computed(total, outputs, parts[0].kd * items, parts[0].ce * items, 0 if self.teacher_lost else tokens)
 

@@ -47,11 +47,16 @@ class StudentHead:
                 vars(module)["forward"] = own
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The output head of a model of transformers; None where it has none, and of another model."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if getter else None
+
+
 def find_head(model: nn.Module) -> StudentHead | None:
     """The head of `model`, or None where its logits are not exactly the head applied to the hidden states: no linear head, a
     scaled or capped distribution, an adapter on the head. It is tried on a few tokens where the weights are there."""
-    getter = getattr(model, "get_output_embeddings", None)
-    module = getter() if getter else None
+    module = output_embeddings(model)
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         return None
     head = StudentHead(module)

@@ -26,7 +26,7 @@ from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, Distillat
 from shmbridge.integrations.transformers.metrics import Metrics
 from shmbridge.integrations.transformers.objective import Objective
 from shmbridge.integrations.transformers.stopping import CheckpointOnStop
-from shmbridge.integrations.transformers.student import find_head
+from shmbridge.integrations.transformers.student import find_head, output_embeddings
 from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place, Turn, Window
 
 if TYPE_CHECKING:  # what the mixin is mixed into
@@ -175,7 +175,8 @@ class DistillationMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the metrics of the replies. Trainer logs in every rank, because these are means over the ranks."""
         if self._metrics_of_kd is not None:
-            evaluated = next((name for name in logs if name.endswith("_loss") and name != "train_loss"), None)
+            losses = [name for name in logs if name.endswith("_loss") and name != "train_loss"]
+            evaluated = next((name for name in losses if name.removesuffix("loss") + "runtime" in logs), None)
             if "loss" in logs:
                 logs.update(self._metrics_of_kd.report("train", self._steps, self.accelerator))
                 self._steps = 0
@@ -205,8 +206,10 @@ class DistillationMixin(_Trainer):
         """The startup barrier, and the checks of `Bridge.wait_ready`. Once."""
         if self._objective is not None or not self.bridge.enabled:
             return
-        objective = Objective(self.bridge, self.distillation, find_head(self.model))
-        words = getattr(getattr(self.model.get_output_embeddings(), "weight", None), "shape", (None,))[0]
+        with self.accelerator.autocast():  # as the student is trained: some kernels take no float32
+            head = find_head(self.model)
+        objective = Objective(self.bridge, self.distillation, head)
+        words = getattr(getattr(output_embeddings(self.model), "weight", None), "shape", (None,))[0]
         tokenizer = self.processing_class if isinstance(self.processing_class, PreTrainedTokenizerBase) else None
         self.bridge.wait_ready(
             vocab_size=words,
