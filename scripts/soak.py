@@ -25,17 +25,16 @@ import signal
 import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
+from benchmarks import idling, tables
 from benchmarks.tables import Facts, header, progress
-from benchmarks.tables import table as plain_table
-from faultlines import idling, table
-from faultlines.runs import until
 
 from shmbridge import config
 from shmbridge.output_spec import Offer
@@ -45,6 +44,7 @@ from shmbridge.shm.owner import Owner
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Control, Lane, Names, TeacherSession, Token, TrainerSession
 from shmbridge.teacher.main import serve
+from tests.harness import Child, until
 
 RANKS = 2
 WORDS = 1000
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     grown = verdict(samples)
     idle = idling.measure(options.idle_s) if options.idle_s else []
     facts.load_at_end = Facts.now().load_at_start
-    to = table.console()
+    to = tables.console()
     to.print(header("soak", facts))
     to.print(_table(samples))
     to.print("\n".join(grown) or _praise(samples), highlight=False)
@@ -116,36 +116,34 @@ def soak(requests: int, each: int) -> Iterator[Sample]:
     began, done = time.monotonic(), 0
     with Owner(settings, RANKS) as session:
         token = session.start_generation()
-        teacher = _fork(lambda: _teach(token))
+        teacher = Child(lambda: _teach(token))
         try:
             number = 0
             while done < requests:
                 _agree(session, teacher)
                 done += _generation(token, number, each)
-                yield _sample(session, teacher, done, time.monotonic() - began)
+                yield _sample(session, teacher.pid, done, time.monotonic() - began)
                 number += 1
                 session.end_training()
                 record = session.control.teachers[0]
                 until(lambda record=record: str(record.phase) == "idle" or _ended(teacher), "the teacher's drain")
                 token = session.start_generation()
             session.end_session()
-            _join(teacher)
+            teacher.join()
         finally:
-            if not _ended(teacher):
-                os.kill(teacher, signal.SIGKILL)
-                _join(teacher)
+            teacher.end()
 
 
 def _generation(token: Token, number: int, each: int) -> int:
     """One life of all ranks; how many requests they made. Raises RuntimeError for a wrong reply."""
     lethal = number % 4 == 3  # the last rank is killed in the middle of it
-    pids = [_fork(lambda lane=lane: _train(token, lane, number, each)) for lane in range(RANKS)]
+    ranks = [Child(lambda lane=lane: _train(token, lane, number, each)) for lane in range(RANKS)]
     if lethal:
         ring = _ring_of(token, RANKS - 1)
-        until(lambda: ring.requested > each // 2 or _ended(pids[-1]), "half of the requests")
-        os.kill(pids[-1], signal.SIGKILL)
-    for lane, pid in enumerate(pids):
-        code = _join(pid)
+        until(lambda: ring.requested > each // 2 or _ended(ranks[-1]), "half of the requests")
+        ranks[-1].kill()
+    for lane, rank in enumerate(ranks):
+        code = rank.join()
         if code and not (lethal and lane == RANKS - 1):
             raise RuntimeError(f"rank {lane} of generation {number + 1} ended with {code}")
     return sum(_ring_of(token, lane).requested for lane in range(RANKS))
@@ -223,7 +221,7 @@ def _teach(token: Token) -> None:
     serve(TeacherSession.newest(token), Forward(), torch.device("cpu"))
 
 
-def _agree(session: Owner, teacher: int) -> None:
+def _agree(session: Owner, teacher: Child) -> None:
     """Create the reply memory, as the launcher does."""
     record = session.control.teachers[0]
     until(lambda: record.offer or _ended(teacher), "the teacher's offer")
@@ -231,44 +229,8 @@ def _agree(session: Owner, teacher: int) -> None:
     until(lambda: record.ready == session.generation or _ended(teacher), "the teacher")
 
 
-# Processes
-
-
-def _fork(body: Callable[[], object]) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        body()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-_codes: dict[int, int] = {}
-
-
-def _ended(pid: int) -> bool:
-    if pid not in _codes:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if not found:
-            return False
-        _codes[pid] = os.waitstatus_to_exitcode(status)
-    return True
-
-
-def _join(pid: int) -> int:
-    try:
-        until(lambda: _ended(pid), f"the end of process {pid}", 120.0)
-    except Exception:
-        os.kill(pid, signal.SIGKILL)
-        raise
-    return _codes[pid]
+def _ended(child: Child) -> bool:
+    return child.poll() is not None
 
 
 # What is counted
@@ -321,7 +283,7 @@ def _praise(samples: Sequence[Sample]) -> str:
 
 def _table(samples: Sequence[Sample]) -> Any:
     names = ("requests", "seconds", "teacher", "files", "threads", "owner", "files", "threads", "objects", "/dev/shm")
-    made = plain_table(numbers=names)
+    made = tables.table(numbers=names)
     every = max(1, len(samples) // 10)
     for one in [*samples[:-1:every], samples[-1]]:
         made.add_row(

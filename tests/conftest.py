@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shmbridge.shm import owner
+from tests.promise import Promise
 
 torch.set_num_threads(1)
 # For children that import the launcher's modules: an installation gives the name `launcher` to nobody.
@@ -36,3 +37,9 @@ def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     left = set(owned) & set(owner.objects())
     assert not left, f"left in /dev/shm: {left}"
+
+
+@pytest.fixture
+def promise(request: pytest.FixtureRequest) -> Promise:
+    """Reports what the test saw of the promise that its mark names."""
+    return Promise(request.node)

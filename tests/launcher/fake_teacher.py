@@ -21,6 +21,7 @@ def serve(session: TeacherSession, mode: str) -> None:
     if mode in ("raise", "raises after training"):
         raise ValueError("no such weights")
     if mode == "killed":
+        print(f"{time.monotonic():.6f} killed", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "loading":
         print("teacher loading", flush=True)

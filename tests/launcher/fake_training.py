@@ -110,6 +110,7 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
     if mode == "exit7" and rank == 1:
         sys.exit(7)
     if mode == "killed" and rank == 1:
+        did("killed")
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "leaves" and rank == 1:
         Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
@@ -131,8 +132,13 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
                 raise
             time.sleep(600)
     session.close()
+    did("closed")
     if mode == "late" and rank == 1:
         Path(os.environ["FAKE_GATE"]).read_bytes()
+
+
+def did(what: str) -> None:
+    print(f"{time.monotonic():.6f} {what}", flush=True)
 
 
 def ask(session: TrainerSession) -> None:

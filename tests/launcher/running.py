@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ class Launched:
     """A launcher with its output in a file, and a mark in the environment by which all of its processes are found."""
 
     def __init__(self, command: Sequence[str], directory: Path, variables: Mapping[str, str]) -> None:
+        self.directory = directory
         self.mark = uuid.uuid4().hex
         self.output = directory / f"output-{self.mark[:8]}"
         with self.output.open("wb") as file:
@@ -48,12 +51,27 @@ class Launched:
     def text(self) -> str:
         return self.output.read_text(errors="replace")
 
-    def says(self, text: str, times: int = 1) -> None:
+    def says(self, text: str, times: int = 1) -> float:
+        """Wait until the output has a text; when that was (monotonic seconds)."""
         until(lambda: self.text.count(text) >= times or self.process.poll() is not None, f"{text!r} in the output")
         assert self.text.count(text) >= times, self.text
+        return time.monotonic()
 
-    def signal(self, number: int) -> None:
+    def moments(self, text: str, times: int = 1) -> list[float]:
+        """When processes of the run, each with a line `SECONDS text`, say that they did something (monotonic seconds)."""
+        self.says(f" {text}\n", times)
+        return [float(at) for at in re.findall(rf"(\d+\.\d+) {text}\n", self.text)]
+
+    def pid_of(self, who: str) -> int:
+        """Of a process that printed `WHO is process PID`; the last one that did."""
+        self.says(f"{who} is process ")
+        return int(re.findall(rf"{who} is process (\d+)", self.text)[-1])
+
+    def signal(self, number: int) -> float:
+        """Send a signal to the launcher; when that was (monotonic seconds)."""
+        at = time.monotonic()
         self.process.send_signal(number)
+        return at
 
     def wait(self) -> int:
         """The exit code, once it has ended and nothing of it is left."""
@@ -63,9 +81,29 @@ class Launched:
         return code
 
     @property
+    def path(self) -> Path:
+        """Its run directory: the newest one."""
+        return max(self.directory.glob("run*/**/torchrun.log"), key=os.path.getmtime).parent
+
+    def cause(self, code: int) -> dict[str, Any]:
+        """The one root cause of a run that ends with `code`, as its report has it. Nothing of the run is left."""
+        assert self.wait() == code, self.text
+        assert self.text.count("The run failed after") == 1
+        report = json.loads((self.path / "report.json").read_text())
+        assert report["action"] and report["path"]
+        cause: dict[str, Any] = report["cause"]
+        assert cause["pid"]
+        return cause
+
+    @property
     def session(self) -> str | None:
         found = re.search(r"session +([0-9a-f]{32})", self.text)
         return found[1] if found else None
+
+    @property
+    def objects(self) -> list[str]:
+        """Of its session, in /dev/shm."""
+        return owner.objects().get(self.session or "", [])
 
     @property
     def ranks_signed_in(self) -> bool:
@@ -116,3 +154,10 @@ def supervised(
 def launch(directory: Path, *arguments: str, **variables: str) -> Any:
     """The command itself."""
     return launched([sys.executable, "-m", "shmbridge.launch", *arguments], directory, **variables)
+
+
+def told(cause: dict[str, Any]) -> str:
+    """Of a report's cause: who, why, in which phase, and at which step and sequence where there is one."""
+    place = [cause["phase"], *(f"{name} {cause[name]}" for name in ("step", "sequence") if cause[name] is not None)]
+    reason = cause["reason"].splitlines()[0].removeprefix("shmbridge.errors.")
+    return f"{cause['who']}: {textwrap.shorten(reason, 110, placeholder=' ...')} ({', '.join(place)})"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,7 +19,7 @@ from launcher.cli.main import main
 from shmbridge import config
 from shmbridge.config import schema
 from shmbridge.shm import owner
-from tests.launcher.running import launch, launched, until
+from tests.launcher.running import launch, launched
 
 TEACHER = """
 import time, torch
@@ -29,8 +29,6 @@ class Forward:
         return {"logits": torch.zeros(*batch.input_ids.shape, 8)}
 def build(settings):
     return Forward()
-def broken(settings):
-    raise ValueError("no such weights")
 """
 
 TRAIN = """
@@ -47,8 +45,6 @@ if mode == "killed" and last:
     os.kill(os.getpid(), signal.SIGKILL)
 if mode == "raise" and last:
     raise RuntimeError("boom")
-while mode == "loop":
-    bridge.exchange(torch.ones(1, 4, dtype=torch.int64))
 bridge.close()
 """
 
@@ -85,17 +81,39 @@ def test_help_loads_next_to_nothing():
         (["--cpu", "2", "--", "train.py"], "teacher.model is not set"),
         ([*flags(), "--"], "the training command is missing"),
         ([*flags(), "--", "nowhere.py"], "'nowhere.py' does not exist"),
-        ([*flags(teacher="/nowhere/model"), "--", "train.py"], "teacher.model is '/nowhere/model'"),
         ([*flags("ring.dept=4"), "--", "train.py"], "did you mean `ring.depth`?"),
         ([*flags("--teacher-gpu", ""), "--", "train.py"], "--teacher-gpu is empty"),
         ([*flags("--config", "none.yaml"), "--", "train.py"], "none.yaml"),
         ([*flags("--torchrun", "--max-restarts 3"), "--", "train.py"], "--max-restarts"),
-        ([*flags("ring.max_tokens=1000000000000"), "--", "train.py"], "Lower ring.max_tokens"),
         (["--teacher", "toy:build", "--train-gpus", "0-6", "--", "train.py"], "GPU 0, which does not exist"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
     assert message in refused(directory, *arguments, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        pytest.param(
+            flags(teacher="/nowhere/model"),
+            ["teacher.model is '/nowhere/model'"],
+            marks=pytest.mark.promise(1, within="1 s"),
+        ),
+        pytest.param(
+            flags("ring.max_tokens=1000000000000"),
+            [" of /dev/shm, and ", "lanes: 2 ranks", "Lower ring.max_tokens"],
+            marks=pytest.mark.promise(18, within="1 s"),
+        ),
+    ],
+    ids=["path", "plan"],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(directory, promise, arguments, messages):
+    began = time.monotonic()
+    text = refused(directory, *arguments, "--", "train.py", CUDA_VISIBLE_DEVICES="")
+    took_s = time.monotonic() - began
+    assert all(message in text for message in messages), text
+    promise.kept(f"refused before anything started: {messages[-1]}", took_s, 2)
 
 
 @pytest.mark.parametrize(
@@ -342,47 +360,6 @@ def test_a_host_name_that_does_not_resolve_holds_up_nothing(directory):
     with launched(command, directory) as run:
         assert run.wait() == 0
         assert "[rank 0]   master 127.0.0.1\n" in run.text
-
-
-def test_a_teacher_that_cannot_load_ends_the_run(directory):
-    """Row 1."""
-    with launch(directory, *flags(teacher="toy:broken", ranks=1), "--", "train.py", "ok") as run:
-        assert run.wait() == 1
-        assert "teacher failed: ValueError: no such weights" in run.text
-
-
-def test_a_live_session_is_not_stolen_and_that_of_a_killed_launcher_is_reclaimed(directory):
-    """Rows 20 and 13, with torchrun."""
-    runtime = directory / "runtime"
-    runtime.mkdir()
-    command = [*flags("--name", "exp", ranks=1), "--", "train.py", "loop"]
-    with launch(directory, *command, XDG_RUNTIME_DIR=str(runtime)) as run:
-        run.says("[launcher] session")
-        with launch(directory, *command, XDG_RUNTIME_DIR=str(runtime)) as second:
-            assert second.wait() == 2
-            assert f"held by a live launcher (pid {run.process.pid}" in second.text
-        run.says("has a reply")
-        run.signal(signal.SIGKILL)
-        run.process.wait()
-        until(lambda: not run.processes(), "the end of both jobs")
-        with launch(directory, "--no-teacher", "--cpu", "1", "--", "toy.py") as following:
-            assert following.wait() == 0
-        assert run.session not in owner.objects()
-
-
-def test_kill_9_of_torchrun_takes_the_ranks_along(directory):
-    """Row 12, with torchrun."""
-    with launch(directory, *flags(), "--", "train.py", "loop") as run:
-        run.says("has a reply", times=2)
-        torchrun = [pid for pid in run.processes("elastic.py") if "shim.py" not in cmdline(pid)]
-        assert len(torchrun) == 1
-        subprocess.run(["kill", "-9", str(torchrun[0])], check=True)
-        assert run.wait() == 137
-        assert "torchrun was killed by SIGKILL" in run.text
-
-
-def cmdline(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 @contextmanager

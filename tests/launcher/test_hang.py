@@ -84,7 +84,6 @@ def of(*participants: Participant, lanes=(), lockstep=False) -> rules.Verdict:
 
 
 def test_the_rank_that_lockstep_waits_for_is_named_with_its_collective():
-    """Row 11."""
     ranks = [trainer(i, "waiting") for i in (0, 1, 3)]
     found = of(
         teacher(),
@@ -176,7 +175,6 @@ def test_a_teacher_that_loads_is_told_with_its_progress():
 
 
 def test_a_rank_that_has_not_attached_is_named():
-    """Row 4."""
     found = of(teacher(), trainer(0), trainer(1, attached=False, stacks=READING))
     assert found.sentence == (
         "rank 1 (pid 101, in tokenise (data.py:8)) has not attached to the session; rank 0 is at all_reduce() in step "
@@ -280,7 +278,7 @@ def test_calls_that_leave_no_frame_are_read_from_the_source(tmp_path, code, told
 
 
 def test_a_rank_that_sits_in_a_barrier_is_named_with_every_stack(tmp_path, hasty):
-    """Row 11, with torch's own barrier."""
+    """With torch's own barrier."""
     with scene(tmp_path, 3, "teacher.collect=lockstep") as on:
         on.teacher()
 
@@ -321,7 +319,6 @@ def test_a_rank_that_sits_in_a_barrier_is_named_with_every_stack(tmp_path, hasty
 
 
 def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
-    """Row 9."""
     monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
     with scene(tmp_path) as on:
         on.teacher()
@@ -342,7 +339,7 @@ def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_holds_the_gil_tells_its_stack(tmp_path, hasty):
-    """Row 10: its heartbeat is stale, and faulthandler answers all the same."""
+    """Its heartbeat is stale, and faulthandler answers all the same."""
     with scene(tmp_path, 1) as on:
         on.teacher()
 

@@ -284,7 +284,6 @@ def test_a_tokenizer_that_changed_on_the_disk_is_refused(tmp_path):
 
 
 def test_the_death_of_the_launcher_ends_its_group_and_not_the_teacher(kept):
-    """Row 13."""
     kept.start()
     teacher = kept.teacher
     with kept.attach("wait") as run:
@@ -329,7 +328,6 @@ def test_a_group_for_which_dev_shm_has_no_room_is_refused_and_the_next_one_is_se
     ],
 )
 def test_a_crash_of_training_leaves_the_teacher_loaded(kept, training, code):
-    """Row 15."""
     kept.start()
     teacher = kept.teacher
     with kept.attach(training) as run:
@@ -353,7 +351,6 @@ def test_training_is_restarted_beside_a_kept_teacher(kept):
 
 
 def test_a_teacher_that_died_for_good_is_the_cause_in_both_reports(kept):
-    """Row 7."""
     start = kept.start()
     with kept.attach("wait") as run:
         run.says("up", times=2)
@@ -393,7 +390,6 @@ def test_a_teacher_that_dies_under_a_group_is_started_again(kept):
 
 
 def test_a_stopped_group_is_served_until_its_ranks_have_saved_and_the_teacher_stays(kept):
-    """Row 23."""
     kept.start()
     gate = kept.directory / "gate"
     with kept.attach("notes", FAKE_GATE=str(gate)) as run:
@@ -413,7 +409,6 @@ def test_a_stopped_group_is_served_until_its_ranks_have_saved_and_the_teacher_st
 
 
 def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kept):
-    """Row 13."""
     start = kept.start()
     session = kept.status["session"]
     with kept.attach("wait") as run:
@@ -447,7 +442,6 @@ def test_a_signal_to_the_keeper_ends_everything(kept, number, held):
 
 
 def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
-    """Row 1."""
     run = kept.begin(FAKE_KEPT="raise")
     assert run.process.wait(60) == 1
     assert "teacher failed: ValueError: no such weights" in run.text
@@ -658,7 +652,7 @@ def test_garbage_and_silence_on_the_socket_do_nothing(kept):
 
 
 TRAIN = """
-import os, signal, sys, torch, shmbridge, teachers
+import os, signal, sys, time, torch, shmbridge, teachers
 bridge = shmbridge.connect()
 bridge.wait_ready()
 ids = torch.arange(4).reshape(1, 4)
@@ -666,13 +660,15 @@ reply = bridge.exchange(ids, step=0)
 assert torch.equal(reply.logits, teachers.Linear().table[ids])
 print("the right logits", flush=True)
 if sys.argv[1:] == ["crash"] and bridge.rank == 1:
+    print(f"{time.monotonic():.6f} killed", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 bridge.close()
 """
 
 
 @pytest.mark.slow
-def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept):
+@pytest.mark.promise(15, within="2 s")
+def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept, promise):
     """With torchrun, torch and the teacher's own loop; the next group has another number of ranks."""
     (kept.directory / "teachers.py").write_text((HERE.parent / "scripts" / "teachers.py").read_text())
     (kept.directory / "train.py").write_text(TRAIN)
@@ -682,6 +678,9 @@ def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept):
     for ranks, words, code in ((2, ["crash"], 137), (1, [], 0)):
         command = ["--attach", "big", "--cpu", str(ranks), "--", "train.py", *words]
         with launch(kept.directory, *command) as run:
+            if words:
+                (killed,) = run.moments("killed")
+                took_s = run.says("; stopping") - killed
             assert ended(run) == code, run.text
             assert run.text.count("the right logits\n") >= ranks
     assert kept.teacher == teacher
@@ -689,6 +688,7 @@ def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept):
     assert log.count("this training group is served: ") == 2
     assert "the teacher ends" not in log
     kept.stop()
+    promise.kept("training was stopped; the next group was served by the teacher, loaded once", took_s, 137)
 
 
 def connected(name: str) -> socket.socket:

@@ -344,7 +344,7 @@ def test_the_remedy_names_what_helps(overrides, remedy):
     ],
 )
 def test_replies_known_only_after_loading_are_checked_too(machine, message):
-    """Row 18: what fits /dev/shm may still wake the out-of-memory killer."""
+    """What fits /dev/shm may still wake the out-of-memory killer."""
     agreed = Offer((OutputSpec("logits", "bfloat16", ("seq", 20_000)),), "m")
     settings = config.load(overrides=["ring.max_tokens=8192"])
     memory.check_replies(settings, 2, agreed, MACHINE)

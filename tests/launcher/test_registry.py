@@ -22,7 +22,6 @@ def runtime(tmp_path, monkeypatch):
 
 
 def test_a_name_is_held_once():
-    """Row 20."""
     with registry.claim("exp") as held:
         held.describe("ab" * 16, "/runs/exp")
         with pytest.raises(SessionInUse, match=f"pid {os.getpid()}, run directory /runs/exp"), registry.claim("exp"):
@@ -81,7 +80,6 @@ def test_a_session_that_its_owner_removes_meanwhile_is_not_told(monkeypatch):
 
 
 def test_dead_sessions_are_reclaimed_and_live_ones_are_not():
-    """Rows 13 and 20."""
     settings = config.load(overrides=["ring.max_tokens=64"])
     dead = dead_session(settings)
     with Owner(settings, lanes=1) as live:

@@ -165,7 +165,7 @@ CRASHES = {
 
 @pytest.mark.parametrize("ways", [pytest.param(["killed", "boom", "torchrun"], marks=pytest.mark.slow), ["boom"]])
 def test_crashed_training_starts_again_under_the_loaded_teacher_and_learns_the_same(directory, undisturbed, ways):
-    """Row 15: what it learns is the same bit for bit, whichever way it crashes."""
+    """What it learns is the same bit for bit, whichever way it crashes."""
     with run_of(directory, "--train-restarts", "4", mode=" ".join(ways)) as run:
         assert run.wait() == 0
         assert losses(run) == undisturbed
@@ -206,7 +206,7 @@ def test_training_that_never_gets_a_reply_is_not_started_again(directory, script
 
 @pytest.mark.slow
 def test_a_teacher_that_fails_for_good_is_followed_by_others_and_nothing_is_lost(directory, undisturbed):
-    """Row 7: first an exception that its process cannot go on after, then a death while the next one loads."""
+    """First an exception that its process cannot go on after, then a death while the next one loads."""
     order(directory, "forward", "raise", "load")
     with run_of(directory, "--teacher-restarts", "2") as run:
         assert run.wait() == 0

@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,20 +97,24 @@ def says_nothing_of_failures(run: Launched) -> None:
     ("mode", "number", "code"),
     [("interrupt", signal.SIGINT, 130), pytest.param("notes", signal.SIGTERM, 143, marks=pytest.mark.matrix)],
 )
-def test_a_rank_gets_the_signal_that_was_sent_once_and_saves(directory, mode, number, code):
-    """Row 23. The teacher, and the DataLoader's worker, serve it until it has."""
+@pytest.mark.promise(23)
+def test_a_rank_gets_the_signal_that_was_sent_once_and_saves(directory, promise, mode, number, code):
+    """The teacher, and the DataLoader's worker, serve it until it has."""
     with launch(directory, *FLAGS, "--", "train.py", mode) as run:
         run.says("at step 5", times=2)
-        run.signal(number)
+        asked = run.signal(number)
         assert run.wait() == code
+        took_s = time.monotonic() - asked
         for rank in (0, 1):
             assert (directory / f"saved{rank}").exists(), run.text
             assert (directory / f"saved{rank}").read_text() == f"[{int(number)}]"
         says_nothing_of_failures(run)
+    promise.kept(f"{number.name}: both ranks got it once, were served, and saved", took_s, code)
 
 
-def test_a_signal_to_every_process_at_once_reaches_each_rank_once(directory):
-    """Row 23, as Slurm does it. Rank 1 saves while rank 0 has ended."""
+@pytest.mark.promise(23)
+def test_a_signal_to_every_process_at_once_reaches_each_rank_once(directory, promise):
+    """As Slurm does it. Rank 1 saves while rank 0 has ended."""
     with launch(directory, *FLAGS, "--", "train.py", "to all") as run:
         run.says("at step 5", times=2)
         for pid in [*run.processes(), run.process.pid]:
@@ -122,6 +127,7 @@ def test_a_signal_to_every_process_at_once_reaches_each_rank_once(directory):
         for rank in (0, 1):
             assert (directory / f"saved{rank}").read_text() == "[15]"
         says_nothing_of_failures(run)
+    promise.kept("SIGTERM to every process: both ranks got it once, were served, and saved", exit_code=143)
 
 
 def test_ctrl_c_while_the_teacher_loads_ends_the_wait_at_once(directory):

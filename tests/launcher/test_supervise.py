@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 
 import pytest
 
-from tests.launcher.running import supervised, until
+from tests.launcher.running import supervised, told, until
 
 
 def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
@@ -20,14 +21,19 @@ def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
         assert not (tmp_path / "run" / "report.txt").exists()
 
 
-@pytest.mark.parametrize(("teacher", "code"), [("ok", 0), ("raises after training", 1)])
-def test_a_script_that_never_connects_is_told_so_and_hides_no_failure(tmp_path, teacher, code):
-    """Row 24. The teacher may fail after the script has ended."""
+@pytest.mark.promise(24)
+@pytest.mark.parametrize(
+    ("teacher", "code", "failure"),
+    [("ok", 0, None), ("raises after training", 1, "teacher failed: ValueError: no such weights")],
+)
+def test_a_script_that_never_connects_is_told_so_and_hides_no_failure(tmp_path, promise, teacher, code, failure):
+    """The teacher may fail after the script has ended."""
     with supervised(tmp_path, teacher=teacher, training="alone") as run:
         assert run.wait() == code
         assert "no rank connected to the bridge" in run.text
         assert "shmbridge.connect()" in run.text
-        assert ("teacher failed: ValueError: no such weights" in run.text) == (code == 1)
+        assert failure is None or failure in run.text
+    promise.kept(f"no rank connected to the bridge; {failure or 'nothing else failed'}", exit_code=code)
 
 
 def test_ranks_that_did_not_connect_are_named(tmp_path):
@@ -36,16 +42,19 @@ def test_ranks_that_did_not_connect_are_named(tmp_path):
         assert "rank 1 did not connect to the bridge" in run.text
 
 
-def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path):
-    """Row 22: training goes on alone afterwards, and that is no failure."""
+@pytest.mark.promise(22, within="2 s")
+def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path, promise):
+    """Training goes on alone afterwards, and that is no failure."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with supervised(tmp_path, training="late", FAKE_GATE=str(gate)) as run:
-        run.says("up", times=3)
+        closed = max(run.moments("closed", 2))
         until(lambda: not run.processes("fake_teacher.py"), "the end of the teacher")
+        took_s = time.monotonic() - closed
         assert run.process.poll() is None
         gate.write_bytes(b"")
         assert run.wait() == 0
+    promise.kept("the teacher ended after the last rank had closed; training went on alone", took_s, 0)
 
 
 def test_a_teacher_that_does_not_end_is_ended_after_the_grace(tmp_path):
@@ -55,7 +64,7 @@ def test_a_teacher_that_does_not_end_is_ended_after_the_grace(tmp_path):
 
 
 def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
-    """Row 1: the teacher's own traceback."""
+    """The report has the teacher's own traceback."""
     with supervised(tmp_path, teacher="raise", training="wait") as run:
         assert run.wait() == 1
         report = (tmp_path / "run" / "report.txt").read_text()
@@ -64,15 +73,25 @@ def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
         assert json.loads((tmp_path / "run" / "report.json").read_text())["cause"]["phase"] == "loading"
 
 
-@pytest.mark.parametrize(("oom_kills", "counted"), [("1", "rose by 1"), ("unreadable", "is not readable")])
-def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path, oom_kills, counted):
-    """Row 2."""
+@pytest.mark.parametrize(
+    ("oom_kills", "counted"),
+    [
+        pytest.param("1", "rose by 1", marks=pytest.mark.promise(2, within="1 s")),
+        ("unreadable", "is not readable"),
+    ],
+)
+def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path, promise, oom_kills, counted):
+    """The kill and the kernel's counter are simulated: a test may not make a cgroup of its own."""
     with supervised(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS=oom_kills) as run:
-        assert run.wait() == 137
-        assert "teacher was killed by SIGKILL, likely out of memory" in run.text
+        (killed,) = run.moments("killed")
+        took_s = run.says("; stopping") - killed
+        cause = run.cause(137)
+        assert (cause["who"], cause["phase"]) == ("teacher", "loading")
+        assert cause["reason"] == "killed by SIGKILL, likely out of memory"
         assert f"oom_kill counter {counted}" in run.text
         assert "(peak RSS)" in run.text
         assert "dmesg" in run.text
+    promise.kept(f"{told(cause)}; the oom_kill counter {counted}; peak RSS (kill and counter simulated)", took_s, 137)
 
 
 def test_a_sigkill_that_the_kernel_did_not_count_is_not_put_down_to_memory(tmp_path):
@@ -93,12 +112,15 @@ def test_the_end_of_the_report_is_one_table(tmp_path):
         assert end[-1].endswith("run/report.txt")
 
 
-def test_a_rank_that_is_killed_is_named(tmp_path):
-    """Row 5."""
+@pytest.mark.promise(5, within="1 s")
+def test_a_rank_that_is_killed_is_named(tmp_path, promise):
     with supervised(tmp_path, training="killed") as run:
-        assert run.wait() == 137
-        assert "rank 1 was killed by SIGKILL" in run.text
-        assert "step 41, sequence 42" in run.text
+        (killed,) = run.moments("killed")
+        took_s = run.says("; stopping") - killed
+        cause = run.cause(137)
+        assert (cause["who"], cause["reason"]) == ("rank 1", "killed by SIGKILL")
+        assert (cause["phase"], cause["step"], cause["sequence"]) == ("training", 41, 42)
+    promise.kept(told(cause), took_s, 137)
 
 
 def test_a_rank_that_exits_with_7_makes_the_launcher_exit_with_7(tmp_path):
@@ -117,7 +139,6 @@ def test_an_exception_in_a_rank_needs_no_decorator(tmp_path):
 
 
 def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_path):
-    """Row 7."""
     with supervised(tmp_path, training="wait") as run:
         run.says("up", times=3)
         os.kill(first_below_shim(run, "fake_teacher.py"), signal.SIGKILL)
@@ -128,7 +149,7 @@ def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_pa
 
 
 def test_the_teacher_is_the_cause_though_its_end_is_seen_after_what_the_ranks_say(tmp_path):
-    """Row 7, with a shim that tells late: the ranks' TeacherDied alone decides only for want of anything better."""
+    """With a shim that tells late: the ranks' TeacherDied alone decides only for want of anything better."""
     with supervised(tmp_path, training="wait") as run:
         run.says("up", times=3)
         teacher = first_below_shim(run, "fake_teacher.py")
@@ -144,7 +165,7 @@ def test_the_teacher_is_the_cause_though_its_end_is_seen_after_what_the_ranks_sa
 
 @pytest.mark.parametrize("how", ["crashes late", "raises late"])
 def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_training(tmp_path, how):
-    """Row 22: as in CUDA's teardown, while rank 1 writes its last checkpoint."""
+    """As in CUDA's teardown, while rank 1 writes its last checkpoint."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with supervised(tmp_path, teacher=how, training="late", FAKE_GATE=str(gate)) as run:
@@ -158,7 +179,6 @@ def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_
 
 
 def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
-    """Row 12."""
     with supervised(tmp_path, training="workers") as run:
         run.says("up", times=3)
         assert len(run.processes("sleep 600")) == 2
@@ -168,7 +188,6 @@ def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
 
 
 def test_the_death_of_the_launcher_ends_both_jobs(tmp_path):
-    """Row 13."""
     with supervised(tmp_path, training="workers") as run:
         run.says("up", times=3)
         run.signal(signal.SIGKILL)
@@ -197,7 +216,7 @@ def test_a_signal_stops_both_jobs(tmp_path, number, code):
     ("number", "code", "taken"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 15), (signal.SIGHUP, 129, 15)]
 )
 def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_saves(tmp_path, number, code, taken):
-    """Row 23. One rank ends at once; the teacher waits for the other."""
+    """One rank ends at once; the teacher waits for the other."""
     gate = tmp_path / "gate"
     with supervised(tmp_path, training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
         run.says("up", times=3)
@@ -227,24 +246,30 @@ def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
         assert run.text.count(": stopped by SIGTERM") == 2
 
 
-def test_a_job_that_ignores_sigterm_is_killed_after_one_grace(tmp_path):
-    """Row 14."""
+@pytest.mark.promise(14, within="grace+1 s", grace=0.3)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_jobs_that_ignore_sigterm_are_killed_after_one_grace(tmp_path, promise, number, code):
     with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=0.3) as run:
         run.says("up", times=3)
-        run.signal(signal.SIGINT)
-        assert run.wait() == 130
+        asked = run.signal(number)
+        assert run.wait() == code
+        took_s = time.monotonic() - asked
         assert run.text.count("SIGKILL for") == 1
+    promise.kept("one grace for teacher and training, then SIGKILL", took_s, code)
 
 
-def test_a_second_ctrl_c_kills_at_once(tmp_path):
-    """Row 14: the grace of five minutes is not waited for."""
+@pytest.mark.promise(14, within="grace+1 s", grace=0)
+def test_a_second_ctrl_c_kills_at_once(tmp_path, promise):
+    """The grace of five minutes is not waited for."""
     with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=300) as run:
         run.says("up", times=3)
         run.signal(signal.SIGINT)
         run.says("Ctrl-C kills at once")
-        run.signal(signal.SIGINT)
+        asked = run.signal(signal.SIGINT)
         assert run.wait() == 130
+        took_s = time.monotonic() - asked
         assert "grace" not in run.text
+    promise.kept("a second Ctrl-C kills at once", took_s, 130)
 
 
 def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
@@ -276,12 +301,14 @@ def test_a_teacher_that_ends_early_is_a_failure(tmp_path):
         assert "teacher ended although ranks were still to be served" in run.text
 
 
-def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path):
-    """Row 18, for a size that only the loaded teacher can tell."""
+@pytest.mark.promise(18)
+def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path, promise):
+    """A size that only the loaded teacher can tell."""
     with supervised(tmp_path, teacher="huge", training="wait") as run:
         assert run.wait() == 2
         assert "of /dev/shm, and" in run.text
         assert "Lower ring.max_tokens (now 64)" in run.text
+    promise.kept("once the teacher has loaded: the same, at the barrier", exit_code=2)
 
 
 def first_below_shim(run, script: str) -> int:

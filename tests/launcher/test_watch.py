@@ -214,7 +214,6 @@ def test_what_a_report_is_for_is_told_in_a_line():
 
 
 def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_path):
-    """Row 4."""
     monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
     on = clocked(2)
     on.teacher()
@@ -252,7 +251,7 @@ def test_no_rank_has_attached(clocked):
 
 
 def test_a_stopped_process_is_due(clocked):
-    """Row 9, while the other rank gets on."""
+    """While the other rank gets on."""
     on = clocked(2)
     on.teacher()
     other = on.rank(1)
@@ -271,7 +270,6 @@ def test_a_stopped_process_is_due(clocked):
 
 
 def test_a_silent_process_is_due(clocked):
-    """Row 10."""
     on = clocked(2)
     teacher = on.teacher()
     ranks = on.rank(0), on.rank(1)

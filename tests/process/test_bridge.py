@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 import weakref
 
 import numpy as np
@@ -84,7 +85,8 @@ def test_a_combined_padded_forward_is_bit_identical_for_the_same_composition():
         assert [child.join() for child in [it.rank(lane, rank(lane)) for lane in range(2)]] == [0, 0]
 
 
-def test_ranks_with_different_shapes_and_numbers_of_batches():
+@pytest.mark.promise(22)
+def test_ranks_with_different_shapes_and_numbers_of_batches(promise):
     def rank(lane: int):
         def body(bridge):
             for step in range(5 + 10 * lane):
@@ -99,6 +101,7 @@ def test_ranks_with_different_shapes_and_numbers_of_batches():
         teacher = it.teacher(Echo())
         assert [child.join() for child in [it.rank(lane, rank(lane)) for lane in range(3)]] == [0, 0, 0]
         assert teacher.join() == 0, "the teacher ends when the last rank has closed"
+    promise.kept("ranks of 5, 15 and 25 batches: nobody hung")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -220,7 +223,8 @@ def test_no_reference_cycle_holds_a_lease_or_a_mapping():
         assert it.start(body).join() == 0
 
 
-def test_forward_that_raises_fails_only_the_culprit():
+@pytest.mark.promise(16)
+def test_forward_that_raises_fails_only_the_culprit(promise):
     def forward(batch: Batch) -> dict[str, torch.Tensor]:
         if (batch.input_ids == 666).any():
             raise ArithmeticError("six hundred and sixty-six")
@@ -241,10 +245,12 @@ def test_forward_that_raises_fails_only_the_culprit():
     with bench(2, "teacher.collect=lockstep") as it:
         it.teacher(forward)
         assert [child.join() for child in [it.rank(lane, body) for lane in range(2)]] == [0, 0]
+    promise.kept("the bad batch's rank got the teacher's traceback; all went on")
 
 
+@pytest.mark.promise(16)
 @pytest.mark.parametrize(("ranks", "batch", "rows"), [(2, 5, 3), (3, 2, 2), (3, 4, 4), (1, 7, 1)])
-def test_out_of_memory_halves_the_batch_and_every_rank_gets_its_own_rows(ranks, batch, rows):
+def test_out_of_memory_halves_the_batch_and_every_rank_gets_its_own_rows(ranks, batch, rows, promise):
     def forward(given: Batch) -> dict[str, torch.Tensor]:
         if len(given.input_ids) > rows and given.input_ids.shape[1] == 5:  # not in the probe
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
@@ -258,6 +264,7 @@ def test_out_of_memory_halves_the_batch_and_every_rank_gets_its_own_rows(ranks, 
     with bench(ranks, "teacher.collect=lockstep") as it:
         it.teacher(forward)
         assert [child.join() for child in [it.rank(lane, body) for lane in range(ranks)]] == [0] * ranks
+    promise.kept("out of memory: halved until it fitted, right answers")
 
 
 def test_a_row_that_never_fits_is_told_to_its_rank():
@@ -391,6 +398,7 @@ def test_max_batch_tokens_bounds_every_forward_and_splits_by_rows():
         bridge.close()
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -407,16 +415,19 @@ def test_max_batch_tokens_bounds_every_forward_and_splits_by_rows():
         (torch.eye(3, dtype=torch.int64).to_sparse(), "input_ids is a tensor of torch.int64, torch.sparse_coo"),
     ],
 )
-def test_bad_ids_are_refused_in_the_rank_that_sent_them(bad, message):
+def test_bad_ids_are_refused_in_the_rank_that_sent_them(bad, message, promise):
     with bench() as it:
         it.teacher(Echo())
         bridge = it.bridge()
+        began = time.monotonic()
         with pytest.raises(RequestRefused, match=message) as caught:
             bridge.submit(bad)
+        took_s = time.monotonic() - began
         assert isinstance(caught.value, ValueError)
         assert it.owner.lanes[0].ring.requested == 0, "nothing reached the teacher"
         assert torch.equal(bridge.exchange(ids(1, 3))["ids"], ids(1, 3)), "the bridge goes on"
         bridge.close()
+    promise.kept("a ValueError in its rank; nothing reached the teacher", took_s)
 
 
 def test_too_many_rows_or_positions_are_refused():

@@ -87,8 +87,9 @@ def test_the_watchdogs_thread_makes_no_call_of_cuda(read, monkeypatch):
 SAID = "CUDA error: an illegal memory access was encountered"
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("surfaces", ["in the bridge", "in the loop"])
-def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_process(surfaces, monkeypatch):
+def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_process(surfaces, monkeypatch, promise):
     fake = FakeCuda()
     monkeypatch.setattr(cuda, "cuda_ipc", fake)
     monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
@@ -112,6 +113,7 @@ def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_proc
         assert rank.join() == stuck.EXIT_CODE
         failure = it.owner.lanes[0].records[0].failure
         assert failure.consequence and SAID in failure.reason
+    promise.kept("an error of CUDA after the kill: TeacherDied")
 
 
 def raises(*_: object) -> None:

@@ -86,11 +86,13 @@ def test_every_object_is_the_users_alone_whatever_the_umask_and_its_name_is_no_g
     assert drawn == [16]
 
 
+@pytest.mark.promise(20)
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
-def test_what_another_user_left_under_our_names_is_not_touched():
+def test_what_another_user_left_under_our_names_is_not_touched(promise):
     settings = config.load(overrides=["teacher.model=tests:teacher", "ring.max_tokens=64"])
     with Owner(settings, lanes=1) as session:
         name = owner.objects(session.session_id)[session.session_id][0]
         os.chown(SHM_DIRECTORY / name, 65534, 65534)
         assert session.session_id not in dict(stale.reclaim())
         assert (SHM_DIRECTORY / name).exists()
+    promise.kept("another user's session is never reclaimed")
