@@ -75,31 +75,21 @@ def promises() -> dict[int, Row]:
 
 
 class Collector:
-    """A pytest plugin: runs only the tests of these rows, and adds what they report to them."""
+    """A pytest plugin that adds what the tests report to the rows."""
 
     def __init__(self, rows: dict[int, Row], slack: float) -> None:
         self._rows, self._slack = rows, slack
-        self._row_of: dict[str, Row] = {}
-
-    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        marks = {item: item.get_closest_marker("promise") for item in items}
-        self._row_of = {
-            item.nodeid: self._rows[mark.args[0]] for item, mark in marks.items() if mark and mark.args[0] in self._rows
-        }
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in self._row_of])
-        items[:] = [item for item in items if item.nodeid in self._row_of]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        row = self._row_of[report.nodeid]
+        row = self._rows[dict(report.user_properties)["row"]]
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = crash.message if crash else report.longreprtext
             row.wrong.append(f"{report.nodeid.rpartition('::')[2]}: {why.splitlines()[0]}")
-        if report.when == "call":
-            row.seen += of(report)
-            for one in of(report):
-                if one.took_s and one.limit_s and one.took_s > one.limit_s * self._slack:
-                    row.wrong.append(f"{one.text}: {one.took_s:.2f} s, promised within {one.limit_s:g} s")
+        for one in of(report) if report.when == "call" else []:
+            row.seen.append(one)
+            if one.took_s and one.limit_s and one.took_s > one.limit_s * self._slack:
+                row.wrong.append(f"{one.text}: {one.took_s:.2f} s, promised within {one.limit_s:g} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{number} is not a row of 1 to {max(rows)}")
     chosen = {number: rows[number] for number in sorted(set(options.rows or rows))}
     facts, began = Facts.now(), time.monotonic()
-    status = run(chosen, options.slack)
+    status = run(chosen, options.slack, options.jobs)
     facts.load_at_end = Facts.now().load_at_start
     to = Console(width=WIDTH, highlight=False)
     to.print(header("faults", facts))
@@ -126,12 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if wrong or status else 0
 
 
-def run(rows: dict[int, Row], slack: float) -> int:
+def run(rows: dict[int, Row], slack: float, jobs: int) -> int:
     """Run the tests of these rows, which get what was seen; pytest's exit status."""
     files = [str(file) for file in sorted(TESTS.rglob("test_*.py")) if "mark.promise(" in file.read_text()]
-    own = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
-    quiet = ["-q", "--no-header", "--tb=short", "-rN"]
-    return pytest.main([*files, *own, *quiet, "-m", "promise and not matrix"], plugins=[Collector(rows, slack)])
+    arguments = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider"]
+    arguments += ["-q", "--no-header", "--tb=short", "-rN", "-m", "promise and not matrix"]
+    arguments += [f"--promise={row}" for row in rows]
+    arguments += ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 else []
+    return pytest.main([*files, *arguments], plugins=[Collector(rows, slack)])
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -154,6 +146,7 @@ def _table(rows: Sequence[Row]) -> Table:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=2, help="tests at a time (2)")
     parser.add_argument("rows", nargs="*", type=int, metavar="ROW", help="numbers (all)")
     parser.add_argument(
         "--slack", type=float, default=1.0, help="multiplies every limit, for a slow or busy machine (1)"

@@ -23,6 +23,24 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    told = "only the tests that keep this promise of docs/reliability.md; may be given several times"
+    parser.addoption("--promise", type=int, action="append", default=[], metavar="ROW", help=told)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted, others = config.getoption("promise"), []
+    for item in items:
+        mark = item.get_closest_marker("promise")
+        if mark:
+            item.user_properties.append(("row", mark.args[0]))
+        if wanted and not (mark and mark.args[0] in wanted):
+            others.append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No session that this process owned outlives its test; other workers' sessions are none of its business."""

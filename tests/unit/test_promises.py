@@ -44,7 +44,6 @@ def test_every_promise_has_a_test_that_reports_it_and_every_mark_a_promise():
 
 TESTS = """
 import pytest
-pytest_plugins = ["tests.conftest"]
 @pytest.mark.promise(1, within="1 s")
 def test_kept(promise):
     promise.kept("its traceback", 0.5, exit_code=1)
@@ -66,13 +65,14 @@ def test_silent(promise):
 @pytest.fixture
 def broken(tmp_path, monkeypatch) -> Path:
     """Tests of which some do not keep their promise."""
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *")
     (tmp_path / f"test_{tmp_path.name}.py").write_text(TESTS)  # a name of its own: pytest imports it into this process
     monkeypatch.setattr(faults, "TESTS", tmp_path)
     return tmp_path
 
 
 def test_rows_that_do_not_hold_are_told_and_make_the_exit_code_1(broken, capsys):
-    assert faults.main(["1", "3", "4", "5", "--json", str(broken / "faults.json")]) == 1
+    assert faults.main(["1", "3", "4", "5", "--jobs", "1", "--json", str(broken / "faults.json")]) == 1
     told = {row["number"]: row for row in json.loads((broken / "faults.json").read_text())["rows"]}
     assert {number: row["holds"] for number, row in told.items()} == {1: True, 3: False, 4: False, 5: False}
     assert told[1]["seen"] == [{"text": "its traceback", "took_s": 0.5, "limit_s": 1.0, "exit_code": 1}]
@@ -87,9 +87,9 @@ def test_rows_that_do_not_hold_are_told_and_make_the_exit_code_1(broken, capsys)
 
 
 def test_a_row_that_holds_is_exit_0_and_slack_is_for_slow_machines(broken):
-    assert faults.main(["1"]) == 0
+    assert faults.main(["1", "--jobs", "1"]) == 0
     rows = faults.promises()
-    faults.run({3: rows[3]}, slack=4)
+    faults.run({3: rows[3]}, slack=4, jobs=1)
     assert len(rows[3].wrong) == 1, "the test itself fails what is four times too late"
 
 
