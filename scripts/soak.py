@@ -218,7 +218,7 @@ def _check(reply: Any, step: int) -> None:
 def _teach(token: Token) -> None:
     gc.disable()  # what only the collector would free is seen as growth
     torch.set_num_threads(1)
-    serve(TeacherSession.newest(token), Forward(), torch.device("cpu"))
+    serve(TeacherSession(token), Forward(), torch.device("cpu"))
 
 
 def _agree(session: Owner, teacher: Child) -> None:

@@ -40,8 +40,7 @@ class Progress:
     def show(self) -> None:
         """Print a line where there is something to tell."""
         now = time.monotonic()
-        # A group that waited may have begun the next generation since the last look.
-        ready = [i for i, record in self._waiting.items() if record.ready >= self._generation]
+        ready = [i for i, record in self._waiting.items() if self._is_ready(record)]
         for replica in ready:
             del self._waiting[replica]
         if ready:
@@ -50,6 +49,10 @@ class Progress:
         if self._is_due(states, now):
             self._shown, self._shown_at = states, now
             self._console.say(f"{self._told(states)}, {seconds(now - self._started)}")
+
+    def _is_ready(self, record: Record) -> bool:
+        """It serves, be it a later generation by now, or it has loaded and none has begun."""
+        return record.phase is Phase.IDLE or record.ready >= max(1, self._generation)
 
     def _is_due(self, states: States, now: float) -> bool:
         if states == self._shown or not any(phase in _BEFORE_READY for phase, _ in states.values()):

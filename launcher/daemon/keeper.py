@@ -1,6 +1,6 @@
 """A teacher kept across runs: owns the session, starts the teachers again, and lends them to one training group at a time.
 
-    loading     a generation without ranks, over before it begins: the teachers load, offer and idle
+    loading     there is no generation yet: the teachers load, publish what they return, and idle
     idle        whoever attaches gets the lease
     held        generations, as the group asks for them, until its connection is closed; then the teachers drain
 
@@ -62,7 +62,7 @@ from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, PlanError, ShmbridgeError
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import Control, Lane, Token
+from shmbridge.shm.session import Control, Lane
 from shmbridge.shm.status import Failure, Phase
 
 _BUSY_TICK_MS, _HELD_TICK_MS, _IDLE_TICK_MS = 100, 1000, 2000
@@ -137,8 +137,6 @@ class Keeper:
         """Run to the end; the exit code."""
         self._started = time.monotonic()
         job.adopt_orphans()
-        self._owner.start_generation()
-        self._owner.end_training()
         self._teachers = Teachers(
             self._plan.config, self._owner, self._jobs, self._ranks, self._console, self._start_job
         )
@@ -159,8 +157,7 @@ class Keeper:
             self._console.flush(_SHOW_S)
 
     def _start_job(self, spec: JobSpec) -> Job:
-        """In the generation that the session is at by now."""
-        return Job(spec.within(Token(self._owner.session_id, self._owner.generation)), self._base)
+        return Job(spec, self._base)
 
     # The loop
 
@@ -215,10 +212,7 @@ class Keeper:
         """Every teacher that is there has drained the latest generation: it may be followed."""
         lost = self._teachers.revival.lost
         there = [record for record in self._owner.control.teachers if record.rank not in lost]
-        return all(
-            record.ready == self._owner.generation and record.phase is Phase.IDLE and record.identity
-            for record in there
-        )
+        return all(record.phase is Phase.IDLE and record.identity for record in there)
 
     def _tend_teachers(self) -> None:
         """See that they load, start them again, and end where they cannot be."""

@@ -57,7 +57,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     still_s: float = 0.0  # since its phase began, or since its latest request
     heartbeat_s: float | None = None
     process: str = ""  # running, sleeping, stopped, zombie or gone
-    ready: bool = True  # of a teacher: it has opened the barrier of this generation
+    ready: bool = True  # of a teacher: it has opened the barrier of this generation, or waits for the first
     lost: bool = False  # of a teacher: no new one comes, and the ranks go on without
     done: int = 0  # of a teacher that loads: done of total
     total: int = 0
@@ -195,7 +195,7 @@ def _teacher(view: View, record: Record, where: dict[str, str], stacks: Mapping[
     who = replicas.called(record.rank, len(view.control.teachers))
     done, total = record.progressed
     seen = _seen(record, TEACHER, who, where, stacks, record.seconds_in_phase)
-    ready = record.ready == view.generation or record.lost
+    ready = record.lost or (record.ready == view.generation if view.generation else record.phase is Phase.IDLE)
     return msgspec.structs.replace(seen, ready=ready, lost=record.lost, done=done, total=total)
 
 

@@ -53,9 +53,9 @@ class Revival:
     def note_ready(self, offered: Offer | None) -> None:
         """Take note of the replicas that are ready, and, the first time, of what they offer."""
         self._agreed = self._agreed or offered
-        generation = self._owner.generation
+        generation = max(1, self._owner.generation)
         for index, record in enumerate(self._owner.control.teachers):
-            if record.ready == generation and index not in self.excused:
+            if (record.ready == generation or record.phase is Phase.IDLE) and index not in self.excused:
                 self._ready.add(index)
                 if index in self._died:
                     self._is_back(index)
@@ -115,9 +115,9 @@ class Revival:
         took = time.monotonic() - self._died.pop(replica)
         count = len(self._owner.control.teachers)
         self._console.say(f"{replicas.called(replica, count)} is back after {seconds(took)}")
-        for lane in replicas.lanes(replica, count, self._owner.shape.lanes):
-            if self._owner.lanes[lane].teacher != replica:
-                self._owner.ask_to_hand_over(lane, replica)
+        for lane in self._owner.lanes:
+            if replicas.home(lane.index, count) == replica != lane.teacher:
+                self._owner.ask_to_hand_over(lane.index, replica)
 
     def _give_lanes_away(self, jobs: Mapping[str, Job]) -> None:
         """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""

@@ -26,5 +26,6 @@ def open_session(ranks: int, output: OutputSpec, *settings: str) -> tuple[Owner,
 def teach(token: Token, offer: Offer, forward: Forward, device: torch.device) -> None:
     """The teacher's process: answer until the ranks have closed."""
     session = TeacherSession(token)
-    session.offer(offer)
+    session.publish(offer)
+    session.next_generation()
     Server(session, forward, Verbatim(offer.outputs), offer, device).serve()

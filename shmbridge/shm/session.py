@@ -6,8 +6,9 @@ Everybody but the owner (owner.py) attaches with the token in SHMBRIDGE_SESSION,
     /dev/shm/shmbridge-ID-g1-lane0           /dev/shm/sem.shmbridge-ID-g1-rank0.0
     /dev/shm/shmbridge-ID-g1-reply0
 
-The startup barrier: the teacher writes its offer into its record; the owner creates reply memory of that size and
-announces it; the teacher maps it and marks itself ready for the generation; every rank that waits is rung.
+A teacher is a process, and a generation is what it serves. It signs in once and writes its offer into its record once. The startup
+barrier of each generation: the owner creates reply memory of the offered size and announces it; the teacher maps it and marks
+itself ready for the generation; every rank that waits is rung.
 """
 
 from __future__ import annotations
@@ -232,18 +233,9 @@ class _Attached:
         self.token = token
         self.names = Names(token.session_id)
         self.control = Control(Segment.attach(self.names.control, layout.CONTROL, token.session_id))
-        self._check_generation()
         self.settings = self.control.settings()
         self._spin_s = self._spin_us() / 1e6
         self._owner = Peer(self.control.owner_identity)
-
-    def _check_generation(self) -> None:
-        current = self.control.words[ControlWord.CURRENT_GENERATION]
-        if self.token.generation != current:
-            raise AttachError(
-                f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
-                "it was left behind by a restart and must end."
-            )
 
     def _spin_us(self) -> int:
         """A spin saves two wake-ups where every process has a core of its own, and steals from the others where not."""
@@ -280,6 +272,7 @@ class TrainerSession(_Attached):
             AttachError: the session is gone, or has no such lane, or another live process holds it.
         """
         super().__init__(token)
+        self._check_generation()
         lanes = self.control.shape.lanes
         if not 0 <= lane < lanes:
             raise AttachError(
@@ -301,6 +294,14 @@ class TrainerSession(_Attached):
         self._missed: Identity | None = None  # the teacher whose end was told
         self._stopped_since: float | None = None  # the teacher has ended in a run that stops
         self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
+
+    def _check_generation(self) -> None:
+        current = self.control.words[ControlWord.CURRENT_GENERATION]
+        if self.token.generation != current:
+            raise AttachError(
+                f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
+                "it was left behind by a restart and must end."
+            )
 
     def _sign_in(self) -> None:
         with self.lane.segment.lock() as locked:
@@ -480,65 +481,89 @@ class TrainerSession(_Attached):
 
 
 class TeacherSession(_Attached):
-    """One teacher's side of a session: its lanes, their ranks' doorbells, its own."""
+    """One teacher's process. It signs in once; `lanes` and `token` are those of the generation that it is attached to."""
 
     def __init__(self, token: Token, index: int = 0) -> None:
-        """Attach and sign in. Raises AttachError."""
+        """Sign in; the generation of `token` is not looked at. Raises AttachError."""
         super().__init__(token)
         self.index = index
         self.record = self.control.teachers[index]
         self.record.sign_in()
         self.bell = Doorbell(self.names.teacher_bell(index))
-        shape = self.control.shape
-        self._every = [Lane.attach(token, shape, i) for i in range(shape.lanes)]
-        self.lanes = [lane for lane in self._every if lane.teacher == index]
-        self.own = [lane for lane in self._every if lane.index % shape.teachers == index]  # whoever serves them now
-        self.reader_bells = [
-            [Doorbell(self.names.reader_bell(token.generation, lane.index, r)) for r in range(shape.readers)]
-            for lane in self._every
-        ]
+        self.lanes: list[Lane] = []
+        self.own: list[Lane] = []  # whoever serves them now
+        self.reader_bells: list[list[Doorbell]] = []
+        self._every: list[Lane] = []
         self._ranks: dict[int, Peer] = {}
+        self._published: Offer | None = None
+        self._latest = 0  # generation that it has attached to
 
-    @classmethod
-    def newest(cls, token: Token, index: int = 0) -> TeacherSession:
-        """Of the generation that is current, whichever `token` names: training may have started again before this process
-        had. Raises AttachError."""
-        name = Names(token.session_id).control
-        words = Control(Segment.attach(name, layout.CONTROL, token.session_id)).words
-        while True:
-            generation = words[ControlWord.CURRENT_GENERATION]
-            try:
-                return cls(token._replace(generation=generation), index)
-            except AttachError:
-                if words[ControlWord.CURRENT_GENERATION] == generation:
-                    raise
+    def publish(self, made: Offer) -> None:
+        """Tell what the model returns, once for all generations."""
+        self._published = made
+        self.record.write_offer(made.encode())
 
-    def offer(self, made: Offer) -> None:
-        """Publish what the model returns, and wait for the owner to create memory for it, or to end the generation: there are
-        no ranks then.
+    def next_generation(self) -> bool:
+        """Sleep until a generation can be served, and attach to it. False where none follows.
+
+        A generation that ends before this teacher has attached to it is skipped.
 
         Raises:
-            DeadlineExceeded, PlanError, LauncherDied
+            AttachError: its objects are not what they should be.
+            PeerLost: the session has failed, or its launcher is gone.
         """
-        self.record.write_offer(made.encode())
-        self.record.enter(Phase.OFFERED)
-        timeout_s = self.settings.timeouts.startup_s
-        words, generation = self.control.words, self.token.generation
+        while generation := self.wait(self._to_be_served, None):
+            try:
+                self.attach(generation)
+            except AttachError:
+                self.leave()
+                if self._is_open(generation):
+                    raise
+            else:
+                return True
+        return False
 
-        def agrees() -> bool:  # what differs from the run's first offer waits for the owner to refuse it
-            agreed = self.control.owner.offer
-            return agreed is None or made.agrees(Offer.decode(agreed))
+    def _to_be_served(self) -> int | None:
+        """The generation whose replies have memory; 0 where none follows, None where it is waited for."""
+        words = self.control.words
+        if words[ControlWord.SESSION_ENDING]:
+            return 0
+        generation = words[ControlWord.CURRENT_GENERATION]
+        is_open = self._is_open(generation) and generation > self._latest
+        phase = Phase.OFFERED if is_open else Phase.IDLE
+        if self.record.phase is not phase:
+            self.record.enter(phase)
+        return generation if is_open and words[ControlWord.REPLIES_READY] == generation and self._agrees() else None
 
-        created = self.wait(
-            lambda: (
-                True if self.training_done or (words[ControlWord.REPLIES_READY] == generation and agrees()) else None
-            ),
-            time.monotonic() + timeout_s,
-        )
-        if not created:
-            raise DeadlineExceeded(
-                f"the launcher did not create the reply memory within {timeout_s:g} s (timeouts.startup_s)."
-            )
+    def _is_open(self, generation: int) -> bool:
+        words = self.control.words
+        return words[ControlWord.CURRENT_GENERATION] == generation > words[ControlWord.TRAINING_DONE]
+
+    def _agrees(self) -> bool:
+        """What differs from the session's first offer waits for the owner to refuse it."""
+        agreed = self.control.owner.offer
+        return self._published is None or agreed is None or self._published.agrees(Offer.decode(agreed))
+
+    def attach(self, generation: int) -> None:
+        """Map the lanes and open the doorbells of a generation, with the settings that its ranks have. Raises AttachError."""
+        self._latest = generation
+        self.token = self.token._replace(generation=generation)
+        self.control = Control(self.control.segment)  # the number of lanes may be another now
+        self.settings = self.control.settings()
+        shape = self.control.shape
+        self._every = [Lane.attach(self.token, shape, i) for i in range(shape.lanes)]
+        self.lanes = [lane for lane in self._every if lane.teacher == self.index]
+        self.own = [lane for lane in self._every if lane.index % shape.teachers == self.index]
+        for lane in self._every:
+            names = [self.names.reader_bell(generation, lane.index, reader) for reader in range(shape.readers)]
+            self.reader_bells.append([Doorbell(name) for name in names])
+
+    def leave(self) -> None:
+        """Close the generation's doorbells, and keep none of its lanes."""
+        for bell in (bell for bells in self.reader_bells for bell in bells):
+            bell.close()
+        self._every, self.lanes, self.own, self.reader_bells = [], [], [], []
+        self._ranks = {}
 
     def open_barrier(self) -> None:
         """Let every rank that waits at the startup barrier go on."""
@@ -575,30 +600,6 @@ class TeacherSession(_Attached):
         bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
         bell.ring()
         bell.close()
-
-    def next_generation(self) -> TeacherSession | None:
-        """Sleep until training starts again; this teacher's side of that generation. None where none follows.
-
-        Raises:
-            PeerLost: the session has failed, or its launcher is gone.
-        """
-        self.record.enter(Phase.IDLE)
-        words, own = self.control.words, self.token.generation
-
-        def follows() -> bool | None:
-            if words[ControlWord.SESSION_ENDING]:
-                return False
-            return True if words[ControlWord.CURRENT_GENERATION] > own else None
-
-        if not self.wait(follows, None):
-            return None
-        return TeacherSession.newest(self.token, self.index)
-
-    def close(self) -> None:
-        """Close this generation's doorbells. Nothing is served from here any more, and nobody is woken."""
-        for bell in (self.bell, *(bell for bells in self.reader_bells for bell in bells)):
-            bell.close()
-        self.lanes = []
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""

@@ -1,7 +1,8 @@
 """The teacher's process: `python -m shmbridge.teacher.main`, started by the launcher.
 
-Attach, load the model, probe it, offer what it returns, serve. Whatever is raised on the way is written on the board
-before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is told without one.
+Sign in, load the model, probe it, publish what it returns; then serve one generation after the other. Whatever is raised on the
+way is written on the board before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is
+told without one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of this process's own, cuda:0 and on; 0: the CPU")
     args = parser.parse_args()
     _outlive_signals()
-    session = TeacherSession.newest(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
+    session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     log.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
     Heartbeat(session.record)
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def run(session: TeacherSession, gpus: int) -> None:
-    """Load, offer, serve."""
+    """Load and serve."""
     settings = session.settings
     if settings.teacher.cpu_threads:
         torch.set_num_threads(settings.teacher.cpu_threads)
@@ -76,7 +77,7 @@ def run(session: TeacherSession, gpus: int) -> None:
 
 
 def serve(session: TeacherSession, forward: Forward, device: torch.device) -> None:
-    """Offer what `forward` returns, and answer requests with it: of one generation, or of all where training may start
+    """Publish what `forward` returns, and answer requests with it: of one generation, or of all where training may start
     again."""
     agreed, encoder = discovery.make(forward, session.settings, device)
     stays = session.settings.teacher.keep or session.settings.train.restarts > 0
@@ -85,12 +86,16 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     warm = device.type != "cuda"  # on the CPU nothing is loaded late
     if not warm:
         torch.cuda.empty_cache()  # a slab cannot take what loading has left in torch's cache
-    following: TeacherSession | None = session
-    while following:
-        served = following
-        warm = _serve_generation(served, forward, encoder, agreed, device, slabs, limit, warm)
-        following = served.next_generation() if stays else None
-        served.close()
+    head: Head | None = getattr(forward, "head", None) if agreed.head and session.index == 0 else None
+    session.publish(agreed)
+    while session.next_generation():
+        if agreed.head and head:
+            shared_head.write(session.token, agreed.head, head)
+            head = None  # once for all generations
+        warm = _serve_generation(session, forward, encoder, agreed, device, slabs, limit, warm)
+        session.leave()
+        if not stays:
+            break
 
 
 def _serve_generation(
@@ -103,14 +108,8 @@ def _serve_generation(
     limit: TokenLimit,
     warm: bool,
 ) -> bool:
-    """Serve one generation; whether the teacher is warm after it. It warms up once its slabs are there, and `warm` is False."""
-    session.offer(agreed)
-    if session.training_done:  # before it began: the launcher that was to train is gone, or there is none yet
-        session.open_barrier()
-        return warm
-    head: Head | None = getattr(forward, "head", None)
-    if agreed.head and head and session.index == 0:
-        shared_head.write(session.token, agreed.head, head)
+    """Serve the generation that is attached to; whether the teacher is warm after it. It warms up once its slabs are there, and
+    `warm` is False."""
     try:
         server = Server(session, forward, encoder, agreed, device, slabs, limit)
     except AttachError:

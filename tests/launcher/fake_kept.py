@@ -25,7 +25,6 @@ def load(session: TeacherSession, how: str) -> None:
 
 def serve(session: TeacherSession) -> None:
     """One generation."""
-    session.offer(Offer((OutputSpec("logits", "float32", ("seq", 4)),), "fake"))
     session.open_barrier()
     session.record.enter(Phase.COLLECTING)
     while not over(session):
@@ -55,10 +54,10 @@ def main(index: int) -> int:
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]), index)
     try:
         load(session, os.environ.get("FAKE_KEPT", ""))
-        following: TeacherSession | None = session
-        while following:
-            serve(following)
-            following = following.next_generation()
+        session.publish(Offer((OutputSpec("logits", "float32", ("seq", 4)),), "fake"))
+        while session.next_generation():
+            serve(session)
+            session.leave()
     except PeerLost as error:
         session.record.fail_with(error)
         return 1

@@ -9,6 +9,7 @@ import time
 
 from shmbridge.errors import PeerLost
 from shmbridge.output_spec import Offer, OutputSpec
+from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token
 from shmbridge.shm.status import Phase
 
@@ -17,7 +18,7 @@ def serve(session: TeacherSession, mode: str) -> None:
     session.record.enter(Phase.LOADING)
     session.record.progress(1, 4)
     if mode == "raises after training":
-        session.wait(lambda: session.training_done or None, None)
+        session.wait(lambda: session.control.words[ControlWord.TRAINING_DONE] or None, None)
     if mode in ("raise", "raises after training"):
         raise ValueError("no such weights")
     if mode == "killed":
@@ -27,7 +28,9 @@ def serve(session: TeacherSession, mode: str) -> None:
         print("teacher loading", flush=True)
         time.sleep(600)
     vocab = {"huge": 2**40, "wide": 5}.get(mode, 4)
-    session.offer(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
+    session.publish(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
+    if not session.next_generation():
+        return
     session.open_barrier()
     print("teacher up", flush=True)
     if mode == "early":

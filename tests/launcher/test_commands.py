@@ -39,6 +39,7 @@ def session(tmp_path):
         with registry.claim("exp") as name:
             name.describe(str(token), str(run))
             teacher = TeacherSession(token)
+            teacher.attach(token.generation)
             teacher.open_barrier()
             for rank in (0, 1):
                 TrainerSession(token, rank)

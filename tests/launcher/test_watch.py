@@ -41,6 +41,7 @@ class Clocked:
 
     def teacher(self) -> TeacherSession:
         session = TeacherSession(self.token)
+        session.attach(self.token.generation)
         session.open_barrier()
         session.record.enter(Phase.COLLECTING)
         return session

@@ -91,7 +91,7 @@ class Run(Bench):
 
 def serve(token, index, forward) -> None:
     torch.set_num_threads(1)
-    teacher_main.serve(TeacherSession.newest(token, index), forward, torch.device("cpu"))
+    teacher_main.serve(TeacherSession(token, index), forward, torch.device("cpu"))
 
 
 def ids(step: int) -> torch.Tensor:
@@ -577,6 +577,31 @@ def test_a_teacher_that_loads_while_training_starts_again_serves_the_new_generat
         run.agree()
         with run.bridge() as bridge:
             check(bridge.exchange(ids(0)), 0)
+
+
+def test_a_teacher_skips_the_generations_that_end_while_it_loads(tmp_path):
+    """One that it finds, and one that begins and ends meanwhile; the process that has loaded then serves the next one."""
+    gate = tmp_path / "loaded"
+
+    class Slow(Doubling):
+        def __call__(self, batch):
+            until(gate.exists)
+            return super().__call__(batch)
+
+    with Run(1, 1, "train.restarts=9") as run:
+        teacher = run.serve(Slow())
+        record = run.owner.control.teachers[0]
+        until(lambda: record.identity)
+        run.next_generation()
+        run.owner.end_training()
+        gate.touch()
+        until(lambda: record.phase is Phase.IDLE, "a teacher that waits for a generation")
+        assert record.ready == 0
+        run.token = run.owner.start_generation()
+        run.agree()
+        with run.bridge() as bridge:
+            check(bridge.exchange(ids(0)), 0)
+        assert teacher.poll() is None
 
 
 def test_lanes_of_a_lost_teacher_go_to_another_in_the_next_generation():

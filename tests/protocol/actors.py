@@ -17,7 +17,7 @@ from shmbridge.config import Config
 from shmbridge.errors import DeadlineExceeded, TrainerDied
 from shmbridge.output_spec import Extent, Offer, OutputSpec
 from shmbridge.shm import layout
-from shmbridge.shm.layout import Header
+from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.ring import Chunk, Composition, ReplyHead, Ring
 from shmbridge.shm.segment import Segment
@@ -105,24 +105,27 @@ class TinyTeacher:
 
     def __init__(self, session: TeacherSession) -> None:
         self.session = session
-        self.lane = session.lanes[0]
-        self.ring = self.lane.ring
-        self.generation = session.token.generation
         self._sent: int | None = None  # chunks of the reply that is being streamed
 
     def open(self) -> None:
-        """Offer, map the reply memory, open the barrier."""
-        self.session.offer(OFFER)
-        if not self.session.training_done:  # before it began: there is no reply memory, and nobody to serve
+        """Publish what it returns, attach to the generation, open the barrier. Nothing is served where no generation comes."""
+        self.session.publish(OFFER)
+        if self.session.next_generation():
             self.map()
-        self.session.open_barrier()
-        self.session.record.enter(Phase.COLLECTING)
+            self.session.open_barrier()
+            self.session.record.enter(Phase.COLLECTING)
 
     def map(self) -> None:
+        """Of the generation that is attached to."""
+        self.lane = self.session.lanes[0]
+        self.ring = self.lane.ring
+        self.generation = self.session.token.generation
         self.plane = TinyPlane(self.session.token, self.session.control.shape.reply_slots)
 
     def serve(self) -> None:
         """Until the rank has closed. Raises PeerLost."""
+        if not self.session.lanes:
+            return
         while (moved := self.session.wait(self.move_or_end, time.monotonic() + PATIENCE_S, self.check)) is not False:
             require(moved, "the teacher hangs")
         require(self.ring.replied == self.ring.requested, "the teacher ends and has not answered what was submitted")
@@ -288,6 +291,7 @@ class TinyRank:
 
 def exchange_afresh(owner: Owner) -> None:
     """A new generation of `owner`'s session works, and nothing of an older one is seen in it."""
+    owner.control.words[ControlWord.SESSION_ENDING] = 0
     token = owner.start_generation()
     teacher = TinyTeacher(TeacherSession(token))
     rank = TinyRank(TrainerSession(token, 0))
@@ -295,11 +299,9 @@ def exchange_afresh(owner: Owner) -> None:
     try:
         cursors = (ring.requested, ring.replied, ring.released, ring.streamed, ring.consumed, ring.abandoned)
         require(not any(cursors), f"the cursors of a new generation begin at {cursors}")
-        require(teacher.ring.next_request() is None, "a request of an older generation")
-        teacher.session.record.write_offer(OFFER.encode())
+        require(ring.next_request() is None, "a request of an older generation")
         owner.create_replies(OFFER)
-        teacher.map()
-        teacher.session.open_barrier()
+        teacher.open()
         rank.open(0.0)
         require(rank.session.lane.segment.words[Header.GENERATION] == token.generation, "an older lane")
         require(rank.plane.read(0) == bytes(NBYTES), "the reply memory of a new generation is not empty")

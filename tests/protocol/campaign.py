@@ -320,7 +320,7 @@ class Run:
         if self.turns.alone:
             self._reap(patient=True)
             if self.survivor == "teacher" and self.owner.lanes[0].records[0].identity is None:
-                self.owner.end_training()  # the launcher's word: a teacher cannot miss a rank that never came
+                self.owner.end_session()  # the launcher's word: a teacher cannot miss a rank that never came
 
     def _survive(self, token: Token, turns: Turns, seen: list[Any]) -> None:
         turns.take()

@@ -42,10 +42,8 @@ class Scene:
         self.token = self.owner.start_generation()
         teacher = TinyTeacher(TeacherSession(self.token))
         rank = TinyRank(TrainerSession(self.token, 0))
-        teacher.session.record.write_offer(OFFER.encode())
         self.owner.create_replies(OFFER)
-        teacher.map()
-        teacher.session.open_barrier()
+        teacher.open()
         rank.open(0.0)
         if chunks:
             rank.submit()
@@ -190,6 +188,7 @@ def _read_chunks(rank: TinyRank) -> None:
 
 def _as_teacher(scene: Scene) -> None:
     session = TeacherSession(scene.token)
+    _refused(session.attach, scene.token.generation)
     for lane in session.lanes:
         _refused(session.gone, lane)
         _refused(lane.ring.next_request)

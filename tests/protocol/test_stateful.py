@@ -117,10 +117,8 @@ class Machine(RuleBasedStateMachine):
         self.teacher = TinyTeacher(TeacherSession(token))
         self.rank = TinyRank(TrainerSession(token, 0))
         self.sides = [self.rank, self.teacher]
-        self.teacher.session.record.write_offer(OFFER.encode())
         self.owner.create_replies(OFFER)
-        self.teacher.map()
-        self.teacher.session.open_barrier()
+        self.teacher.open()
         self.rank.open(0.0)
         self.expected = Expected(self.CHUNKS)
         self.witness = Witness(self.owner.lanes[0].ring)

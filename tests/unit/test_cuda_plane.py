@@ -66,7 +66,8 @@ class Pair:
             session = TeacherSession(self.token)
             agreed, encoder = discovery.make(self.forward, self.settings, CPU)
             self.owner.create_replies(agreed)
-            session.offer(agreed)
+            session.publish(agreed)
+            session.next_generation()
             self.server = Server(session, self.forward, encoder, agreed, CPU)
             session.open_barrier()
 
@@ -445,7 +446,8 @@ def test_each_lane_has_an_export_of_its_own(monkeypatch):
         forward = lambda batch: {"rows": gpu.put(TABLE[batch.input_ids])}  # noqa: E731
         agreed, encoder = discovery.make(forward, config.load(overrides=[*overrides, "parity=false"]), CPU)
         owner.create_replies(agreed)
-        session.offer(agreed)
+        session.publish(agreed)
+        session.next_generation()
         Server(session, forward, encoder, agreed, CPU)
         assert gpu.exports == 3
         exports = [cuda_exchange.Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]

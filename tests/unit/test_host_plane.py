@@ -126,7 +126,8 @@ class Pair:
         session = TeacherSession(token)
         agreed, encoder = discovery.make(self.forward, settings, CPU)
         self.owner.create_replies(agreed)
-        session.offer(agreed)
+        session.publish(agreed)
+        session.next_generation()
         self.server = Server(session, self.forward, encoder, agreed, CPU)
         shape = session.control.shape
         lane = session.lanes[0]

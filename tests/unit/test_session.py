@@ -29,7 +29,7 @@ from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import TeacherSession, Token, TrainerSession, lost
+from shmbridge.shm.session import Lane, Names, TeacherSession, Token, TrainerSession, lost
 from shmbridge.shm.status import Failure, Phase, Record
 from tests.harness import Echo, bench, until
 
@@ -392,7 +392,7 @@ def test_a_generation_that_cannot_be_created_changes_nothing_and_the_next_one_wo
     offer = Offer(OFFER.outputs, "m", head=HeadSpec("float32", 8, 4))
     with bench(1) as it:
         session = it.owner
-        TeacherSession(it.token)
+        teacher = TeacherSession(it.token)
         for steps in itertools.count(1):
             before = owner.objects(session.session_id)
             full.at = steps
@@ -402,7 +402,8 @@ def test_a_generation_that_cannot_be_created_changes_nothing_and_the_next_one_wo
                 assert re.search(r"/dev/shm has .* MiB free.*--shm-size", str(error))
                 assert owner.objects(session.session_id) == before
                 assert (session.generation, len(session.lanes), session.control.words[ControlWord.LANES]) == (1, 1, 1)
-                assert TeacherSession(Token(session.session_id, 1)).lanes  # one that is started again finds its lanes
+                teacher.attach(1)
+                assert teacher.lanes
                 session.ring_all()
             else:
                 break
@@ -421,6 +422,35 @@ def test_a_generation_that_cannot_be_created_changes_nothing_and_the_next_one_wo
         full.at = 0
         session.start_generation(1)
         session.create_replies(offer)
+
+
+def test_a_generation_that_ends_while_a_teacher_attaches_to_it_is_skipped(monkeypatch):
+    attach = Lane.attach
+    with bench(1) as it:
+        teacher = TeacherSession(it.token)
+        teacher.publish(OFFER)
+        it.owner.create_replies(OFFER)
+
+        def late(token, shape, index):
+            if token.generation == 1:
+                it.owner.end_training()
+                it.owner.start_generation(2)
+                it.owner.create_replies(OFFER)
+            return attach(token, shape, index)
+
+        monkeypatch.setattr(Lane, "attach", late)
+        assert teacher.next_generation()
+        assert (teacher.token.generation, len(teacher.lanes)) == (2, 2)
+
+
+def test_a_generation_whose_lanes_are_gone_is_an_error_while_it_is_current():
+    with bench(1) as it:
+        teacher = TeacherSession(it.token)
+        teacher.publish(OFFER)
+        it.owner.create_replies(OFFER)
+        owner._unlink([Names(it.token.session_id).lane(1, 0)[1:]])
+        with pytest.raises(AttachError, match="lane0"):
+            teacher.next_generation()
 
 
 def test_a_rank_that_dies_does_not_block_the_teacher_or_the_others():
@@ -493,7 +523,8 @@ def test_a_rank_waits_for_every_replica():
         teachers = [TeacherSession(token, index) for index in range(2)]
         rank = TrainerSession(token, 1)
         for teacher in teachers:
-            teacher.record.write_offer(Offer((), "m").encode())
+            teacher.publish(Offer((), "m"))
+            teacher.attach(token.generation)
         teachers[1].open_barrier()
         with pytest.raises(DeadlineExceeded, match="teacher 0"):
             rank.wait_ready(0.05)
