@@ -74,10 +74,16 @@ def publish_without_a_ring(set_: Set) -> None:
     set_(TeacherSession, "ring_readers", _nothing)
 
 
+def hand_over_what_is_not_published(set_: Set) -> None:
+    """A teacher hands its lane over while a reply of its own is written and not yet published."""
+    set_(Ring, "settled", property(lambda self: True))
+
+
 MUTANTS: dict[str, Callable[[Set], None]] = {
     "publish_before_write_request": publish_before_write_request,
     "publish_before_write_reply": publish_before_write_reply,
     "publish_before_write_chunk": publish_before_write_chunk,
     "release_before_read": release_before_read,
     "publish_without_a_ring": publish_without_a_ring,
+    "hand_over_what_is_not_published": hand_over_what_is_not_published,
 }

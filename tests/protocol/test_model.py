@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.protocol import mutants
-from tests.protocol.model import Case, explore
+from tests.protocol.model import explore
+from tests.protocol.world import Case
 
 WHOLE = [
     Case(depth=1, requests=2),
@@ -32,13 +33,20 @@ CRASHES = [
     Case(depth=2, requests=2, chunks=1, abandon=0, crashes=True),
     Case(depth=1, requests=2, chunks=1, parts=1, crashes=True, generations=2),
 ]
+# With two teachers. One of them may die in the cases with crashes.
+HANDED_OVER = [
+    Case(handovers=1),
+    Case(requests=1, handovers=1, crashes=True),
+    pytest.param(Case(handovers=2), marks=pytest.mark.slow),
+    pytest.param(Case(handovers=1, crashes=True), marks=pytest.mark.slow),
+]
 
 
 def name(case: Case) -> str:
     return ",".join(f"{key}={value}" for key, value in case._asdict().items() if value != Case._field_defaults[key])
 
 
-@pytest.mark.parametrize("case", WHOLE + STREAMED + CRASHES, ids=name)
+@pytest.mark.parametrize("case", WHOLE + STREAMED + CRASHES + HANDED_OVER, ids=name)
 def test_every_interleaving_ends_and_gives_each_reply_to_its_request(case):
     found = explore(case)
     assert not found.violations, found.violations
@@ -53,6 +61,7 @@ def test_every_interleaving_ends_and_gives_each_reply_to_its_request(case):
         ("publish_before_write_reply", Case(abandon=0, requests=3), "refused|cursors out of order"),
         ("publish_before_write_chunk", Case(chunks=2), "chunk .* refused"),
         ("release_before_read", Case(requests=3, ahead=True), "half . of 0"),
+        ("hand_over_what_is_not_published", Case(handovers=1), "cursor fell|cursors out of order|half . of"),
     ],
 )
 def test_a_ring_that_is_broken_on_purpose_is_found(mutant, case, what, monkeypatch):
