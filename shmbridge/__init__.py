@@ -38,13 +38,13 @@ from shmbridge.errors import (
 
 if TYPE_CHECKING:
     from shmbridge.head import Head
-    from shmbridge.plane.arrays import Batch
     from shmbridge.rank.bridge import Bridge
     from shmbridge.rank.connect import connect
     from shmbridge.rank.pending import Lease, Pending
     from shmbridge.rank.prefetch import Prefetch
     from shmbridge.rank.reply import Reply
     from shmbridge.rank.stats import Stats
+    from shmbridge.teacher.batch import Batch
 
 __version__ = "0.2.0"
 
@@ -79,7 +79,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Batch": "shmbridge.plane.arrays",
+    "Batch": "shmbridge.teacher.batch",
     "Bridge": "shmbridge.rank.bridge",
     "Head": "shmbridge.head",
     "Lease": "shmbridge.rank.pending",

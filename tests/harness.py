@@ -15,10 +15,10 @@ import torch
 
 from shmbridge import config
 from shmbridge.output_spec import Offer
-from shmbridge.plane.arrays import Batch, Forward
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.session import TeacherSession, Token, TrainerSession
+from shmbridge.teacher.batch import Batch, Forward
 from shmbridge.teacher.main import serve
 
 PATIENCE_S = 60.0

@@ -6,9 +6,9 @@ import torch
 
 from shmbridge import config
 from shmbridge.output_spec import Offer, OutputSpec
-from shmbridge.plane.arrays import Forward
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.session import TeacherSession, Token
+from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.payload import Verbatim
 from shmbridge.teacher.server import Server
 

@@ -31,9 +31,9 @@ from benchmarks.bridge import open_session, teach
 from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step
 from benchmarks.processes import Failed
 from shmbridge.output_spec import Offer, OutputSpec
-from shmbridge.plane.arrays import Forward
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.session import Token, TrainerSession
+from shmbridge.teacher.batch import Forward
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20

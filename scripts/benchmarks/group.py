@@ -30,10 +30,10 @@ from benchmarks import tables
 from benchmarks.bridge import SETTINGS
 from benchmarks.processes import Failed, Processes, precise_sleeps, sleep_until, undoing
 from shmbridge import config
-from shmbridge.plane.arrays import Batch
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import serve
 
 TOKENS = 1024  # of each request

@@ -28,7 +28,7 @@ from shmbridge.plane import cuda_ipc
 from shmbridge.plane.cuda_exchange import Exchange, Export, Imported
 from shmbridge.plane.cuda_ipc import Event, Stream
 from shmbridge.plane.cuda_reads import ON_THEIR_WAY, Read, Reads
-from shmbridge.plane.slots import Slots
+from shmbridge.plane.tensors import Slots
 from shmbridge.shm import process
 from shmbridge.shm.process import Identity
 from shmbridge.shm.session import Lane, Shape, Token

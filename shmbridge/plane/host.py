@@ -13,8 +13,8 @@ import torch
 
 from shmbridge.errors import AttachError
 from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane import arrays, cuda_ipc, pinned
-from shmbridge.plane.slots import Slots
+from shmbridge.plane import cuda_ipc, cuda_runtime, tensors
+from shmbridge.plane.tensors import Slots
 from shmbridge.shm import layout
 from shmbridge.shm.process import Identity
 from shmbridge.shm.segment import Segment
@@ -28,7 +28,7 @@ class _Copies:
         self.device = device
         self.stream = cuda_ipc.side_stream(device)
         self.done = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # else a thread that waits would spin
-        pinned.register(memory, self, device)
+        cuda_runtime.register(memory, self, device)
 
     def follow(self) -> None:
         """The copies come after all that was launched before."""
@@ -133,4 +133,4 @@ def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memo
         raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")
 
     count, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
-    return memory, Slots(agreed.outputs, count, stride, arrays.over(memory, layout.PAGE, "uint8", (count * stride,)))
+    return memory, Slots(agreed.outputs, count, stride, tensors.over(memory, layout.PAGE, "uint8", (count * stride,)))

@@ -7,7 +7,7 @@ import torch
 from shmbridge.errors import AttachError
 from shmbridge.head import Head
 from shmbridge.output_spec import HeadSpec
-from shmbridge.plane import arrays
+from shmbridge.plane import tensors
 from shmbridge.shm import layout
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Token
@@ -18,7 +18,7 @@ _CPU = torch.device("cpu")
 def spec_of(head: Head) -> HeadSpec:
     """How a head is offered. Raises PlanError for a dtype that cannot travel."""
     words, width = head.weight.shape
-    dtype = arrays.dtype_name(head.weight.dtype, "the output head")
+    dtype = tensors.dtype_name(head.weight.dtype, "the output head")
     return HeadSpec(dtype, words, width, head.bias is not None, head.softcap, head.scale)
 
 
@@ -39,8 +39,8 @@ def attach(token: Token, spec: HeadSpec, device: torch.device = _CPU) -> Head:
         raise AttachError(
             f"segment {segment.name} has {segment.bytes.nbytes} bytes, the head takes {expected}: garbled."
         )
-    weight = arrays.over(segment.bytes, layout.PAGE, spec.dtype, (spec.words, spec.width))
+    weight = tensors.over(segment.bytes, layout.PAGE, spec.dtype, (spec.words, spec.width))
     bias: torch.Tensor | None = None
     if spec.bias:
-        bias = arrays.over(segment.bytes, layout.PAGE + spec.bias_offset, spec.dtype, (spec.words,))
+        bias = tensors.over(segment.bytes, layout.PAGE + spec.bias_offset, spec.dtype, (spec.words,))
     return Head(weight.to(device), None if bias is None else bias.to(device), spec.softcap, spec.scale)

@@ -29,8 +29,8 @@ from shmbridge.errors import (
 )
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import base
-from shmbridge.plane.arrays import DTYPES
 from shmbridge.plane.base import RankPlane
+from shmbridge.plane.tensors import DTYPES
 from shmbridge.rank import stuck
 from shmbridge.rank.device import choose
 from shmbridge.rank.on_stop import Stopping

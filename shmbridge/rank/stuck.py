@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from shmbridge import log
-from shmbridge.plane import cuda_errors
+from shmbridge.plane import cuda_runtime
 from shmbridge.shm.process import Identity, Peer
 from shmbridge.shm.session import TrainerSession
 
@@ -24,7 +24,7 @@ DEATH_S = 2.0  # the memory of a process that is killed goes before the process 
 def dead_teacher(session: TrainerSession, error: BaseException, teachers: Iterable[Identity]) -> Identity | None:
     """The one of `teachers`, whose memory this rank's GPU reads, that explains an error of CUDA after which no call of CUDA
     succeeds: it is gone, or within DEATH_S. None: another error, or all of them live."""
-    if not cuda_errors.is_sticky(error):
+    if not cuda_runtime.is_sticky(error):
         return None
     peers = [Peer(who) for who in teachers]
     if not peers:

@@ -16,7 +16,7 @@ import torch
 from shmbridge import log
 from shmbridge.errors import RequestRefused
 from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane import pinned
+from shmbridge.plane import cuda_runtime
 from shmbridge.shm.layout import IGNORED, NO_STEP
 from shmbridge.shm.session import Shape
 
@@ -245,7 +245,7 @@ def _to_array(name: str, value: torch.Tensor | IntArray) -> IntArray:
     if isinstance(value, torch.Tensor):
         if value.device.type == "cuda":
             _warn_of_gpu_copy(name, value.device)
-            value = pinned.to_host(value.detach())
+            value = cuda_runtime.to_host(value.detach())
         elif value.device.type != "cpu":
             raise RequestRefused(f"{name} is on {value.device}; expected a tensor on the CPU, or on a CUDA device.")
         try:

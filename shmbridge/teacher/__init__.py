@@ -6,10 +6,7 @@ discovery     what a loaded teacher offers
 startup       forwards at startup: the parity probe, the packing check, the warm-up
 server        the loop over forward(batch) -> named tensors
 scheduler     when a round begins, and which requests are in it
-batching      how requests become forwards, how large one may be
-combine       requests as one batch, and what each of them wants of it
+batch         requests as batches: how they become forwards, what each wants of one, how large one may be
 payload       from what a forward returned to what the payload asks for
-stream        streamed replies on their way
-publish       sealed replies are published in their order
-stopwatch     how long the device takes for a forward
+stream        replies on their way: published in their order, streamed in chunks
 """

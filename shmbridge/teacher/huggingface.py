@@ -27,7 +27,8 @@ from shmbridge.errors import ConfigError
 from shmbridge.head import Head
 from shmbridge.log import logger
 from shmbridge.output_spec import Tokens
-from shmbridge.plane.arrays import DTYPES, Batch
+from shmbridge.plane.tensors import DTYPES
+from shmbridge.teacher.batch import Batch
 
 Progress = Callable[[int, int], None]
 

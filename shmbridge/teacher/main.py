@@ -23,14 +23,13 @@ from shmbridge.errors import AttachError, ConfigError, PeerLost
 from shmbridge.head import Head
 from shmbridge.output_spec import Offer
 from shmbridge.plane import shared_head
-from shmbridge.plane.arrays import Forward
 from shmbridge.plane.base import Slabs
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token
 from shmbridge.shm.status import Phase
 from shmbridge.teacher import discovery, startup
-from shmbridge.teacher.batching import TokenLimit
+from shmbridge.teacher.batch import Forward, TokenLimit
 from shmbridge.teacher.payload import Encoder
 from shmbridge.teacher.server import Server
 

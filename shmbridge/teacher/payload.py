@@ -15,8 +15,8 @@ import torch
 from shmbridge.config import PayloadConfig
 from shmbridge.errors import PlanError
 from shmbridge.head import Head
-from shmbridge.output_spec import OutputSpec
-from shmbridge.plane import arrays
+from shmbridge.output_spec import Extent, OutputSpec
+from shmbridge.plane.tensors import DTYPES
 from shmbridge.shm.layout import IGNORED
 
 _HEAD_BYTES = 1 << 27
@@ -70,7 +70,7 @@ class Verbatim:
         self._per_token = [(spec.name, spec.per_token) for spec in outputs]
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
-        arrays.check_outputs(self._outputs, returned, rows, seq)
+        check_outputs(self._outputs, returned, rows, seq)
         return returned
 
     def select(self, returned: Tensors, choice: Choice) -> Rows:
@@ -85,6 +85,24 @@ class Verbatim:
 
     def encode_part(self, rows: Rows, start: int, stop: int) -> Tensors:
         return {name: _flat(rows, name)[start:stop] for name in rows.tensors}
+
+
+def check_outputs(specs: tuple[OutputSpec, ...], outputs: Mapping[str, torch.Tensor], batch: int, seq: int) -> None:
+    """Raise PlanError unless `outputs` holds every output of `specs` in the shape for (batch, seq).
+
+    A float travels as any float dtype; an integer never becomes a float or the other way round."""
+    for spec in specs:
+        tensor = outputs.get(spec.name)
+        if not isinstance(tensor, torch.Tensor):
+            raise PlanError(f"the teacher returned {sorted(outputs)}; expected a tensor {spec.name!r} among them.")
+        if tensor.dtype.is_floating_point != DTYPES[spec.dtype].is_floating_point:
+            raise PlanError(f"the teacher returned {spec.name!r} as {tensor.dtype}; {spec.dtype} was offered.")
+        expected = spec.dims(Extent(batch, seq))
+        if tensor.shape != expected:
+            raise PlanError(
+                f"the teacher returned {spec.name!r} of shape {tuple(tensor.shape)} for a batch of {batch} x {seq}; "
+                f"expected {expected}. The first axis is the batch; axis 1 may be the sequence."
+            )
 
 
 class LanguageModel:

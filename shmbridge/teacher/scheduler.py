@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from shmbridge.log import logger
 from shmbridge.shm.session import Lane, TeacherSession
-from shmbridge.teacher.combine import Answer
+from shmbridge.teacher.batch import Answer
 from shmbridge.teacher.stream import Streams
 
 

@@ -11,29 +11,39 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from shmbridge.errors import AttachError
 from shmbridge.log import Trace, logger
 from shmbridge.output_spec import Extent, Offer, reply_bytes
-from shmbridge.plane import base, cuda_errors
-from shmbridge.plane.arrays import Batch, Forward
+from shmbridge.plane import base, cuda_runtime
 from shmbridge.plane.base import Slabs, TeacherPlane
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import Lane, TeacherSession
 from shmbridge.shm.status import Phase
-from shmbridge.teacher import batching, combine, payload, stopwatch
-from shmbridge.teacher.batching import Piece, TokenLimit
-from shmbridge.teacher.combine import Answer
+from shmbridge.teacher import payload
+from shmbridge.teacher.batch import (
+    Answer,
+    Forward,
+    Piece,
+    TokenLimit,
+    by_request,
+    choice,
+    combine,
+    compose,
+    first_position,
+    halve,
+    packed,
+    padded_tokens,
+    tokens,
+)
 from shmbridge.teacher.payload import Encoder, Rows
-from shmbridge.teacher.publish import Publisher
 from shmbridge.teacher.scheduler import Collector
-from shmbridge.teacher.stream import Streams
-
-__all__ = ["Batch", "Forward", "Server"]
+from shmbridge.teacher.stream import Publisher, Streams
 
 
 class _Trouble(NamedTuple):
@@ -67,7 +77,7 @@ class Server:
         self._settings = session.settings.teacher
         self._with_targets = session.settings.payload.logprobs is not None
         self._limit = limit or TokenLimit(self._settings.max_batch_tokens)
-        self._watch = stopwatch.of(device)
+        self._watch = _stopwatch(device)
         self._forwards = 0
         self._tokens = self._padded_tokens = 0
         shape = session.control.shape
@@ -128,10 +138,10 @@ class Server:
             self._session.record.at(request.step, request.sequence)
             if self._trace:
                 self._hand_over("collect", answer, len(request.ids), request.submitted_ns)
-        for kind in {combine.packed(answer.request) for answer in answers}:
-            alike = [answer for answer in answers if combine.packed(answer.request) is kind]
+        for kind in {packed(answer.request) for answer in answers}:
+            alike = [answer for answer in answers if packed(answer.request) is kind]
             shapes = [answer.request.extent[:2] for answer in alike]
-            for pieces in batching.compose(shapes, self._limit.tokens, self._settings.max_padding):
+            for pieces in compose(shapes, self._limit.tokens, self._settings.max_padding):
                 self._run(alike, pieces)
 
     def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:
@@ -139,28 +149,28 @@ class Server:
 
         The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
         """
-        if batching.padded_tokens(pieces) > self._limit.tokens:  # it fell since they were composed
-            halves = batching.halve(pieces)
+        if padded_tokens(pieces) > self._limit.tokens:  # it fell since they were composed
+            halves = halve(pieces)
             if len(halves) == 2:
                 self._run_each(answers, halves)
                 return
         trouble = self._try(answers, pieces)
-        if trouble is None and self._limit.succeeded(batching.padded_tokens(pieces)):
+        if trouble is None and self._limit.succeeded(padded_tokens(pieces)):
             logger.info("forwards take %d tokens at most again", self._limit.tokens)
         if trouble is None or not self._retry(answers, pieces, trouble):
             self._finish(answers, pieces, trouble)
 
     def _retry(self, answers: Sequence[Answer], pieces: list[Piece], trouble: _Trouble) -> bool:
         """Halve a forward that ran out of memory; try any other request by request. False where there is nothing to divide."""
-        halves = batching.halve(pieces)
+        halves = halve(pieces)
         if trouble.out_of_memory and len(halves) == 2:
-            self._limit.failed(batching.padded_tokens(pieces))
+            self._limit.failed(padded_tokens(pieces))
             logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._limit.tokens)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             self._run_each(answers, halves)
             return True
-        alone = batching.by_request(pieces)
+        alone = by_request(pieces)
         if len(alone) > 1:
             logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
             self._run_each(answers, alone)
@@ -184,15 +194,15 @@ class Server:
     def _forward_and_write(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
         self._watch.start()
         requests = [answer.request for answer in answers]
-        batch = combine.combine(requests, pieces, self._settings.pad_id, self._device)
+        batch = combine(requests, pieces, self._settings.pad_id, self._device)
         rows, seq = batch.input_ids.shape
         whole = not self._chunks and not any("positions" in requests[piece.request].arrays for piece in pieces)
         returned = self._encoder.prepare(self._forward(batch), rows, seq, whole)
         chosen = []
         row = 0
         for piece in pieces:
-            choice = combine.choice(requests[piece.request], piece, row, self._device, self._with_targets)
-            chosen.append(self._encoder.select(returned, choice))
+            wanted = choice(requests[piece.request], piece, row, self._device, self._with_targets)
+            chosen.append(self._encoder.select(returned, wanted))
             row += piece.rows
         if not self._chunks:
             for piece, part in zip(pieces, chosen, strict=True):
@@ -203,7 +213,7 @@ class Server:
         """A part of a whole reply into its slot."""
         request = answer.request
         plane = self._planes[answer.lane.index]
-        position = combine.first_position(request, piece)
+        position = first_position(request, piece)
         for start, outputs in self._encoder.encode(part):
             plane.write(request.sequence, request.extent, outputs, position + start, piece.start)
 
@@ -211,15 +221,15 @@ class Server:
         self, answers: Sequence[Answer], pieces: Sequence[Piece], chosen: list[Rows], shape: tuple[int, int], took: int
     ) -> None:
         """What a forward that succeeded says of each request in it."""
-        tokens = combine.tokens([answer.request for answer in answers], pieces)
+        real = tokens([answer.request for answer in answers], pieces)
         self._forwards += 1
-        self._tokens += tokens
+        self._tokens += real
         self._padded_tokens += shape[0] * shape[1]
         row = 0
         for piece, part in zip(pieces, chosen, strict=True):
             answer = answers[piece.request]
             forward_ns = answer.composition.forward_ns + took
-            answer.composition = Composition(self._forwards, row, *shape, tokens, forward_ns)
+            answer.composition = Composition(self._forwards, row, *shape, real, forward_ns)
             if self._chunks:
                 answer.parts.append(payload.kept(part))
             row += piece.rows
@@ -308,6 +318,58 @@ class Server:
 
 def _trouble(error: Exception) -> _Trouble:
     """What a forward raised. An error that ends the teacher is raised."""
-    if cuda_errors.is_sticky(error):
+    if cuda_runtime.is_sticky(error):
         raise error
-    return _Trouble(repr(error), "".join(traceback.format_exception(error)), cuda_errors.is_out_of_memory(error))
+    return _Trouble(repr(error), "".join(traceback.format_exception(error)), cuda_runtime.is_out_of_memory(error))
+
+
+class Stopwatch(Protocol):
+    def start(self) -> None:
+        """A forward begins."""
+
+    def stop(self) -> int:
+        """It has been computed, or launched; its nanoseconds."""
+
+
+class HostWatch:
+    """Of a teacher on the CPU, where a forward that has returned is over."""
+
+    def __init__(self) -> None:
+        self._started_ns = 0
+
+    def start(self) -> None:
+        self._started_ns = time.monotonic_ns()
+
+    def stop(self) -> int:
+        return time.monotonic_ns() - self._started_ns
+
+
+class GpuWatch:
+    """Of a teacher on a GPU, where a forward has only been launched: the time of the latest one that is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._began = self._event()
+        self._latest_ns = 0
+
+    def start(self) -> None:
+        self._began = self._event()
+        self._began.record(torch.cuda.current_stream(self._device))
+
+    def stop(self) -> int:
+        ended = self._event()
+        ended.record(torch.cuda.current_stream(self._device))
+        self._running.append((self._began, ended))
+        while self._running and self._running[0][1].query():
+            began, ended = self._running.popleft()
+            self._latest_ns = round(began.elapsed_time(ended) * 1e6)
+        return self._latest_ns
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+
+def _stopwatch(device: torch.device) -> Stopwatch:
+    return GpuWatch(device) if device.type == "cuda" else HostWatch()

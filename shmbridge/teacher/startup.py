@@ -12,11 +12,9 @@ from shmbridge.errors import PlanError
 from shmbridge.head import Head
 from shmbridge.log import logger
 from shmbridge.output_spec import BY_HEAD, Extent, OutputSpec, Probe, by_head
-from shmbridge.plane import cuda_errors
-from shmbridge.plane.arrays import Batch, Forward
+from shmbridge.plane import cuda_runtime
 from shmbridge.shm.session import Shape
-from shmbridge.teacher.batching import TokenLimit
-from shmbridge.teacher.combine import next_tokens
+from shmbridge.teacher.batch import Batch, Forward, TokenLimit, next_tokens
 from shmbridge.teacher.payload import Choice, Encoder, LanguageModel
 
 _ROWS, _SEQ = 2, 6
@@ -111,9 +109,9 @@ def _try(
         for _ in _parts(encoder, returned, ids, settings.payload):
             pass
     except Exception as error:
-        if cuda_errors.is_sticky(error):
+        if cuda_runtime.is_sticky(error):
             raise
-        if cuda_errors.is_out_of_memory(error):
+        if cuda_runtime.is_out_of_memory(error):
             return False
         logger.info("the warm-up of %s tokens raised %r; requests of that shape would too", tuple(ids.shape), error)
     return True

@@ -20,13 +20,13 @@ import torch
 import shmbridge
 from shmbridge.errors import TeacherDied, TornReply
 from shmbridge.plane import cuda_ipc
-from shmbridge.plane.arrays import Batch
 from shmbridge.plane.cuda import TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token, TrainerSession
 from shmbridge.teacher import payload
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import build, serve
 from shmbridge.teacher.server import Server
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from launcher.hang.report import Report, make, write
-from shmbridge.plane.arrays import Forward
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.session import TeacherSession, TrainerSession
 from shmbridge.shm.status import Phase
+from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.main import serve
 from tests.harness import Bench, Child, Echo, bench, until
 

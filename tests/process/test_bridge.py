@@ -15,9 +15,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherDied, TeacherError
-from shmbridge.plane.arrays import Batch
 from shmbridge.shm import process
 from shmbridge.shm.status import Phase
+from shmbridge.teacher.batch import Batch
 from tests.harness import Echo, bench, until
 
 
@@ -525,7 +525,7 @@ def test_a_forked_child_cannot_use_or_close_the_bridge():
 
 @pytest.mark.every_plane
 def test_replies_with_and_without_a_sequence_axis_in_every_dtype():
-    from shmbridge.plane.arrays import DTYPES
+    from shmbridge.plane.tensors import DTYPES
 
     def forward(batch: Batch) -> dict[str, torch.Tensor]:
         base = batch.input_ids

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from shmbridge.plane.arrays import Batch
+from shmbridge.teacher.batch import Batch
 from tests.harness import Echo, bench
 
 LONG_S = 2.0  # a forward; the teacher waits up to half of it for who was in it

@@ -14,10 +14,10 @@ import torch
 
 from shmbridge.errors import TeacherDied, TornReply
 from shmbridge.plane import cuda
-from shmbridge.plane.arrays import Batch
 from shmbridge.plane.cuda import TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.ring import Ring
+from shmbridge.teacher.batch import Batch
 from tests.fake_cuda import FakeCuda
 from tests.harness import bench
 

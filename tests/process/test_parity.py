@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from shmbridge import config
 from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
-from shmbridge.plane.arrays import Batch
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
 from shmbridge.rank.requests import Requests
 from shmbridge.rank.validate import CheckedRequest
-from shmbridge.teacher import combine, discovery
+from shmbridge.teacher import batch, discovery
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Echo, bench
 from tests.process.test_bridge import ids
@@ -265,7 +265,7 @@ def test_the_echo_is_of_the_ids_whatever_their_width():
             self.ids = memoryview(torch.arange(6).to(kind).numpy()).cast("B")
             self.itemsize = kind.itemsize
 
-    assert combine.echo(Asked(torch.int32)) == combine.echo(Asked(torch.int64))
+    assert batch.echo(Asked(torch.int32)) == batch.echo(Asked(torch.int64))
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError, RequestRefused, TeacherError
 from shmbridge.head import Head
 from shmbridge.losses import candidate_reverse_kl, targets_from_labels, top_candidates
-from shmbridge.plane.arrays import Batch
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
 from shmbridge.teacher import discovery, huggingface, payload
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Bench, bench
 from tests.process.test_bridge import ids

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull
-from shmbridge.plane.arrays import Batch
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.disabled import DisabledBridge
 from shmbridge.rank.pending import Pending
+from shmbridge.teacher.batch import Batch
 from tests.harness import Bench, Echo, bench, until
 from tests.late_gpu import LateGpu
 from tests.process.test_bridge import ids

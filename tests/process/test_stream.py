@@ -19,9 +19,9 @@ import torch
 
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, TeacherDied, TeacherError
 from shmbridge.head import Head
-from shmbridge.plane.arrays import Batch
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import process
+from shmbridge.teacher.batch import Batch
 from tests.harness import Bench, Child, bench, until
 from tests.process.test_bridge import ids
 

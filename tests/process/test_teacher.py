@@ -15,8 +15,8 @@ from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.output_spec import OutputSpec
-from shmbridge.plane.arrays import Batch
 from shmbridge.teacher import discovery, huggingface
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import build
 from tests import gguf_file
 from tests.harness import Child, bench

@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from shmbridge import config
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
-from shmbridge.plane import cuda, cuda_exchange, cuda_ipc, slots
-from shmbridge.plane.arrays import Batch
+from shmbridge.plane import cuda, cuda_exchange, cuda_ipc, tensors
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import layout
@@ -27,6 +26,7 @@ from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, TeacherSession, TrainerSession
 from shmbridge.teacher import discovery
+from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.server import Server
 from tests.fake_cuda import FakeCuda
 from tests.sim_cuda import SimEvent, SimGpu, SimStream
@@ -404,7 +404,7 @@ def test_a_repeated_request_takes_ten_calls_of_torch_at_most(read, monkeypatch):
             count(gpu, name)
         for owner, name in ((SimStream, "wait_event"), (SimEvent, "record"), (SimEvent, "query")):
             count(owner, name)
-        count(slots, "increment_version")
+        count(tensors, "increment_version")
         sent = ids(0)
         for _ in range(4):
             with gpu.process("rank"), counting:

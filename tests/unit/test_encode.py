@@ -12,7 +12,7 @@ from shmbridge.errors import PlanError
 from shmbridge.head import Head
 from shmbridge.output_spec import OutputSpec
 from shmbridge.teacher import payload as teacher_payload
-from shmbridge.teacher.combine import next_tokens
+from shmbridge.teacher.batch import next_tokens
 from shmbridge.teacher.payload import Choice, LanguageModel, Verbatim
 
 WORDS = 50

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from shmbridge import config
-from shmbridge.plane import host, pinned
+from shmbridge.plane import cuda_runtime, host
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm.owner import Owner
@@ -285,7 +285,7 @@ class Keeper:
 
 def test_memory_is_pinned_until_its_keeper_is_gone(cuda):
     memory, keeper = memoryview(bytearray(4096)), Keeper()
-    assert pinned.register(memory, keeper, GPU)
+    assert cuda_runtime.register(memory, keeper, GPU)
     assert len(cuda.registered) == 1
     del keeper
     gc.collect()
@@ -299,11 +299,11 @@ def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkey
         launched.append(device)
         raise RuntimeError("CUDA error: the one that the last call left behind")
 
-    monkeypatch.setattr(pinned, "torch", SimpleNamespace(zeros=launch, cuda=torch.cuda))
+    monkeypatch.setattr(cuda_runtime, "torch", SimpleNamespace(zeros=launch, cuda=torch.cuda))
     cuda.refuses = 801
     caplog.set_level(logging.WARNING, "shmbridge")
     keeper = Keeper()
-    assert not pinned.register(memoryview(bytearray(4096)), keeper, GPU)
+    assert not cuda_runtime.register(memoryview(bytearray(4096)), keeper, GPU)
     assert launched == [GPU], "what the failed call left is taken by a launch of our own"
     assert "did not pin 4096 bytes" in caplog.text
     assert "801" in caplog.text

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from shmbridge import config
-from shmbridge.plane.arrays import Batch
 from shmbridge.teacher import discovery, startup
-from shmbridge.teacher.batching import TokenLimit
+from shmbridge.teacher.batch import Batch, TokenLimit
 
 CPU = torch.device("cpu")
 SETTINGS = config.load(

@@ -1,4 +1,7 @@
-"""How replies lie in their slots, whatever memory that is: the outputs of the offer one after the other.
+"""Tensors in memory that two processes share: their dtypes, views of it, and how a reply lies in its slot.
+
+A tensor over shared memory is made through NumPy, whose arrays pin the mapping; torch.frombuffer does not, and would leave a
+pointer behind.
 
 Where a rank reads its slots in place, their tensors are lent. Each slot has a version counter, which its lent tensors and
 whatever autograd saves of them share. `take_back` raises it, so that a backward that comes too late raises an error instead
@@ -10,16 +13,52 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
 from shmbridge import output_spec
-from shmbridge.errors import AttachError
+from shmbridge.config import TorchDtype
+from shmbridge.errors import AttachError, PlanError
 from shmbridge.output_spec import Extent, OutputSpec
-from shmbridge.plane.arrays import DTYPES
+
+DTYPES: dict[TorchDtype, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+_NAMES: dict[torch.dtype, TorchDtype] = {dtype: name for name, dtype in DTYPES.items()}
+_CARRIERS = {name: np.dtype("int16" if name == "bfloat16" else name) for name in DTYPES}
 
 _NONE = Extent(0, 0)
 _FIRST_VERSION = 1024  # above what in-place operations make of other tensors, so that an error of autograd tells ours
+
+
+def over(memory: memoryview, offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of `dims` in place at `offset` bytes of `memory`.
+
+    Never an inference tensor, even where it is first made within inference_mode: autograd may need it later.
+    """
+    with torch.inference_mode(False):
+        if not prod(dims):
+            return torch.empty(dims, dtype=DTYPES[dtype])
+        array = np.frombuffer(memory, _CARRIERS[dtype], prod(dims), offset).reshape(dims)
+        tensor = torch.from_numpy(array)
+        return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> TorchDtype:
+    """How a dtype is called in an offer. Raises PlanError, naming `what`, for one that cannot travel."""
+    if dtype not in _NAMES:
+        raise PlanError(f"{what} has the dtype {dtype}; a reply carries {', '.join(DTYPES)}.")
+    return _NAMES[dtype]
 
 
 class Slots:

@@ -1,5 +1,4 @@
-"""Host memory that a GPU copies to and from by itself: shared memory, of which each process registers its own mapping, and a copy
-of a tensor."""
+"""What both planes need of the CUDA runtime: host memory that a GPU copies to and from by itself, and what an exception says."""
 
 from __future__ import annotations
 
@@ -10,6 +9,12 @@ import numpy as np
 import torch
 
 from shmbridge.log import logger
+
+_OUT_OF_MEMORY = (
+    "can't allocate memory",  # the CPU
+    "CUDA error: out of memory",  # CUDA itself, where it loads a kernel or pins memory
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN
+)
 
 
 def register(memory: memoryview, keeper: object, device: torch.device) -> bool:
@@ -48,3 +53,15 @@ def _forget_error(device: torch.device) -> None:
         torch.zeros(1, device=device)
     except RuntimeError:
         pass
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's allocator on the GPU, or another one, which raises a plain RuntimeError."""
+    found = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return found or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def is_sticky(error: BaseException) -> bool:
+    """A CUDA error other than out of memory: no later call of CUDA in this process can succeed."""
+    named = "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError"
+    return isinstance(error, RuntimeError) and named and not is_out_of_memory(error)
