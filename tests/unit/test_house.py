@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -187,3 +188,13 @@ def test_every_exception_is_exported():
 def test_dir_shows_the_lazy_names_without_importing_torch():
     look = "import sys, shmbridge; assert {'connect', 'Bridge', 'TornReply'} <= set(dir(shmbridge)); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", look]).returncode == 0
+
+
+def test_a_decision_is_found_by_its_title():
+    folder = ROOT / "docs" / "decisions"
+    listed = dict(re.findall(r"^- \[(.+)\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE))
+    assert sorted(listed.values()) == sorted(file.name for file in folder.iterdir() if file.name != "README.md")
+    for title, name in listed.items():
+        lines = (folder / name).read_text().splitlines()
+        assert lines[0] == f"# {title}" and len(lines) <= 15, name
+        assert name == re.sub("[^a-z0-9]+", "-", title.lower().replace("'", "")) + ".md"
