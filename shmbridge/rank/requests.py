@@ -401,7 +401,7 @@ class Requests:
     def _next_chunk(self, sent: Sent, taken: int, timeout: float | None) -> Chunk:
         """Sleep until there is one, which begins at position `taken`. Raises TeacherError where there will be none."""
         self._await_chunk(sent, timeout)
-        chunk = self._open.ring.next_chunk(sent.sequence, self._open.reader)
+        chunk = self._open.ring.next_chunk(sent.sequence)
         if chunk is None:  # answered, and no chunk was published before that
             self.head(sent)
             raise AttachError(f"the reply to sequence {sent.sequence} ends before its last chunk: refused.")
@@ -414,11 +414,11 @@ class Requests:
         return chunk
 
     def _await_chunk(self, sent: Sent, timeout: float | None) -> None:
-        ring, reader = self._session.ring, self._open.reader
+        ring = self._session.ring
 
         def ready() -> bool | None:
             before = ring.consumed
-            found = ring.next_chunk(sent.sequence, reader) is not None or ring.answered(sent.sequence)
+            found = ring.next_chunk(sent.sequence) is not None or ring.answered(sent.sequence)
             if ring.consumed != before:  # chunks of a cancelled reply: there is room again
                 self._open.ring_teacher()
             return found
@@ -428,7 +428,7 @@ class Requests:
 
     def _consume(self, chunk: Chunk) -> None:
         if os.getpid() == self._process and not self._closed:  # not a forked child's copy of the loop
-            self._open.ring.consume(chunk.number, self._open.reader)
+            self._open.ring.consume(chunk.number)
             self._open.ring_teacher()
 
     def assemble(self, sent: Sent, chunks: Iterable[tuple[slice, Reply]]) -> Reply:
@@ -483,7 +483,7 @@ class Requests:
             return
         first = self._first_unread()
         if first > ring.abandoned:
-            ring.abandon(first - 1, session.reader)
+            ring.abandon(first - 1)
             session.ring_teacher()
         if wait and ring.free_slots < 1 and self._released in self._cancelled:
             oldest = self._released
@@ -507,7 +507,7 @@ class Requests:
         if sequence >= self._released:
             self._released_early.add(sequence)
         while self._released in self._released_early:
-            self._open.ring.release(self._released, self._open.reader)
+            self._open.ring.release(self._released)
             self._released += 1
             self._released_early.discard(self._released - 1)
 

@@ -1,32 +1,74 @@
 """Every byte offset of the shared segments. Pure: no system call is made here, and no other module knows an offset.
 
-All segments begin with the same eight 64-bit words, little-endian:
+Each drawing gives offsets in bytes, what lies there, the names for it below, and who writes it.
 
-    word 0 magic    1 version    2 kind    3 nbytes    4-5 session id    6 generation    7 index
+Every segment begins with a header of eight 64-bit words, little-endian (Header):
+
+     0 | magic | version | kind | nbytes | session id, two words | generation | index |   the owner
 
 The magic is written last, so a segment whose creator was killed half-way is refused at attach.
 
-CONTROL, one per session. Written by the owner, except the records of the teachers.
+CONTROL, one for each session:
 
-    0       header; then owner pid, owner start time, the shape of the session, and the owner's announcements
-    4096    settings: the resolved config as JSON (at most 60 KiB)
-    65536   records: the owner's, then one for each teacher
+     0 +---------------------------------------------------+
+       | header                                            |  the owner
+    64 | numbers and announcements  ControlWord            |  the owner
+  4096 +---------------------------------------------------+
+       | settings: the resolved config as JSON             |  the owner, before the generation begins
+ 65536 +---------------------------------------------------+
+       | record of the owner                               |  the owner
+ 98304 +---------------------------------------------------+
+       | a record for each teacher                         |  the teacher, or the owner for one that is gone
+       +---------------------------------------------------+
 
-LANE, one per rank and generation. Who writes what:
+A record, in CONTROL and in LANE:
 
-    0       header, lane constants                                  owner
-    512     cursor line: requested, closed                          the rank
-    576     cursor line: replied, streamed                          the teacher
-    640     cursor lines: released, consumed, abandoned             each reader
-    4096    records: one for each reader                            each reader
-    ...     request slots: depth x (descriptor, IDs, arrays)        the rank
-    ...     reply heads: depth x (descriptor, error text)           the teacher
-    ...     chunk heads: chunks x descriptor                        the teacher
+     0 +---------------------------------------------------+
+       | who, where, how far  RecordWord                   |
+   256 | name of the declared phase                        |
+   512 | the offer as JSON                                 |
+ 16896 | the failure as JSON                               |
+ 32768 +---------------------------------------------------+
 
-REPLY, one per rank and generation on the host plane: after one page of header, the reply slots: one per slot of the ring, or
-one per chunk where replies are streamed.
+A text in a record may be replaced. Its writer empties its word, writes the text, and stores a word that differs from all
+before; a reader that finds another word after its copy than before it reads again.
 
-HEAD, one per session where the payload is hidden: after one page of header, the weight and the bias of the output head.
+LANE, one for each lane and generation. Its members are the processes that share its replies; the first one is its rank, which
+alone submits and gives slots back:
+
+     0 +---------------------------------------------------+
+       | header                                            |  the owner
+    64 | numbers of the lane, who serves it  LaneWord      |  the owner; `teacher` also the teacher that hands it over
+   512 | requested, closed                                 |  the rank
+   576 | replied, streamed                                 |  the teacher
+   640 | released, consumed, abandoned                     |  the rank
+  4096 +---------------------------------------------------+
+       | a record for each member                          |  that member
+       +---------------------------------------------------+
+       | depth request slots of request_stride bytes       |  the rank
+       |     0  REQUEST                                     |
+       |   128  token IDs, then each array of ARRAYS that  |
+       |        the request carries, at multiples of WORD  |
+       +---------------------------------------------------+  a page begins
+       | depth reply heads of 16384 bytes                  |  the teacher
+       |     0  REPLY_HEAD                                 |
+       |   128  text of the error                          |
+       +---------------------------------------------------+
+       | chunks chunk heads of 64 bytes, CHUNK_HEAD        |  the teacher
+       +---------------------------------------------------+
+
+REPLY, one for each lane and generation. On the host plane the replies lie in it; where they lie in GPU memory, the handles of
+both sides, as JSON:
+
+     0 +------------------+     0 +------------------------+
+       | header           |       | header  ExchangeWord   |
+  4096 +------------------+  4096 +------------------------+
+       | reply slots, or  |       | exports 1, 3, 5, ...   |  the teacher
+       | chunks where     |       | exports 2, 4, 6, ...   |  the teacher
+       | replies stream   |       | answer to the last one |  the rank
+       +------------------+       +------------------------+
+
+HEAD, one for each session whose payload is hidden: after one page of header, the weight and the bias of the output head.
 Teacher 0 writes it before it opens the barrier; everyone else reads it.
 
 The state of slot `sequence % depth` is derived from the cursors, never stored:
@@ -35,7 +77,7 @@ The state of slot `sequence % depth` is derived from the cursors, never stored:
 
         sequence >= requested             free
         replied  <= sequence < requested  submitted: the teacher owns the slot
-        released <= sequence < replied    answered: the readers own the slot
+        released <= sequence < replied    answered: the lane's members own the slot
         sequence <  released              free again
 
 Where replies are streamed, chunk `index % chunks` is a slot of its own ring, for all requests of the lane in turn:
@@ -43,9 +85,6 @@ Where replies are streamed, chunk `index % chunks` is a slot of its own ring, fo
     consumed <= streamed <= consumed + chunks
 
 `abandoned` tells that nobody will read the reply to any sequence below it; the teacher then answers without computing.
-
-A text in a record (an offer, a failure) may be replaced. Its writer empties its word, writes the text, and stores a word that
-differs from all before; a reader that finds another word after its copy than before it reads again.
 
 A cursor is one aligned 64-bit word that only grows and has one writer. It is stored through memoryview.cast("Q"), which
 moves the word whole; struct.pack_into must never touch a cursor, because it clears the bytes first.
@@ -79,7 +118,7 @@ class ControlWord:
     OWNER_START = 9
     LANES = 10
     TEACHERS = 11
-    READERS = 12
+    MEMBERS = 12
     DEPTH = 13
     MAX_TOKENS = 14
     MAX_BATCH = 15
@@ -89,10 +128,10 @@ class ControlWord:
     CHUNK_POSITIONS = 19
     SETTINGS_NBYTES = 20
     CURRENT_GENERATION = 21
-    SESSION_ENDING = 24  # no generation follows
-    STOPPING = 25  # ranks with a save hook are to save and stop
     REPLIES_READY = 22  # the generation whose reply segments exist
     TRAINING_DONE = 23  # the last generation whose training group has ended
+    SESSION_ENDING = 24  # no generation follows
+    STOPPING = 25  # ranks with a save hook are to save and stop
 
 
 SETTINGS_OFFSET = PAGE
@@ -111,7 +150,7 @@ class RecordWord:
     SEQUENCE = 5
     PROGRESS = 6
     PROGRESS_TOTAL = 7
-    READY = 8  # teacher: the generation it serves; reader: its generation, once attached
+    READY = 8  # teacher: the generation it serves; rank: its generation, once attached
     OFFER = 9  # a text: its bytes, plus 2**32 for each time that it was written; no bytes: none
     FAILURE = 10  # a text
     HEARTBEAT_NS = 11
@@ -135,24 +174,22 @@ class LaneWord:
     """Word indices in a lane segment."""
 
     DEPTH = 8
-    READERS = 9
+    MEMBERS = 9
     MAX_TOKENS = 10
     TEACHER = 11  # which teacher serves this lane: written by that teacher as it hands the lane over, or by the owner once it is gone
+    CANDIDATES = 12
+    CHUNKS = 13
     WANTED = 14  # which is to serve it: the owner's word
     REQUESTED = 64
     CLOSED = 65
-    CANDIDATES = 12
-    CHUNKS = 13
     REPLIED = 72
     STREAMED = 73
-    RELEASED = 80  # of reader 0; the next reader's is READER_STRIDE words on
+    RELEASED = 80
     CONSUMED = 81
     ABANDONED = 82
-    READER_STRIDE = 8
 
 
-LANE_CONSTANTS = (LaneWord.DEPTH, LaneWord.READERS, LaneWord.MAX_TOKENS, LaneWord.CANDIDATES, LaneWord.CHUNKS)
-MAX_READERS = (PAGE // WORD - LaneWord.RELEASED) // LaneWord.READER_STRIDE
+LANE_CONSTANTS = (LaneWord.DEPTH, LaneWord.MEMBERS, LaneWord.MAX_TOKENS, LaneWord.CANDIDATES, LaneWord.CHUNKS)
 
 # generation, sequence, step, batch, seq, itemsize of an ID, the arrays that follow (bits in the order of ARRAYS, and
 # PROBE), chosen positions, submitted (CLOCK_MONOTONIC, ns)
@@ -210,17 +247,17 @@ def reply_bytes(slots: int, slot_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class LaneLayout:
-    """Offsets in bytes of one lane: `depth` slots of at most `max_tokens` token IDs, read by `readers` processes, with
-    `candidates` IDs per token at most and a ring of `chunks` (0 where replies are not streamed)."""
+    """Offsets in bytes of one lane: `depth` slots of at most `max_tokens` token IDs with `candidates` IDs per token at most, a
+    ring of `chunks` (0 where replies are not streamed), and records of `members` processes."""
 
     depth: int
     max_tokens: int
-    readers: int = 1
     candidates: int = 0
     chunks: int = 0
+    members: int = 1
 
-    def record(self, reader: int) -> int:
-        return PAGE + reader * RECORD_BYTES
+    def record(self, member: int) -> int:
+        return PAGE + member * RECORD_BYTES
 
     def array_bytes(self, name: str, tokens: int) -> int:
         """Bytes of one of ARRAYS for a request of `tokens` tokens."""
@@ -229,7 +266,7 @@ class LaneLayout:
     @property
     def constants(self) -> tuple[int, ...]:
         """What the lane's words at LANE_CONSTANTS tell."""
-        return self.depth, self.readers, self.max_tokens, self.candidates, self.chunks
+        return self.depth, self.members, self.max_tokens, self.candidates, self.chunks
 
     @cached_property
     def request_stride(self) -> int:
@@ -238,7 +275,7 @@ class LaneLayout:
 
     @cached_property
     def requests(self) -> int:
-        return self.record(self.readers)
+        return self.record(self.members)
 
     @cached_property
     def reply_heads(self) -> int:

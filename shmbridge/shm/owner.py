@@ -85,19 +85,18 @@ def lock_if_dead(session_id: str) -> Iterator[bool]:
 class Owner:
     """Creates a session, announces its generations, and removes it. A context manager that removes it at the end."""
 
-    def __init__(self, settings: Config, lanes: int, teachers: int = 1, readers: int = 1) -> None:
+    def __init__(self, settings: Config, lanes: int, teachers: int = 1) -> None:
         """Create the control segment and the teachers' doorbells.
 
         Args:
             lanes: training ranks, one lane each.
             teachers: teacher processes; lane i is served by teacher i % teachers.
-            readers: processes that read each lane's replies.
 
         Raises:
             PlanError: /dev/shm has no room.
             ConfigError: the settings are larger than their field.
         """
-        self.shape = Shape.of(settings, lanes, teachers, readers)
+        self.shape = Shape.of(settings, lanes, teachers)
         self.settings = settings
         self.generation = 0
         self.lanes: list[Lane] = []
@@ -162,9 +161,9 @@ class Owner:
         generation = self.generation + 1
         with self._whole_or_undone():
             bells = [
-                Doorbell(self.names.reader_bell(generation, lane, reader), create=True)
+                Doorbell(self.names.member_bell(generation, lane, member), create=True)
                 for lane in range(shape.lanes)
-                for reader in range(shape.readers)
+                for member in range(shape.members)
             ]
             created = [self._create_lane(generation, lane) for lane in range(shape.lanes)]
         last, last_bells = self.generation, self._rank_bells

@@ -43,6 +43,7 @@ from shmbridge.shm.layout import (
 )
 
 _REQUESTED, _CLOSED, _REPLIED, _STREAMED = LaneWord.REQUESTED, LaneWord.CLOSED, LaneWord.REPLIED, LaneWord.STREAMED
+_RELEASED, _CONSUMED, _ABANDONED = LaneWord.RELEASED, LaneWord.CONSUMED, LaneWord.ABANDONED
 
 
 class Words(Protocol):
@@ -109,10 +110,6 @@ class Ring:
         self.layout = layout
         self.depth = layout.depth
         self.generation = generation
-        readers = [i * LaneWord.READER_STRIDE for i in range(layout.readers)]
-        self._released = [LaneWord.RELEASED + i for i in readers]
-        self._consumed = [LaneWord.CONSUMED + i for i in readers]
-        self._abandoned = [LaneWord.ABANDONED + i for i in readers]
         self._slots = [layout.request(slot) for slot in range(layout.depth)]
         self.take_over()
 
@@ -128,8 +125,7 @@ class Ring:
 
     @property
     def released(self) -> int:
-        """Of the slowest reader."""
-        return self._slowest(self._released)
+        return self.words[_RELEASED]
 
     @property
     def streamed(self) -> int:
@@ -138,18 +134,13 @@ class Ring:
 
     @property
     def consumed(self) -> int:
-        """Chunks that the slowest reader has given back."""
-        return self._slowest(self._consumed)
+        """Chunks that the rank has given back."""
+        return self.words[_CONSUMED]
 
     @property
     def abandoned(self) -> int:
         """Nobody will read the reply to any sequence below this one."""
-        return self._slowest(self._abandoned)
-
-    def _slowest(self, cursors: list[int]) -> int:
-        if len(cursors) == 1:
-            return self.words[cursors[0]]
-        return min(self.words[i] for i in cursors)
+        return self.words[_ABANDONED]
 
     @property
     def closed(self) -> bool:
@@ -240,21 +231,21 @@ class Ring:
             error = bytes(self.memory[start : start + min(head[10], ERROR_CAPACITY)]).decode(errors="replace")
         return ReplyHead(Composition(*head[3:9]), head[9], error)
 
-    def release(self, sequence: int, reader: int = 0) -> None:
+    def release(self, sequence: int) -> None:
         """Give the slots of all sequences up to and including `sequence` back."""
-        self.words[self._released[reader]] = sequence + 1
+        self.words[_RELEASED] = sequence + 1
 
-    def abandon(self, sequence: int, reader: int = 0) -> None:
-        """Tell that this reader will not read the replies of all sequences up to and including `sequence`."""
-        self.words[self._abandoned[reader]] = sequence + 1
+    def abandon(self, sequence: int) -> None:
+        """Tell that nobody will read the replies of all sequences up to and including `sequence`."""
+        self.words[_ABANDONED] = sequence + 1
 
-    def next_chunk(self, sequence: int, reader: int = 0) -> Chunk | None:
+    def next_chunk(self, sequence: int) -> Chunk | None:
         """The oldest chunk of the reply to `sequence` that is not consumed, or None. Raises AttachError.
 
         Chunks of earlier replies, which were abandoned, are consumed on the way. What stands in it is for the caller to check.
         """
         words, chunks = self.words, self.layout.chunks
-        while (index := words[self._consumed[reader]]) != words[_STREAMED]:
+        while (index := words[_CONSUMED]) != words[_STREAMED]:
             head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head(index % chunks))
             generation, found, start, count = head
             if generation == self.generation and found > sequence and words[_REPLIED] > sequence:
@@ -266,12 +257,12 @@ class Ring:
                 )
             if found == sequence:
                 return Chunk(index, start, count)
-            self.consume(index, reader)
+            self.consume(index)
         return None
 
-    def consume(self, index: int, reader: int = 0) -> None:
+    def consume(self, index: int) -> None:
         """Give chunk `index` and all before it back."""
-        self.words[self._consumed[reader]] = index + 1
+        self.words[_CONSUMED] = index + 1
 
     # The teacher's side
 

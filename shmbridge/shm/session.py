@@ -87,8 +87,8 @@ class Names:
     def teacher_bell(self, teacher: int) -> str:
         return f"{self._stem}-teacher{teacher}"
 
-    def reader_bell(self, generation: int, lane: int, reader: int) -> str:
-        return f"{self._stem}-g{generation}-rank{lane}.{reader}"
+    def member_bell(self, generation: int, lane: int, member: int = 0) -> str:
+        return f"{self._stem}-g{generation}-rank{lane}.{member}"
 
 
 class Shape(NamedTuple):
@@ -96,7 +96,7 @@ class Shape(NamedTuple):
 
     lanes: int
     teachers: int
-    readers: int
+    members: int  # processes that share a lane
     depth: int
     max_tokens: int
     max_batch: int
@@ -106,13 +106,13 @@ class Shape(NamedTuple):
     chunk_positions: int
 
     @classmethod
-    def of(cls, settings: Config, lanes: int, teachers: int = 1, readers: int = 1) -> Shape:
+    def of(cls, settings: Config, lanes: int, teachers: int = 1) -> Shape:
         """The shape that the settings ask for."""
         ring, payload = settings.ring, settings.payload
         return cls(
             lanes=lanes,
             teachers=teachers,
-            readers=readers,
+            members=1,
             depth=ring.depth,
             max_tokens=ring.max_tokens,
             max_batch=ring.max_batch,
@@ -124,7 +124,7 @@ class Shape(NamedTuple):
 
     @property
     def lane_layout(self) -> LaneLayout:
-        return LaneLayout(self.depth, self.max_tokens, self.readers, self.candidates, self.chunks)
+        return LaneLayout(self.depth, self.max_tokens, self.candidates, self.chunks, self.members)
 
     @property
     def reply_slots(self) -> int:
@@ -156,7 +156,7 @@ class Control:
         self.shape = Shape(*self.words[ControlWord.LANES : ControlWord.CHUNK_POSITIONS + 1])
         if not (
             self.shape.lanes >= 1
-            and 1 <= self.shape.readers <= layout.MAX_READERS
+            and self.shape.members >= 1
             and segment.bytes.nbytes == layout.align(layout.control_bytes(self.shape.teachers), layout.PAGE)
         ):
             raise AttachError(
@@ -193,7 +193,7 @@ class Lane:
         self.ring = Ring(segment.bytes, segment.words, shape, generation)
         self.records = [
             Record(segment.bytes[start : start + layout.RECORD_BYTES], "trainer", index)
-            for start in map(shape.record, range(shape.readers))
+            for start in map(shape.record, range(shape.members))
         ]
 
     @property
@@ -220,7 +220,7 @@ class Lane:
         expected = (*lane.constants, layout.align(lane.nbytes, layout.PAGE))
         if found != expected:
             raise AttachError(
-                f"segment {name} tells depth, readers, tokens, candidates, chunks, size {found}, expected {expected}: "
+                f"segment {name} tells depth, members, tokens, candidates, chunks, size {found}, expected {expected}: "
                 "garbled."
             )
         return cls(segment, lane, index, token.generation)
@@ -241,7 +241,7 @@ class _Attached:
         """A spin saves two wake-ups where every process has a core of its own, and steals from the others where not."""
         if self.settings.ring.spin_us is not None:
             return self.settings.ring.spin_us
-        processes = self.control.shape.lanes * self.control.shape.readers + self.control.shape.teachers
+        processes = self.control.shape.lanes * self.control.shape.members + self.control.shape.teachers
         return _SPIN_US if len(os.sched_getaffinity(0)) > processes else 0
 
     def check(self) -> None:
@@ -265,7 +265,7 @@ class _Attached:
 class TrainerSession(_Attached):
     """One training rank's side of a session: its lane, its doorbell, its teacher's."""
 
-    def __init__(self, token: Token, lane: int, reader: int = 0) -> None:
+    def __init__(self, token: Token, lane: int) -> None:
         """Attach and sign in.
 
         Raises:
@@ -281,8 +281,7 @@ class TrainerSession(_Attached):
             )
         self.lane = Lane.attach(token, self.control.shape, lane)
         self.ring = self.lane.ring
-        self.reader = reader
-        self.record = self.lane.records[reader]
+        self.record = self.lane.records[0]
         self._sign_in()
         self._open_bells()
         self._is_open = True
@@ -317,7 +316,7 @@ class TrainerSession(_Attached):
         self.record.set_ready(self.token.generation)
 
     def _open_bells(self) -> None:
-        self.bell = Doorbell(self.names.reader_bell(self.token.generation, self.lane.index, self.reader))
+        self.bell = Doorbell(self.names.member_bell(self.token.generation, self.lane.index))
         self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
 
     def reopen(self) -> None:
@@ -492,7 +491,7 @@ class TeacherSession(_Attached):
         self.bell = Doorbell(self.names.teacher_bell(index))
         self.lanes: list[Lane] = []
         self.own: list[Lane] = []  # whoever serves them now
-        self.reader_bells: list[list[Doorbell]] = []
+        self.member_bells: list[list[Doorbell]] = []
         self._every: list[Lane] = []
         self._ranks: dict[int, Peer] = {}
         self._published: Offer | None = None
@@ -555,14 +554,14 @@ class TeacherSession(_Attached):
         self.lanes = [lane for lane in self._every if lane.teacher == self.index]
         self.own = [lane for lane in self._every if lane.index % shape.teachers == self.index]
         for lane in self._every:
-            names = [self.names.reader_bell(generation, lane.index, reader) for reader in range(shape.readers)]
-            self.reader_bells.append([Doorbell(name) for name in names])
+            names = [self.names.member_bell(generation, lane.index, member) for member in range(shape.members)]
+            self.member_bells.append([Doorbell(name) for name in names])
 
     def leave(self) -> None:
         """Close the generation's doorbells, and keep none of its lanes."""
-        for bell in (bell for bells in self.reader_bells for bell in bells):
+        for bell in (bell for bells in self.member_bells for bell in bells):
             bell.close()
-        self._every, self.lanes, self.own, self.reader_bells = [], [], [], []
+        self._every, self.lanes, self.own, self.member_bells = [], [], [], []
         self._ranks = {}
 
     def open_barrier(self) -> None:
@@ -573,10 +572,10 @@ class TeacherSession(_Attached):
     def wake_ranks(self) -> None:
         """Ring every rank, so that it looks at the board now."""
         for lane in self.lanes:
-            self.ring_readers(lane)
+            self.ring_members(lane)
 
-    def ring_readers(self, lane: Lane) -> None:
-        for bell in self.reader_bells[lane.index]:
+    def ring_members(self, lane: Lane) -> None:
+        for bell in self.member_bells[lane.index]:
             bell.ring()
 
     def wait(

@@ -267,7 +267,7 @@ class Server:
 
     def _published(self, answer: Answer) -> None:
         answer.lane.ring.publish_reply(answer.request.sequence)
-        self._session.ring_readers(answer.lane)
+        self._session.ring_members(answer.lane)
         if self._trace:
             nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
             self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
@@ -281,12 +281,12 @@ class Server:
 
     def _publish_skipped(self, answer: Answer) -> None:
         answer.lane.ring.publish_reply(answer.request.sequence)
-        self._session.ring_readers(answer.lane)
+        self._session.ring_members(answer.lane)
 
     # Streams
 
     def _sent_chunk(self, answer: Answer, count: int) -> None:
-        self._session.ring_readers(answer.lane)
+        self._session.ring_members(answer.lane)
         if self._trace:
             nbytes = reply_bytes(self._outputs, Extent(0, 0, count))
             self._hand_over("chunk", answer, nbytes, answer.request.submitted_ns)

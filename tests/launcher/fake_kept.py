@@ -47,7 +47,7 @@ def answer(session: TeacherSession, lane: Lane) -> None:
     lane.ring.write_reply(sequence, Composition(1, 0, 1, 1, 1, 1))
     lane.ring.seal_reply(sequence)
     lane.ring.publish_reply(sequence)
-    session.ring_readers(lane)
+    session.ring_members(lane)
 
 
 def main(index: int) -> int:

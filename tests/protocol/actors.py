@@ -180,7 +180,7 @@ class TinyTeacher:
         self.plane.write(self.ring.streamed, content("reply", self.generation, sequence, self._sent))
         self.ring.write_chunk(sequence, self._sent * TOKENS, TOKENS)
         self.ring.publish_chunk()
-        self.session.ring_readers(self.lane)
+        self.session.ring_members(self.lane)
         self._sent += 1
         return True
 
@@ -191,11 +191,11 @@ class TinyTeacher:
     def _publish(self, sequence: int) -> None:
         self.ring.seal_reply(sequence)
         self.ring.publish_reply(sequence)
-        self.session.ring_readers(self.lane)
+        self.session.ring_members(self.lane)
 
     def close(self) -> None:
         """Let go of the doorbells."""
-        for bell in [self.session.bell, *(bell for bells in self.session.reader_bells for bell in bells)]:
+        for bell in [self.session.bell, *(bell for bells in self.session.member_bells for bell in bells)]:
             bell.close()
 
 

@@ -71,7 +71,7 @@ def release_before_read(set_: Set) -> None:
 
 def publish_without_a_ring(set_: Set) -> None:
     """The teacher opens the barrier and answers, and wakes nobody."""
-    set_(TeacherSession, "ring_readers", _nothing)
+    set_(TeacherSession, "ring_members", _nothing)
 
 
 def hand_over_what_is_not_published(set_: Set) -> None:

@@ -14,8 +14,8 @@ from shmbridge.shm.ring import Composition, Ring
 PLACE = Composition(1, 0, 2, 4, 7, 1000)
 
 
-def make(depth: int = 2, readers: int = 1, max_tokens: int = 64, candidates: int = 0, chunks: int = 0) -> Ring:
-    shape = LaneLayout(depth, max_tokens, readers, candidates, chunks)
+def make(depth: int = 2, max_tokens: int = 64, candidates: int = 0, chunks: int = 0) -> Ring:
+    shape = LaneLayout(depth, max_tokens, candidates, chunks)
     memory = memoryview(bytearray(shape.nbytes))
     return Ring(memory, memory.cast("Q"), shape, generation=3)
 
@@ -79,16 +79,15 @@ def test_nothing_is_seen_before_it_is_published():
     assert ring.answered(0)
 
 
-def test_a_full_ring_refuses_and_a_release_of_the_slowest_reader_frees():
-    ring = make(depth=2, readers=2)
+def test_a_full_ring_refuses_and_a_release_frees():
+    ring = make(depth=2)
     ask(ring), ask(ring)
     with pytest.raises(RingFull, match="2 requests are in flight"):
         ring.claim()
     answer(ring)
-    ring.release(0, reader=0)
     with pytest.raises(RingFull):
         ring.claim()
-    ring.release(0, reader=1)
+    ring.release(0)
     assert ring.claim() == 2
 
 

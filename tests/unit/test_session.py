@@ -93,7 +93,7 @@ def test_objects_are_private_and_found_by_session():
         (Header.SESSION_LOW, 5, r"session \(low\) 0x5"),
         (Header.GENERATION, 9, "generation 0x9, expected 0x1"),
         (Header.INDEX, 3, "index 0x3"),
-        (layout.LaneWord.DEPTH, 2**40, "depth, readers, tokens"),
+        (layout.LaneWord.DEPTH, 2**40, "depth, members, tokens"),
     ],
 )
 def test_a_garbled_lane_is_refused(word, value, message, promise):
