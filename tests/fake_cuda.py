@@ -11,10 +11,13 @@ import mmap
 import os
 from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
+import pytest
 import torch
 
+from shmbridge.plane import cuda, cuda_slab
 from shmbridge.plane.cuda_ipc import MemoryHandle
 
 _PAGE = 4096
@@ -57,28 +60,43 @@ class FakeStream:
         self.cuda.calls.append(("wait_stream", stream.name, self.name))
 
 
-class FakeCuda:
-    """Has the names of the module that it stands in for."""
+class StandIn:
+    """Has the names of the module that it stands in for: the part that all stand-ins share."""
 
-    MIB = 2**20
-    Event, Stream = FakeEvent, FakeStream
+    namespace = 1
+    exports = 0
+
+    def install(self, patch: pytest.MonkeyPatch) -> Self:
+        """Take the module's place in the CUDA plane."""
+        for module in (cuda, cuda_slab):
+            patch.setattr(module, "cuda_ipc", self)
+        return self
+
+    def unusable(self, device: torch.device) -> str | None:
+        return None
+
+    def identify(self, device: torch.device) -> str:
+        return "GPU-stand-in"
+
+    def pid_namespace(self) -> int:
+        return self.namespace
+
+    def pinned(self, count: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.bool)
+
+
+class FakeCuda(StandIn):
+    """Everything is done at once, and other processes can open it."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
         self.stands_still = False  # this process's host is told nothing by its GPU
-        self.exports = 0
         self._fds: dict[int, int] = {}  # by the address of the memory; also keeps the files open
         self._events = 0
         self._shared = 0
         self._current = FakeStream(self, "compute")
         self._sides = 0
         self._told: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def unusable(self, device: torch.device) -> str | None:
-        return None
-
-    def identify(self, device: torch.device) -> str:
-        return "GPU-fake"
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         fd = os.memfd_create("fake-gpu")
@@ -138,9 +156,6 @@ class FakeCuda:
     def keep_until(self, tensors: Iterable[torch.Tensor], stream: FakeStream) -> None:
         self.calls.append(("keep", stream.name))
 
-    def pinned(self, count: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.bool)
-
     def zero(self, device: torch.device) -> torch.Tensor:
         return torch.zeros((), dtype=torch.bool)
 
@@ -158,9 +173,6 @@ class FakeCuda:
 
     def pause(self) -> None:
         raise AssertionError("a host waits for its GPU")
-
-    def pid_namespace(self) -> int:
-        return 1
 
 
 def _map(path: bytes) -> mmap.mmap:

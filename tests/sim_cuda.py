@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from shmbridge.plane.cuda_ipc import MemoryHandle
+from tests.fake_cuda import StandIn
 
 _SHARED = {"teacher": "ready", "rank": "free"}  # what a process exports events for
 _SIDE = {"teacher": "lane", "rank": "side"}
@@ -84,20 +85,15 @@ class SimEvent:
         return 0.0
 
 
-class SimGpu:
-    """Has the names of the module that it stands in for."""
-
-    MIB = 2**20
-    Event, Stream = SimEvent, SimStream
+class SimGpu(StandIn):
+    """Both processes are in this one, and every stream runs when the test says so."""
 
     def __init__(self, seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.calls: list[str] = []
         self.syncs = 0
-        self.exports = 0
         self.broken_open: Exception | None = None  # raised by open_memory
         self.full = False  # allocate raises
-        self.namespace = 1
         self.streams: list[SimStream] = []
         self._process = "teacher"
         self._current = {name: SimStream(self, f"{name}'s compute") for name in _SHARED}
@@ -165,15 +161,6 @@ class SimGpu:
 
     # What the module does
 
-    def unusable(self, device: torch.device) -> str | None:
-        return None
-
-    def identify(self, device: torch.device) -> str:
-        return "GPU-simulated"
-
-    def pid_namespace(self) -> int:
-        return self.namespace
-
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         if self.full:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -226,9 +213,6 @@ class SimGpu:
 
     def keep_until(self, tensors: Iterable[torch.Tensor], stream: SimStream) -> None:
         pass
-
-    def pinned(self, count: int, device: torch.device) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.bool)
 
     def zero(self, device: torch.device) -> torch.Tensor:
         return self.own(torch.zeros((), dtype=torch.bool))

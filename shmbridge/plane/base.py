@@ -10,12 +10,8 @@ from typing import Protocol
 
 import torch
 
-from shmbridge.config import Config
-from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane.cuda import RankCudaPlane, Slab, TeacherCudaPlane
-from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
+from shmbridge.output_spec import Extent
 from shmbridge.shm.process import Identity
-from shmbridge.shm.session import Lane, TeacherSession, TrainerSession
 
 
 class TeacherPlane(Protocol):
@@ -65,25 +61,3 @@ class RankPlane(Protocol):
         Makes no call of CUDA; any thread may ask."""
 
     def check(self) -> None: ...
-
-
-Slabs = dict[int, Slab]
-"""GPU memory that a teacher's process has exported, by lane; it outlives generations."""
-
-
-def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device, slabs: Slabs) -> TeacherPlane:
-    """Of a lane that the teacher serves. Raises AttachError; PlanError where its GPU is too small."""
-    place = session.token, session.control.shape, lane, agreed, device
-    return TeacherCudaPlane(*place, slabs) if _on_gpu(session.settings) else TeacherHostPlane(*place)
-
-
-def of_rank(session: TrainerSession, agreed: Offer, device: torch.device) -> RankPlane:
-    """Of the rank's lane; replies are wanted on `device`. Raises AttachError."""
-    place = session.token, session.control.shape, session.lane, agreed, device
-    if _on_gpu(session.settings):
-        return RankCudaPlane(*place, in_place=session.settings.cuda.read == "in_place")
-    return RankHostPlane(*place)
-
-
-def _on_gpu(settings: Config) -> bool:
-    return settings.plane == "cuda_ipc"

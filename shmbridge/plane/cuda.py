@@ -22,120 +22,17 @@ from typing import NamedTuple
 
 import torch
 
-from shmbridge.errors import AttachError, PlanError
+from shmbridge.errors import AttachError, TornReply
 from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane import cuda_ipc
-from shmbridge.plane.cuda_exchange import Exchange, Export, Imported
+from shmbridge.plane import cuda_ipc, cuda_slab
 from shmbridge.plane.cuda_ipc import Event, Stream
-from shmbridge.plane.cuda_reads import ON_THEIR_WAY, Read, Reads
+from shmbridge.plane.cuda_slab import UNOPENED, Exchange, Export, Imported, Opened, Slab, stamp
 from shmbridge.plane.tensors import Slots
-from shmbridge.shm import process
 from shmbridge.shm.process import Identity
 from shmbridge.shm.session import Lane, Shape, Token
 
-_STAMP_BYTES = 8
-_GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
-_NUMBERS = 2**43
-_SAMPLE_BYTES = 4096
-
-# What torch raises for handles: CUDA's refusals, and its own of what is garbled.
-_UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
-
-
-def slab_bytes(slots: int, stride: int) -> int:
-    """Bytes of `slots` reply slots of `stride` bytes, their stamps, and the sample, which no reply writes over: a rank opens
-    the slab of a later teacher when that has answered."""
-    return slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES
-
-
-class Slab:
-    """Teacher: the reply slots of one lane in this GPU's memory, held for the life of the process."""
-
-    def __init__(self, device: torch.device, slots: int, stride: int, generation: int) -> None:
-        """Allocate, and leave a sample behind the slots for the rank to check. Raises PlanError."""
-        self.device = device
-        self.slots, self.stride, self.generation = slots, stride, generation
-        try:
-            self.memory = cuda_ipc.allocate(slab_bytes(slots, stride), device)
-        except torch.OutOfMemoryError:
-            raise PlanError(
-                f"the reply slots of one rank take {slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
-                "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
-            ) from None
-        self.stream = cuda_ipc.side_stream(device)
-        self.stamps = _stamps(self.memory, slots, stride)
-        self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
-        sample = _sample(self.memory, slots, stride)
-        sample.copy_(torch.arange(len(sample), device=device) % 251)
-        self._checksum = int(sample.sum())
-        self.ready[0].record(cuda_ipc.current_stream(device))
-
-    def export(self, first: int = 0) -> Export:
-        """For one importer, which finds replies from number `first` on in it."""
-        pid, start = process.myself()
-        return Export(
-            torch=str(torch.__version__),
-            pid=pid,
-            start=start,
-            pid_namespace=cuda_ipc.pid_namespace(),
-            gpu=cuda_ipc.identify(self.device),
-            slots=self.slots,
-            stride=self.stride,
-            generation=self.generation,
-            first=first,
-            memory=cuda_ipc.export_memory(self.memory),
-            ready=tuple(map(cuda_ipc.export_event, self.ready)),
-            checksum=self._checksum,
-        )
-
-
-class Opened:
-    """Rank: a slab of the teacher's, opened on this rank's own device. To be kept for life."""
-
-    def __init__(self, export: Export, device: torch.device) -> None:
-        """Open, wait for the first event, and compare the sample.
-
-        Raises:
-            AttachError: what does not match, or what CUDA said; with the remedy.
-        """
-        _check(export)
-        self.device = device
-        self.slots, self.stride, self.generation = export.slots, export.stride, export.generation
-        try:
-            self.memory = cuda_ipc.open_memory(export.memory, device)
-            self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
-            stream = cuda_ipc.side_stream(device)  # the current one may wait for a teacher that is gone
-            stream.wait_event(self.ready[0])
-            with cuda_ipc.on(stream):
-                found = int(_sample(self.memory, self.slots, self.stride).sum())
-        except _UNOPENED as error:
-            raise AttachError(
-                f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
-            ) from None
-        if found != export.checksum:
-            raise AttachError(
-                f"{device} reads {found} from GPU {export.gpu}, where {export.checksum} was written: access between the two is "
-                "broken. Set plane=host, which goes through host memory."
-            )
-        self.stamps = _stamps(self.memory, self.slots, self.stride)
-
-
-def _check(export: Export) -> None:
-    """What both processes must have alike. Raises AttachError."""
-    if export.torch != torch.__version__:
-        raise AttachError(
-            f"the teacher has torch {export.torch}, this process {torch.__version__}: CUDA handles are made and opened by one "
-            "torch. Install the same in both, or set plane=host."
-        )
-    if export.pid_namespace != cuda_ipc.pid_namespace():
-        raise AttachError(
-            "the teacher runs in another PID namespace, where CUDA IPC does not work: start both in one container, or with "
-            "the host's (docker run --pid=host), or set plane=host."
-        )
-    if not (1 <= export.slots == len(export.ready) and export.generation < _GENERATIONS):
-        raise AttachError(f"the teacher's export tells {export.slots} slots, {len(export.ready)} events: garbled.")
-    if export.memory.nbytes < slab_bytes(export.slots, export.stride):
-        raise AttachError(f"the teacher's export tells {export.memory.nbytes} bytes for {export.slots} slots: garbled.")
+ON_THEIR_WAY = 256  # reads; a host that runs further ahead of its GPU waits for the oldest
+_PENDING, _TORN = 2, 1  # bytes of a word; a stream writes False or True
 
 
 class TeacherCudaPlane:
@@ -191,7 +88,7 @@ class TeacherCudaPlane:
             raise AttachError(f"the rank tells {len(imported.free)} events for {slab.slots} slots: garbled.")
         try:
             return [cuda_ipc.open_event(handle, slab.device) for handle in imported.free]
-        except _UNOPENED as error:
+        except UNOPENED as error:
             raise AttachError(
                 f"the rank's events cannot be opened on {slab.device}: {error}. Set plane=host."
             ) from None
@@ -201,7 +98,7 @@ class TeacherCudaPlane:
         self._begin(number)
         slab, slot = self._slab, number % self._slab.slots
         with cuda_ipc.on(self._stream):
-            slab.stamps[slot].fill_(_stamp(slab.generation, number))
+            slab.stamps[slot].fill_(stamp(slab.generation, number))
         slab.ready[slot].record(self._stream)
         return None
 
@@ -231,6 +128,69 @@ def _slab_of(
         slab = slabs[lane] = Slab(device, slots, stride, generation)
     slab.generation = generation
     return slab
+
+
+class Read(NamedTuple):
+    """One read that was launched, and the indexes of its words."""
+
+    number: int
+    stamp: int  # expected
+    teacher: Identity
+    ended: int
+    begun: int | None  # None: its stream launches nothing but reads, so it stands at the oldest
+
+
+class Reads:
+    """The reads of one rank, oldest first."""
+
+    def __init__(self, words: torch.Tensor, pause: Callable[[], None]) -> None:
+        """`words`: (2 * ON_THEIR_WAY,) bool in pinned host memory; the first half are for the ends of reads, the second for
+        their beginnings. `pause` sleeps for a moment."""
+        self.words = words.unbind()
+        self._bytes = memoryview(words.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._pause = pause
+        self._pending: deque[Read] = deque()
+        self._count = 0
+
+    def prepare(self, number: int, stamp: int, teacher: Identity, with_beginning: bool) -> Read:
+        """Give a read its words, before it is launched. Waits where ON_THEIR_WAY reads are pending. Raises TornReply."""
+        while len(self._pending) == ON_THEIR_WAY:
+            self.check()
+            if len(self._pending) == ON_THEIR_WAY:
+                self._pause()
+        ended = self._count % ON_THEIR_WAY
+        begun = ended + ON_THEIR_WAY if with_beginning else None
+        self._bytes[ended] = _PENDING
+        if begun is not None:
+            self._bytes[begun] = _PENDING
+        return Read(number, stamp, teacher, ended, begun)
+
+    def launched(self, read: Read) -> None:
+        """The stream will write the words of `read`."""
+        self._count += 1
+        self._pending.append(read)
+
+    def check(self) -> None:
+        """Look at the reads that are over, without waiting. Raises TornReply."""
+        while self._pending and (found := self._bytes[self._pending[0].ended]) != _PENDING:
+            read = self._pending.popleft()
+            if found == _TORN:
+                raise TornReply(
+                    f"reply {read.number} does not carry its stamp, {read.stamp:#x}: the teacher was killed while it wrote, or "
+                    "its memory was overwritten. Every position of the reply holds a NaN: go back to the last checkpoint."
+                )
+
+    def oldest(self) -> Read | None:
+        """The oldest read that the GPU has not finished. Any thread may ask."""
+        return next((read for read in tuple(self._pending) if self._bytes[read.ended] == _PENDING), None)
+
+    def stands_at(self) -> Read | None:
+        """The oldest read, where the GPU has come to it. Any thread may ask."""
+        read = self.oldest()
+        return None if read is None or (read.begun is not None and self._bytes[read.begun] == _PENDING) else read
+
+    def __len__(self) -> int:
+        return len(self._pending)
 
 
 class _Import(NamedTuple):
@@ -295,8 +255,8 @@ class RankCudaPlane:
         source = self._of(number)
         if self.keeps:
             self._held[number] = source
-        stamp = _stamp(source.slab.generation, number)
-        read = self._reads.prepare(number, stamp, source.teacher, with_beginning=self.keeps)
+        expected = stamp(source.slab.generation, number)
+        read = self._reads.prepare(number, expected, source.teacher, with_beginning=self.keeps)
         tensors = self._lend(source, read, extent) if self.keeps else self._copy(source, read, extent)
         self._reads.launched(read)
         return tensors
@@ -370,7 +330,7 @@ class RankCudaPlane:
         teacher = Identity(export.pid, export.start)
         self._opening = teacher, export.first
         try:
-            slab = Opened(export, self._device)
+            slab = cuda_slab.Opened(export, self._device)
         finally:
             self._opening = None
         found = slab.slots, slab.stride, slab.generation
@@ -436,19 +396,3 @@ def _poison(torn: torch.Tensor, firsts: list[torch.Tensor]) -> None:
 
 def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:
     return Slots(agreed.outputs, slab.slots, slab.stride, slab.memory)
-
-
-def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor, ...]:
-    """() int64 for each slot, behind the slots."""
-    start = slots * stride
-    with torch.inference_mode(False):
-        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64).unbind()
-
-
-def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
-    end = slab_bytes(slots, stride)
-    return memory[end - _SAMPLE_BYTES : end]
-
-
-def _stamp(generation: int, number: int) -> int:
-    return generation * _NUMBERS + number + 1

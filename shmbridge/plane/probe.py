@@ -41,7 +41,7 @@ class Exported(msgspec.Struct, frozen=True):
 
     refused: str | None = None  # why it cannot export
     facts: Facts = Facts("", 0, ())
-    exports: tuple[msgspec.Raw, ...] = ()  # cuda_exchange.Export as JSON, one for each importing GPU
+    exports: tuple[msgspec.Raw, ...] = ()  # cuda_slab.Export as JSON, one for each importing GPU
 
 
 class Task(msgspec.Struct, frozen=True):
@@ -92,7 +92,7 @@ def export(importers: int) -> None:
 
 def _export(importers: int, slabs: list[object]) -> Exported:
     """What is exported; `slabs` keeps it."""
-    from shmbridge.plane import cuda, cuda_ipc
+    from shmbridge.plane import cuda_ipc, cuda_slab
 
     own = facts()
     if not own.gpus:
@@ -101,7 +101,7 @@ def _export(importers: int, slabs: list[object]) -> Exported:
     reason = cuda_ipc.unusable(device)
     if reason:
         return Exported(reason, own)
-    made = [cuda.Slab(device, slots=1, stride=_STRIDE, generation=1) for _ in range(importers)]
+    made = [cuda_slab.Slab(device, slots=1, stride=_STRIDE, generation=1) for _ in range(importers)]
     slabs += made
     return Exported(None, own, tuple(msgspec.Raw(msgspec.json.encode(slab.export())) for slab in made))
 
@@ -157,14 +157,14 @@ def _open(task: Task, own: Facts, opened: list[object]) -> str | None:
     """Why the task's export cannot be used on its device; `opened` keeps it where it can."""
     import torch
 
-    from shmbridge.plane import cuda, cuda_exchange
+    from shmbridge.plane import cuda_slab
 
     theirs = own.gpus.index(task.facts.gpus[0])
     try:
         if theirs != task.device and not torch.cuda.can_device_access_peer(task.device, theirs):
             return "no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)"
-        export = msgspec.json.decode(task.export, type=cuda_exchange.Export)
-        opened.append(cuda.Opened(export, _device(task.device)))
+        export = msgspec.json.decode(task.export, type=cuda_slab.Export)
+        opened.append(cuda_slab.Opened(export, _device(task.device)))
     except Exception as error:
         return _told(error)
     return None

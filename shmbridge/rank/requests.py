@@ -28,7 +28,7 @@ from shmbridge.errors import (
     TeacherError,
 )
 from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane import base
+from shmbridge.plane import select
 from shmbridge.plane.base import RankPlane
 from shmbridge.plane.tensors import DTYPES
 from shmbridge.rank import stuck
@@ -91,7 +91,7 @@ class Requests:
         self._outputs = agreed.outputs
         self.device = choose(session, device)
         if session.plane is None:
-            session.plane = base.of_rank(session, agreed, self.device)
+            session.plane = select.of_rank(session, agreed, self.device)
             session.plane_device = self.device
         elif session.plane_device != self.device:
             raise AttachError(

@@ -23,7 +23,7 @@ from shmbridge.errors import AttachError, ConfigError, PeerLost
 from shmbridge.head import Head
 from shmbridge.output_spec import Offer
 from shmbridge.plane import shared_head
-from shmbridge.plane.base import Slabs
+from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token

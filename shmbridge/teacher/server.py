@@ -20,8 +20,9 @@ import torch
 from shmbridge.errors import AttachError
 from shmbridge.log import Trace, logger
 from shmbridge.output_spec import Extent, Offer, reply_bytes
-from shmbridge.plane import base, cuda_runtime
-from shmbridge.plane.base import Slabs, TeacherPlane
+from shmbridge.plane import cuda_runtime, select
+from shmbridge.plane.base import TeacherPlane
+from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import Lane, TeacherSession
 from shmbridge.shm.status import Phase
@@ -251,7 +252,7 @@ class Server:
         self._planes[lane.index] = self._plane(lane)
 
     def _plane(self, lane: Lane) -> TeacherPlane:
-        return base.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
+        return select.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
 
     def _fail(self, answer: Answer, trouble: _Trouble) -> None:
         answer.error = trouble.traceback

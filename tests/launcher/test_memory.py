@@ -19,7 +19,7 @@ from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
-from shmbridge.plane import cuda, cuda_ipc
+from shmbridge.plane import cuda_ipc, cuda_slab
 from shmbridge.shm import layout
 
 GIB = 2**30
@@ -384,7 +384,7 @@ def with_free(gpu: Gpu, free: float) -> Gpu:
 
 def test_a_slab_takes_what_it_allocates():
     for slots, stride in ((1, 4096), (2, 10 * MIB), (3, 4096 * 2049)):
-        assert memory.slab_bytes(slots, stride) == cuda_ipc.block_bytes(cuda.slab_bytes(slots, stride))
+        assert memory.slab_bytes(slots, stride) == cuda_ipc.block_bytes(cuda_slab.slab_bytes(slots, stride))
 
 
 def test_replies_on_gpus_are_counted_where_they_lie():

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from shmbridge.plane import cuda
 from tests import harness
 from tests.fake_cuda import FakeCuda
 
@@ -40,5 +39,5 @@ def plane(request, monkeypatch) -> str:
     name: str = request.param
     monkeypatch.setattr(harness, "PLANE", PLANES[name])
     if name != "host":
-        monkeypatch.setattr(cuda, "cuda_ipc", FakeCuda())
+        FakeCuda().install(monkeypatch)
     return name

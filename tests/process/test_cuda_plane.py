@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from shmbridge.errors import TeacherDied, TornReply
-from shmbridge.plane import cuda
 from shmbridge.plane.cuda import TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.ring import Ring
@@ -34,9 +33,7 @@ IDS = torch.arange(1, 7).view(1, 6)
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch) -> FakeCuda:
-    made = FakeCuda()
-    monkeypatch.setattr(cuda, "cuda_ipc", made)
-    return made
+    return FakeCuda().install(monkeypatch)
 
 
 def floats(batch: Batch) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from shmbridge.errors import TeacherDied
-from shmbridge.plane import cuda
 from shmbridge.rank import stuck
 from shmbridge.rank.stuck import Stuck
 from shmbridge.shm import heartbeat
@@ -27,7 +26,7 @@ IDS = torch.arange(8).reshape(2, 4)
 
 def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
     fake = FakeCuda()
-    monkeypatch.setattr(cuda, "cuda_ipc", fake)
+    fake.install(monkeypatch)
     monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
     with bench(1, "plane=cuda_ipc") as it:
         teacher = it.teacher(Echo())
@@ -64,7 +63,7 @@ def test_the_watchdogs_thread_makes_no_call_of_cuda(read, monkeypatch):
         for name, method in vars(kind).items():
             if inspect.isfunction(method) and not name.startswith("_"):
                 monkeypatch.setattr(kind, name, noted(method))
-    monkeypatch.setattr(cuda, "cuda_ipc", fake)
+    fake.install(monkeypatch)
     monkeypatch.setattr(heartbeat, "EVERY_S", 0.001)
     with bench(1, "plane=cuda_ipc", f"cuda.read={read}", "timeouts.shutdown_s=0.1") as it:
         it.teacher(Echo())
@@ -91,7 +90,7 @@ SAID = "CUDA error: an illegal memory access was encountered"
 @pytest.mark.parametrize("surfaces", ["in the bridge", "in the loop"])
 def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_process(surfaces, monkeypatch, promise):
     fake = FakeCuda()
-    monkeypatch.setattr(cuda, "cuda_ipc", fake)
+    fake.install(monkeypatch)
     monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
     with bench(1, "plane=cuda_ipc") as it:
         teacher = it.teacher(Echo())
@@ -121,7 +120,7 @@ def raises(*_: object) -> None:
 
 
 def test_a_cuda_error_while_the_teacher_lives_is_the_loops_own(monkeypatch):
-    monkeypatch.setattr(cuda, "cuda_ipc", FakeCuda())
+    FakeCuda().install(monkeypatch)
     monkeypatch.setattr(stuck, "DEATH_S", 0.01)
     with bench(1, "plane=cuda_ipc") as it:
         it.teacher(Echo())

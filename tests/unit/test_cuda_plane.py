@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from shmbridge import config
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
-from shmbridge.plane import cuda, cuda_exchange, cuda_ipc, tensors
+from shmbridge.plane import cuda_ipc, cuda_slab, tensors
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import layout
@@ -119,7 +119,7 @@ class Pair:
 
 @contextmanager
 def opened(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[Pair]:
-    monkeypatch.setattr(cuda, "cuda_ipc", gpu)
+    gpu.install(monkeypatch)
     pair = Pair(gpu, *overrides)
     try:
         yield pair
@@ -438,7 +438,7 @@ def test_a_gpu_takes_the_time_of_its_waits_only_for_somebody_who_reads_it(monkey
 
 def test_each_lane_has_an_export_of_its_own(monkeypatch):
     gpu = SimGpu()
-    monkeypatch.setattr(cuda, "cuda_ipc", gpu)
+    gpu.install(monkeypatch)
     overrides = ["teacher.model=tests:teacher", "plane=cuda_ipc", "ring.max_tokens=64"]
     with Owner(config.load(overrides=overrides), 3) as owner, gpu.process("teacher"):
         token = owner.start_generation()
@@ -450,7 +450,7 @@ def test_each_lane_has_an_export_of_its_own(monkeypatch):
         session.next_generation()
         Server(session, forward, encoder, agreed, CPU)
         assert gpu.exports == 3
-        exports = [cuda_exchange.Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]
+        exports = [cuda_slab.Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]
         assert len({export.memory.handle for export in exports}) == 3
         assert len({handle for export in exports for handle in export.ready}) == 3 * exports[0].slots
 
@@ -524,7 +524,7 @@ def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypat
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_rank_that_opens_a_new_teachers_slab_stands_at_its_reply(refused, monkeypatch):
     """Opening waits for an event of that teacher's, which may be killed meanwhile: the watchdog must know."""
-    gpu, real, seen = SimGpu(), cuda.Opened, []
+    gpu, real, seen = SimGpu(), cuda_slab.Opened, []
 
     def opened(export, device):
         seen.append(rank.stands_at())
@@ -537,7 +537,7 @@ def test_a_rank_that_opens_a_new_teachers_slab_stands_at_its_reply(refused, monk
         take_over(pair)
         pending = pair.submit(ids(0))
         pair.teach()
-        monkeypatch.setattr(cuda, "Opened", opened)
+        monkeypatch.setattr(cuda_slab, "Opened", opened)
         with suppress(AttachError):
             pair.read(pending)
         gpu.run()
@@ -635,14 +635,14 @@ def no_stamp(self, number):
 
 
 def wrong_stamp(self, number):
-    with cuda.cuda_ipc.on(self._stream):
+    with cuda_slab.cuda_ipc.on(self._stream):
         self._slab.stamps[number % self._slab.slots].fill_(12345)
     no_stamp(self, number)
 
 
 def stamp_of_an_earlier_generation(self, number):
-    with cuda.cuda_ipc.on(self._stream):
-        self._slab.stamps[number % self._slab.slots].fill_(cuda._stamp(self._slab.generation - 1, number))
+    with cuda_slab.cuda_ipc.on(self._stream):
+        self._slab.stamps[number % self._slab.slots].fill_(cuda_slab.stamp(self._slab.generation - 1, number))
     no_stamp(self, number)
 
 
@@ -793,7 +793,7 @@ def test_another_torch_is_named_with_the_remedy(monkeypatch):
         monkeypatch.setattr(torch, "__version__", "2.1.0")
         pair.open_teacher()
         monkeypatch.undo()
-        monkeypatch.setattr(cuda, "cuda_ipc", pair.gpu)
+        pair.gpu.install(monkeypatch)
         with pytest.raises(AttachError, match=r"torch 2\.1\.0, this process .*plane=host"):
             pair.open_rank()
 

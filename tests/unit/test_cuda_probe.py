@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shmbridge.errors import AttachError, PlanError
-from shmbridge.plane import cuda, cuda_exchange, cuda_ipc
+from shmbridge.plane import cuda_ipc, cuda_slab
 from shmbridge.plane import probe as cuda_probe
 from shmbridge.plane.probe import Exported, Facts, Task, Tried
 from tests.fake_cuda import FakeCuda
@@ -28,8 +28,7 @@ THEIRS = Facts("2.9.0", 7, ("GPU-teacher", "GPU-train"))
 @pytest.fixture
 def fake(monkeypatch) -> FakeCuda:
     """CUDA whose memory is files, on two GPUs that both see."""
-    made = FakeCuda()
-    monkeypatch.setattr(cuda, "cuda_ipc", made)
+    made = FakeCuda().install(monkeypatch)
     monkeypatch.setattr(cuda_ipc, "unusable", lambda device: None)
     monkeypatch.setattr(cuda_probe, "facts", lambda: THEIRS)
     monkeypatch.setattr(cuda_probe, "_device", lambda index: CPU)
@@ -58,7 +57,7 @@ def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeyp
     message = cuda_probe._export(2, slabs)
     assert message.facts == THEIRS
     assert message.refused is None
-    handles = {msgspec.json.decode(export, type=cuda_exchange.Export).memory.handle for export in message.exports}
+    handles = {msgspec.json.decode(export, type=cuda_slab.Export).memory.handle for export in message.exports}
     assert len(handles) == 2, "each importing GPU has a slab of its own"
     assert len(slabs) == 2
     monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)
@@ -68,9 +67,9 @@ def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeyp
 
 def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, capsys, monkeypatch):
     kept = weakref.WeakSet()
-    real = cuda.Slab
+    real = cuda_slab.Slab
 
-    def slab(*args: object, **kwargs: object) -> cuda.Slab:
+    def slab(*args: object, **kwargs: object) -> cuda_slab.Slab:
         made = real(*args, **kwargs)
         kept.add(made)
         return made
@@ -81,7 +80,7 @@ def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, caps
         return b""
 
     events: list[tuple[object, ...]] = []
-    monkeypatch.setattr(cuda, "Slab", slab)
+    monkeypatch.setattr(cuda_slab, "Slab", slab)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=told)))
     cuda_probe.export(2)
     assert events == [(None, 2, 2)]
@@ -105,7 +104,7 @@ def test_a_message_is_told_from_what_else_is_printed():
     ],
 )
 def test_an_exporter_says_why_it_cannot(fake, capsys, monkeypatch, part, replacement, refused):
-    module = {"unusable": cuda_ipc, "Slab": cuda, "facts": cuda_probe}[part]
+    module = {"unusable": cuda_ipc, "Slab": cuda_slab, "facts": cuda_probe}[part]
     monkeypatch.setattr(module, part, raising(replacement) if isinstance(replacement, Exception) else replacement)
     message = exported(capsys, monkeypatch)
     assert message.refused == refused
@@ -133,8 +132,8 @@ def raising(error: Exception):
 )
 def test_an_importer_says_why_it_cannot(fake, capsys, monkeypatch, error, reason):
     message = cuda_probe._export(2, [])
-    real = cuda.Opened
-    monkeypatch.setattr(cuda, "Opened", lambda *args: raising(error)() if not fake.tried else real(*args))
+    real = cuda_slab.Opened
+    monkeypatch.setattr(cuda_slab, "Opened", lambda *args: raising(error)() if not fake.tried else real(*args))
     fake.tried = 0
     cuda_probe.try_all(tasks_of(message)[:1])
     fake.tried = 1
@@ -146,7 +145,7 @@ def test_gpus_without_peer_access_are_not_opened(fake, capsys, monkeypatch):
     message = cuda_probe._export(2, [])
     monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: (device, other) != (0, 1))
-    monkeypatch.setattr(cuda, "Opened", raising(AssertionError("it was opened")))
+    monkeypatch.setattr(cuda_slab, "Opened", raising(AssertionError("it was opened")))
     cuda_probe.try_all(tasks_of(message)[:1])
     assert said(capsys, Tried) == [Tried("no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)")]
 
@@ -191,7 +190,7 @@ def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, train
         assert found is None
         return
     monkeypatch.setattr(cuda_probe, "facts", lambda: ours)
-    monkeypatch.setattr(cuda, "Opened", raising(AssertionError("it was opened")))
+    monkeypatch.setattr(cuda_slab, "Opened", raising(AssertionError("it was opened")))
     cuda_probe.try_all([Task(device, theirs, msgspec.Raw(b"{}"))])
     assert said(capsys, Tried) == [Tried(found, of_jobs=True)]
     assert re.search(reason, found)

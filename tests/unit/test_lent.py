@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from shmbridge.errors import Closed, RingFull
 from shmbridge.losses import forward_kl, generalized_jsd, reverse_kl
-from shmbridge.plane import cuda
 from shmbridge.rank.bridge import Bridge, Lease, Reply
 from tests import harness
 from tests.fake_cuda import FakeCuda
@@ -34,7 +33,7 @@ def logits(batch) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def bridge(request, monkeypatch) -> Iterator[Bridge]:
     """With two slots, or two chunks."""
-    monkeypatch.setattr(cuda, "cuda_ipc", FakeCuda())
+    FakeCuda().install(monkeypatch)
     with harness.bench(1, "ring.depth=2", *request.param) as it:
         it.teacher(logits)
         with it.bridge() as bridge:

@@ -1,0 +1,235 @@
+"""The GPU memory in which the replies of one lane lie, and how the teacher hands it to the rank.
+
+The handles of memory and events are JSON in the lane's reply segment. The teacher writes an export when it takes a lane over;
+the two newest are kept. The rank answers with its own events.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+import torch
+
+from shmbridge.errors import AttachError, PlanError
+from shmbridge.plane import cuda_ipc
+from shmbridge.plane.cuda_ipc import MemoryHandle
+from shmbridge.shm import layout, process
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Names, Shape, Token
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_STAMP_BYTES = 8
+_GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
+_NUMBERS = 2**43
+_SAMPLE_BYTES = 4096
+
+# What torch raises for handles: CUDA's refusals, and its own of what is garbled.
+UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
+
+
+def slab_bytes(slots: int, stride: int) -> int:
+    """Bytes of `slots` reply slots of `stride` bytes, their stamps, and the sample, which no reply writes over: a rank opens
+    the slab of a later teacher when that has answered."""
+    return slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES
+
+
+class Export(msgspec.Struct, frozen=True):
+    """What a rank needs to open its lane's slab. It is made once, for that rank alone."""
+
+    torch: str
+    pid: int
+    start: int  # of the process: see peer.Identity
+    pid_namespace: int
+    gpu: str  # UUID
+    slots: int
+    stride: int
+    generation: int
+    first: int  # number of the first reply, or chunk, that lies in it
+    memory: MemoryHandle
+    ready: tuple[bytes, ...]  # event handles, one for each slot
+    checksum: int  # of the sample in the first slot
+
+
+class Imported(msgspec.Struct, frozen=True):
+    """The rank's answer to an export."""
+
+    free: tuple[bytes, ...]  # event handles, one for each slot
+
+
+class Slab:
+    """Teacher: the reply slots of one lane in this GPU's memory, held for the life of the process."""
+
+    def __init__(self, device: torch.device, slots: int, stride: int, generation: int) -> None:
+        """Allocate, and leave a sample behind the slots for the rank to check. Raises PlanError."""
+        self.device = device
+        self.slots, self.stride, self.generation = slots, stride, generation
+        try:
+            self.memory = cuda_ipc.allocate(slab_bytes(slots, stride), device)
+        except torch.OutOfMemoryError:
+            raise PlanError(
+                f"the reply slots of one rank take {slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
+                "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
+            ) from None
+        self.stream = cuda_ipc.side_stream(device)
+        self.stamps = _stamps(self.memory, slots, stride)
+        self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
+        sample = _sample(self.memory, slots, stride)
+        sample.copy_(torch.arange(len(sample), device=device) % 251)
+        self._checksum = int(sample.sum())
+        self.ready[0].record(cuda_ipc.current_stream(device))
+
+    def export(self, first: int = 0) -> Export:
+        """For one importer, which finds replies from number `first` on in it."""
+        pid, start = process.myself()
+        return Export(
+            torch=str(torch.__version__),
+            pid=pid,
+            start=start,
+            pid_namespace=cuda_ipc.pid_namespace(),
+            gpu=cuda_ipc.identify(self.device),
+            slots=self.slots,
+            stride=self.stride,
+            generation=self.generation,
+            first=first,
+            memory=cuda_ipc.export_memory(self.memory),
+            ready=tuple(map(cuda_ipc.export_event, self.ready)),
+            checksum=self._checksum,
+        )
+
+
+Slabs = dict[int, Slab]
+"""GPU memory that a teacher's process has exported, by lane; it outlives generations."""
+
+
+class Opened:
+    """Rank: a slab of the teacher's, opened on this rank's own device. To be kept for life."""
+
+    def __init__(self, export: Export, device: torch.device) -> None:
+        """Open, wait for the first event, and compare the sample.
+
+        Raises:
+            AttachError: what does not match, or what CUDA said; with the remedy.
+        """
+        _check(export)
+        self.device = device
+        self.slots, self.stride, self.generation = export.slots, export.stride, export.generation
+        try:
+            self.memory = cuda_ipc.open_memory(export.memory, device)
+            self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
+            stream = cuda_ipc.side_stream(device)  # the current one may wait for a teacher that is gone
+            stream.wait_event(self.ready[0])
+            with cuda_ipc.on(stream):
+                found = int(_sample(self.memory, self.slots, self.stride).sum())
+        except UNOPENED as error:
+            raise AttachError(
+                f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
+            ) from None
+        if found != export.checksum:
+            raise AttachError(
+                f"{device} reads {found} from GPU {export.gpu}, where {export.checksum} was written: access between the two is "
+                "broken. Set plane=host, which goes through host memory."
+            )
+        self.stamps = _stamps(self.memory, self.slots, self.stride)
+
+
+def _check(export: Export) -> None:
+    """What both processes must have alike. Raises AttachError."""
+    if export.torch != torch.__version__:
+        raise AttachError(
+            f"the teacher has torch {export.torch}, this process {torch.__version__}: CUDA handles are made and opened by one "
+            "torch. Install the same in both, or set plane=host."
+        )
+    if export.pid_namespace != cuda_ipc.pid_namespace():
+        raise AttachError(
+            "the teacher runs in another PID namespace, where CUDA IPC does not work: start both in one container, or with "
+            "the host's (docker run --pid=host), or set plane=host."
+        )
+    if not (1 <= export.slots == len(export.ready) and export.generation < _GENERATIONS):
+        raise AttachError(f"the teacher's export tells {export.slots} slots, {len(export.ready)} events: garbled.")
+    if export.memory.nbytes < slab_bytes(export.slots, export.stride):
+        raise AttachError(f"the teacher's export tells {export.memory.nbytes} bytes for {export.slots} slots: garbled.")
+
+
+def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor, ...]:
+    """() int64 for each slot, behind the slots."""
+    start = slots * stride
+    with torch.inference_mode(False):
+        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64).unbind()
+
+
+def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
+    end = slab_bytes(slots, stride)
+    return memory[end - _SAMPLE_BYTES : end]
+
+
+def stamp(generation: int, number: int) -> int:
+    return generation * _NUMBERS + number + 1
+
+
+class Exchange:
+    """The segment of one lane that holds the handles of its teachers and of its rank."""
+
+    def __init__(self, token: Token, shape: Shape, lane: int) -> None:
+        name = Names(token.session_id).reply(token.generation, lane)
+        self._segment = segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
+        self._capacity = layout.exchange_capacity(shape.reply_slots)
+        if segment.bytes.nbytes != shape.exchange_bytes:
+            raise AttachError(
+                f"segment {name} has {segment.bytes.nbytes} bytes, the exchange of CUDA handles takes "
+                f"{shape.exchange_bytes}: garbled."
+            )
+
+    @property
+    def exports(self) -> int:
+        """How many exports there were."""
+        return self._segment.words[layout.ExchangeWord.EXPORTS]
+
+    @property
+    def imported(self) -> int:
+        """The export that the rank has answered last."""
+        return self._segment.words[layout.ExchangeWord.IMPORTED]
+
+    def write_export(self, export: Export) -> int:
+        """Which of the lane's exports it is, from 1 on."""
+        nth = self.exports + 1
+        self._write(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, export)
+        self._segment.words[layout.ExchangeWord.EXPORTS] = nth
+        return nth
+
+    def read_export(self, nth: int) -> Export:
+        """Raises AttachError; also where two more exports have taken its place."""
+        export = self._read(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, Export)
+        if self.exports > nth + 1:
+            raise AttachError(
+                f"the lane went through {self.exports - nth} teachers since this rank last read a reply, so the memory of the "
+                f"first of them is no longer known: start again from the last checkpoint."
+            )
+        return export
+
+    def write_imported(self, nth: int, imported: Imported) -> None:
+        """The answer to export `nth`."""
+        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 2, imported)
+        self._segment.words[layout.ExchangeWord.IMPORTED] = nth
+
+    def read_imported(self) -> Imported:
+        """The newest answer. Raises AttachError."""
+        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 2, Imported)
+
+    def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
+        text = msgspec.json.encode(what)
+        assert len(text) <= self._capacity, "exchange_capacity is too small"
+        start = layout.PAGE + area * self._capacity
+        self._segment.bytes[start : start + len(text)] = text
+        self._segment.words[word] = len(text)
+
+    def _read(self, word: int, area: int, kind: type[T]) -> T:
+        nbytes = self._segment.words[word]
+        start = layout.PAGE + area * self._capacity
+        if nbytes > self._capacity:
+            raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")
+        try:
+            return msgspec.json.decode(bytes(self._segment.bytes[start : start + nbytes]), type=kind)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise AttachError(f"segment {self._segment.name} holds garbled CUDA handles: {error}.") from None
