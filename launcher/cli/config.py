@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def page(settings: Config, given: Mapping[str, Any]) -> str:
-    """All settings as commented YAML, which `config.load` reads back as the same settings. `given` are those that are not
-    left to their defaults."""
+    """All settings as commented YAML, which `config.load` reads back as the same settings. `given` has the settings
+    that the user gave."""
     tree = msgspec.to_builtins(settings)
     if not (given.get("payload") or {}).get(
         "logits"

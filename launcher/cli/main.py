@@ -14,7 +14,8 @@ from launcher.codes import INTERRUPTED, REFUSED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: the failed child's own, 128 + signal, or 2 where nothing was started."""
+    """Run a command line. Returns the exit code: that of the failed child, 128 + signal, or 2 if nothing was
+    started."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = parsers.launch()
     if not argv:
@@ -60,7 +61,7 @@ def _command(argv: Sequence[str]) -> int:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What is the launcher's, and the training command after the first `--`."""
+    """The launcher's arguments, and the training command after the first `--`."""
     arguments = list(argv)
     at = arguments.index("--") if "--" in arguments else len(arguments)
     return arguments[:at], arguments[at + 1 :]

@@ -1,5 +1,5 @@
-"""Every flag and sub-command, as argparse parsers. The standard library alone: shell completion is generated from here at
-build time."""
+"""Every flag and sub-command, as argparse parsers. It imports only the standard library, because shell completion is
+generated from it at build time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Completion: put `eval "$({PROGRAM} completion bash)"` into ~/.bashrc (or zsh and
 
 
 def launch() -> argparse.ArgumentParser:
-    """The parser of what stands before `--` where a run is started."""
+    """The parser of the arguments before `--` of a run."""
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -146,7 +146,7 @@ def _add_kept_commands(commands: argparse._SubParsersAction[argparse.ArgumentPar
 
 
 def command(name: str) -> argparse.ArgumentParser:
-    """The parser of what follows one of COMMANDS."""
+    """The parser of the arguments after one of COMMANDS."""
     says = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}", description=f"{says[0].upper()}{says[1:]}.", allow_abbrev=False
@@ -180,7 +180,8 @@ def add_command_flags(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def whole() -> argparse.ArgumentParser:
-    """All commands in one parser. Completion is generated from it; it does not parse, since a run has no command."""
+    """All commands in one parser, from which completion is generated. It is not used to parse, since a run has no
+    command."""
     parser = argparse.ArgumentParser(prog=PROGRAM, allow_abbrev=False)
     _add_launch_flags(parser)
     commands = parser.add_subparsers()
@@ -228,7 +229,7 @@ def refuse_missing_separator(parser: argparse.ArgumentParser, argv: Sequence[str
 
 
 def _length_of_own(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    """How many words at the beginning are flags with their values, or settings."""
+    """How many of the first words are flags with their values, or settings."""
     takes_value = False
     for at, word in enumerate(argv):
         option = parser._option_string_actions.get(word)

@@ -1,4 +1,4 @@
-"""Who runs where, as it is told before anything starts."""
+"""The header of a run, printed before anything starts: which job runs on which GPUs, with how many threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.plan.plan import Plan
 
 
 def make(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:
-    """The lines of a run in directory `run`; `session` is empty where the bridge is off, `base` the launcher's
+    """The header of a run in directory `run`. `session` is empty if the bridge is off; `base` is the launcher's
     environment."""
     rows = [("run", str(run))]
     if planned.teachers:
@@ -41,7 +41,7 @@ def _teachers(planned: Plan) -> str:
 
 
 def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int) -> str:
-    """GPUs, or the CPU, of `processes` processes with `threads` threads each."""
+    """`GPU 0,1, 4 threads each`, or `the CPU, 2 threads`."""
     gpus = listed([",".join(str(gpu.number) for gpu in own) for own in shares if own])
     where = f"GPU {gpus}" if gpus else "the CPU"
     if threads is None:
@@ -50,14 +50,14 @@ def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int)
 
 
 def _allocator(planned: Plan, run: Path, base: Mapping[str, str]) -> str:
-    """What the teachers' environment lacks so that the ranks can open their memory."""
+    """Which allocator options the teachers do not get, so that ranks can open their memory."""
     first, *_ = planned.jobs(run, "")
     found = [f"{' and '.join(options)} of {name}" for name, options in first.strips(base).items()]
     return f"the teacher runs without {listed(found)}, under which ranks cannot open its memory" if found else ""
 
 
 def _sharing(planned: Plan) -> str:
-    """What it means that processes share a GPU."""
+    """A remark about processes that share a GPU."""
     cards = list(dict.fromkeys(planned.train_gpus))
     both = [gpu.number for own in planned.teachers for gpu in own if gpu in cards]
     lines = [f"{plane.called(both)}: the teacher's and training's"] if both else []

@@ -27,10 +27,11 @@ _PREFIX = re.compile(r"^(?:\[(?!rank\d)\w+\d\]:)?(?:\[rank\d+\]: ?)?")
 
 
 class Tail:
-    """One growing file. Complete lines come out; of a line with carriage returns, such as a progress bar, its last state.
+    """Reads a growing file by complete lines. A line with carriage returns, such as a progress bar, is reduced to its
+    last state.
 
-    `unfinished` is the last state of the line that has no end yet, and `changed_at` the time (monotonic, in seconds) since
-    which it is so; `is_bar` tells that it has carriage returns.
+    `unfinished` is the last state of the line that has no end yet, and `changed_at` the monotonic time in seconds at
+    which it changed; `is_bar` is True if it has carriage returns.
     """
 
     def __init__(self, source: str, path: Path, *, from_end: bool = False) -> None:
@@ -45,7 +46,7 @@ class Tail:
         self._begin = path.stat().st_size if from_end and path.exists() else 0
 
     def read(self) -> list[str]:
-        """Lines that were completed since the last call, of at most 1 MiB."""
+        """Lines that were completed since the last call. Reads at most 1 MiB."""
         return self._split(self._chunk())
 
     def _split(self, chunk: bytes) -> list[str]:
@@ -61,7 +62,7 @@ class Tail:
         return [self._decode(line) for line in lines]
 
     def finish(self) -> list[str]:
-        """What is left in the file, its last line complete or not."""
+        """The rest of the file, including an incomplete last line."""
         lines: list[str] = []
         while chunk := self._chunk():
             lines += self._split(chunk)
@@ -88,7 +89,7 @@ class Tail:
         return text
 
     def _remember(self, line: str) -> None:
-        """Keep the last traceback: a chatty log pushes it out of its last lines."""
+        """Keep the last traceback, which later lines would push out of the last lines."""
         if line.endswith(_TRACEBACK):
             self.traceback, self._in_traceback = [], True
         if self._in_traceback and len(self.traceback) < _LONGEST_TRACEBACK:
@@ -103,7 +104,7 @@ def _last_state(line: bytes) -> bytes:
 
 
 class _Shown(NamedTuple):
-    """What is shown of an unfinished line, since when (monotonic, in seconds)."""
+    """The part of an unfinished line that is shown, and since when (monotonic, in seconds)."""
 
     at: float
     text: str = ""
@@ -132,7 +133,7 @@ class Logs:
         self._missing += 2 * ranks
 
     def pump(self) -> bool:
-        """Show what was written since the last call. Returns whether there was anything."""
+        """Show what was written since the last call. Returns whether anything was."""
         self._discover()
         shown = 0
         for tail in self._tails:
@@ -145,7 +146,7 @@ class Logs:
         return shown > 0
 
     def finish(self) -> None:
-        """Show all that is left."""
+        """Show the rest of all files."""
         self._discover()
         for tail in self._tails:
             self._show(tail, tail.finish())
@@ -172,7 +173,7 @@ class Logs:
             self._console.line(tail.source, line)
 
     def _show_unfinished(self, tail: Tail, now: float) -> None:
-        """Draw or print a progress bar from time to time, and a prompt once it has stood still."""
+        """Draw or print a progress bar from time to time, and a prompt once it has not changed for a while."""
         redraws = self._console.redraws
         if not tail.unfinished and tail not in self._shown:
             return

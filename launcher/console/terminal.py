@@ -1,7 +1,8 @@
-"""The terminal: one aligned, coloured prefix per source. A terminal that went away ends nothing.
+"""Prints lines to the terminal, with an aligned, coloured prefix for each source. The run goes on when the terminal is
+closed.
 
-Lines that are not finished, such as progress bars and prompts, stand below all others and are drawn again in their place.
-Where the output is no terminal, `redraws` is False, and whoever has such a line prints it from time to time.
+Unfinished lines, such as progress bars and prompts, are drawn below all others and redrawn in place. If the output is
+not a terminal, `redraws` is False, and the source prints such a line from time to time.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _CODES = re.compile(r"\033\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
 
 
 class Console:
-    """Writes whole lines. Colours where the stream is a terminal and NO_COLOR is not set.
+    """Writes whole lines, in colour if the stream is a terminal and NO_COLOR is not set.
 
-    Bytes go to the file descriptor itself: a non-blocking one (another program's doing, the description is shared) takes a
-    part of them or none, and Python's text streams lose the rest.
+    Bytes are written to the file descriptor directly. Another program that shares it may have made it non-blocking; it
+    then takes a part of the bytes or none, and Python's text streams would lose the rest.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -47,7 +48,7 @@ class Console:
         self._prefix_width = max(self._prefix_width, len(f"[{source}]"))
 
     def say(self, text: str) -> None:
-        """A line of the launcher's own, shown at once."""
+        """Print a line of the launcher at once."""
         self.line(LAUNCHER, text)
         self.flush()
 
@@ -57,7 +58,8 @@ class Console:
         self.write("".join(f"{prefix} {line}".rstrip() + "\n" for line in text.split("\n")))
 
     def unfinished(self, owner: object, source: str, text: str) -> None:
-        """From the next flush on `[source] text` stands below all lines, in place of what `owner` had there. Empty: nothing."""
+        """From the next flush on draw `[source] text` below all lines, in place of the last one of `owner`. An empty
+        text removes it."""
         if self._unfinished.get(owner, (source, "")) == (source, text):
             return
         self._erase()
@@ -82,7 +84,7 @@ class Console:
             self._append(f"\r{up}\033[J")
 
     def _draw(self) -> None:
-        """The cursor stays behind the last of them, where a user answers a prompt."""
+        """Draw the unfinished lines. The cursor stays behind the last one, where a user answers a prompt."""
         if self._drawn or not self._unfinished:
             return
         columns, rows = self._size()
@@ -112,11 +114,11 @@ class Console:
 
     @property
     def behind(self) -> bool:
-        """The stream has not taken everything."""
+        """Whether the stream has not taken everything yet."""
         return bool(self._pending)
 
     def flush(self, patience_s: float = 0.0) -> None:
-        """Give the stream what it takes now, or takes within `patience_s` where it is slow."""
+        """Write what the stream takes at once, or within `patience_s` if it is slow."""
         self._draw()
         self._give_all(patience_s)
 
@@ -152,7 +154,7 @@ class Console:
         return left_s > 0 and bool(poll.poll(left_s * 1000))
 
     def _lose(self) -> None:
-        """Whoever read the output has gone (`| head`, a closed terminal): the run goes on, its logs are in files."""
+        """The reader of the output is gone (`| head`, a closed terminal). The run goes on; its logs are in files."""
         self._open = False
         self._pending.clear()
         if self._fd is not None:
@@ -162,7 +164,7 @@ class Console:
 
 
 def _descriptor(stream: TextIO) -> int | None:
-    """None for a stream in memory."""
+    """The stream's file descriptor; None for a stream in memory."""
     try:
         stream.flush()
         return stream.fileno()

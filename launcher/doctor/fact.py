@@ -34,9 +34,10 @@ Check = Callable[[], Finding]  # its function name is the name of the fact
 
 
 def gather(checks: Sequence[Check], limit_s: float) -> list[Fact]:
-    """Run all checks at once, each in a thread of its own, for `limit_s` seconds at most. Never raises.
+    """Run all checks at once, each in its own thread, for at most `limit_s` seconds. Never raises.
 
-    A check that raises, or gives no answer in time, is a warning that says so. Its thread does not keep the process alive.
+    A check that raises, or gives no answer in time, is a warning that says so. Its thread does not keep the process
+    alive.
     """
     found: dict[str, Fact] = {}
     deadline = time.monotonic() + limit_s

@@ -1,4 +1,4 @@
-"""Checks of the GPUs. They start processes: nvidia-smi, torch in one of its own, and the trial of CUDA IPC."""
+"""Checks of the GPUs. They start processes: nvidia-smi, a process that imports torch, and the trial of CUDA IPC."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NO_GPU = "not tried: no GPU"
 
 
 def facts(note: Callable[[str], None], environment: Mapping[str, str] = os.environ) -> list[Fact]:
-    """driver, cuda, gpus, peer_access and cuda_ipc. `note` is told what is being done, for somebody who waits.
+    """The facts driver, cuda, gpus, peer_access and cuda_ipc. `note` is called with a text before each slow check.
 
     Raises:
         trial.Stopped: a signal that ends the launcher arrived during the trial.
@@ -33,7 +33,7 @@ def facts(note: Callable[[str], None], environment: Mapping[str, str] = os.envir
 
 
 class _Look:
-    """One look at the GPUs: what nvidia-smi and torch said, which several checks are about."""
+    """What nvidia-smi and torch said of the GPUs, which several checks use."""
 
     def __init__(self, note: Callable[[str], None], environment: Mapping[str, str]) -> None:
         self._note, self._environment = note, environment
@@ -79,7 +79,7 @@ class _Look:
         return Finding("ok", f"{built}, and finds {_counted(self._seen_by_torch)}")
 
     def gpus(self) -> Finding:
-        """Which there are, and which a run cannot use."""
+        """Which GPUs there are, and which a run cannot use."""
         if isinstance(self._smi_problem, Finding):
             return self._smi_problem
         if not self._gpus:
@@ -132,7 +132,7 @@ class _Look:
         )
 
     def _ask_nvidia_smi(self) -> tuple[list[Gpu], Finding | str]:
-        """The visible GPUs, and a fault, or a remark about nvidia-smi."""
+        """The visible GPUs, and a fault or a remark about nvidia-smi."""
         try:
             answer = gpus.ask_nvidia_smi(self._environment)
             if answer.code == 0:
@@ -157,7 +157,7 @@ class _Look:
 def _commands(
     pairs: Sequence[Pair], cards: Sequence[Gpu], environment: Mapping[str, str]
 ) -> tuple[list[Command], Command]:
-    """The exporter and the importer, as the jobs of a run on these GPUs would be."""
+    """The commands of exporter and importer, as jobs of a run on these GPUs."""
     teacher, train = [pairs[0].teacher.number], [pair.train.number for pair in pairs]
 
     def command(job: str, base: Mapping[str, str], own: list[int], others: list[int], *arguments: str) -> Command:

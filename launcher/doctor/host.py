@@ -67,7 +67,7 @@ def driver() -> Finding:
 
 
 def driver_is_loaded() -> bool:
-    """Whether this process has NVIDIA's kernel module, or WSL's device, before it."""
+    """Whether this process sees NVIDIA's kernel module or WSL's device."""
     return any(path.exists() for path in (_PROC / "driver/nvidia/version", _DEV / "nvidiactl", _DEV / "dxg"))
 
 
@@ -113,7 +113,8 @@ def memlock() -> Finding:
 
 
 def ptrace_scope() -> Finding:
-    """Who may look into processes. Only py-spy needs it, for the stacks of a process that is stopped or not connected yet."""
+    """Who may read other processes' memory. Only py-spy needs it, for the stacks of a process that is stopped or not
+    connected yet."""
     scope = _read(_PROC / "sys/kernel/yama/ptrace_scope").strip()
     if not scope:
         return Finding("ok", "not restricted by Yama")
@@ -199,7 +200,7 @@ def packages() -> Finding:
 
 
 def optional() -> Finding:
-    """What adds to shmbridge where it is installed."""
+    """Optional packages that are installed."""
     return Finding("ok", ", ".join(f"{name} {_version(name) or '-'}" for name in _OPTIONAL))
 
 

@@ -1,6 +1,6 @@
-"""Options of torch's CUDA allocator under which memory cannot be opened by other processes.
+"""Options of torch's CUDA allocator under which other processes cannot open its memory.
 
-Training often needs them, the teacher rarely does: they are taken from the teacher's environment alone.
+Training often needs them and the teacher rarely does, so they are removed from the teacher's environment only.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _UNSHAREABLE = {("expandable_segments", "true"), ("backend", "cudamallocasync")}
 
 
 def unshareable(environment: Mapping[str, str]) -> dict[str, list[str]]:
-    """The options in question, by the variable that they stand in."""
+    """These options in `environment`, by the variable that has them."""
     found = {
         name: [option for option in _options(environment.get(name, "")) if _in_question(option)] for name in VARIABLES
     }
@@ -20,7 +20,7 @@ def unshareable(environment: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def shareable(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without those options. A variable of which nothing is left is not there."""
+    """`environment` without these options. A variable that becomes empty is removed."""
     made = dict(environment)
     for name in unshareable(environment):
         kept = [option for option in _options(made.pop(name)) if not _in_question(option)]
@@ -30,7 +30,7 @@ def shareable(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _options(text: str) -> list[str]:
-    """Parted at every comma; those within an option's brackets come back when the rest is joined."""
+    """Split at every comma, also within brackets; joining the rest restores them."""
     return [option.strip() for option in text.split(",") if option.strip()]
 
 

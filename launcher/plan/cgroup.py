@@ -1,4 +1,5 @@
-"""What the memory controller of this process's cgroup says, version 1 or 2. None where it cannot be read."""
+"""The memory limit and the oom_kill counter of this process's cgroup, version 1 or 2. None where they cannot be
+read."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ def available_bytes() -> int | None:
 
 
 def oom_kills() -> int | None:
-    """How many processes of the cgroup the kernel has killed for want of memory."""
+    """How many processes of the cgroup the kernel has killed because memory ran out."""
     for directory in _directories():
         for name in ("memory.events", "memory.oom_control"):
             count = _field(directory / name, "oom_kill")
@@ -25,7 +26,7 @@ def oom_kills() -> int | None:
 
 
 def oom_kills_since(before: int | None) -> int | None:
-    """By how much `oom_kills` has risen; None where it could or can not be read."""
+    """The increase of `oom_kills` since `before`; None if either could not be read."""
     now = oom_kills()
     return None if now is None or before is None else now - before
 

@@ -1,7 +1,7 @@
-"""What the teacher will offer, as far as it is known before it has loaded. None where it is not.
+"""What the teacher will offer, as far as it is known before it has loaded; None if it is not.
 
-A teacher of one's own that returns what it likes (no payload section is there) offers what the config declares. Everything
-else is a language model, whose payload follows from the sizes on its card.
+A custom teacher without a payload section offers what the config declares. Every other teacher is a language model,
+whose payload follows from the sizes on its card.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def outputs(config: Config, card: ModelCard) -> tuple[OutputSpec, ...] | None:
     """The outputs of a reply.
 
     Raises:
-        PlanError: the payload is not one that this model can give.
+        PlanError: this model cannot give the payload.
     """
     if not config.payload.named:
         return _declared(config) or None
@@ -27,7 +27,7 @@ def outputs(config: Config, card: ModelCard) -> tuple[OutputSpec, ...] | None:
 
 
 def head(config: Config, card: ModelCard) -> HeadSpec | None:
-    """The output head, where the payload is hidden; a bias, which few have, is not counted."""
+    """The output head, if the payload is hidden. A bias, which few models have, is not counted."""
     words = _words(config, card)
     if config.payload.hidden is None or words is None or card.hidden_size is None or card.dtype is None:
         return None
@@ -43,7 +43,7 @@ def _declared(config: Config) -> tuple[OutputSpec, ...]:
 
 
 def _words(config: Config, card: ModelCard) -> int | None:
-    """The size of the distribution, or a number that gives outputs of the same size."""
+    """The size of the distribution, or a number for which outputs have the same size."""
     payload = config.payload
     if card.vocab_size is not None and not is_builder(config.teacher.model):
         return card.vocab_size

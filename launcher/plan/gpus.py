@@ -1,8 +1,8 @@
-"""Which GPUs there are, and what each job sees of them. nvidia-smi is asked; without one torch, in a process of its own.
+"""Which GPUs there are, and which of them each job sees. nvidia-smi lists them, or torch in a separate process.
 
 A user's numbers count within what CUDA_VISIBLE_DEVICES allows, as Slurm and containers set it: with `4,5,6,7`, GPU 0 of
-the command line is the fourth of the machine. A job sees the GPUs on the other side of its bridge too, because a CUDA IPC
-handle opens only on a device that the opener can see; it has its own first, so that its cuda:0 is its own.
+the command line is the fourth of the machine. A job sees the GPUs on the other side of its bridge too, because a CUDA
+IPC handle opens only on a device that the process sees. Its own GPUs come first, so that cuda:0 is one of them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def ask_nvidia_smi(environment: Mapping[str, str]) -> Answer:
 
 
 def ask_torch(environment: Mapping[str, str]) -> Devices:
-    """What torch sees of the GPUs, asked in a process of its own with the GPUs in the order that the jobs give them.
+    """The GPUs that torch sees, from a separate process, in the order that the jobs use.
 
     Raises:
         ConfigError: the process hangs or fails.
@@ -183,19 +183,19 @@ def unusable(gpu: Gpu, processes: int) -> str | None:
 
 
 def mode(gpu: Gpu) -> str:
-    """A compute mode that keeps processes out, and what it means."""
+    """A compute mode that excludes processes, and what it means."""
     allows = "no process" if gpu.compute_mode == "Prohibited" else "one process at a time"
     return f"GPU {gpu.number} is in compute mode {gpu.compute_mode}, which allows {allows}"
 
 
 def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
-    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge, each once. Without GPUs of its own it sees
-    none."""
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge, each once. Without GPUs of its own it
+    sees none."""
     return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
 
 
 def _in_turn(numbers: Sequence[int]) -> list[int]:
-    """The same GPUs for as many ranks, rank i on GPU i % GPUs."""
+    """The same GPUs for that many ranks: rank i has GPU i % GPUs."""
     cards = list(dict.fromkeys(numbers))
     return [cards[rank % len(cards)] for rank in range(len(numbers))]
 

@@ -11,7 +11,7 @@ from launcher.plan.gpus import Gpu
 
 
 class Machine(NamedTuple):
-    """Facts that a plan is made of; a test makes its own."""
+    """The facts of a machine that a plan depends on."""
 
     cores: int  # that this process may run on
     shm_free: int  # bytes in /dev/shm
@@ -20,10 +20,11 @@ class Machine(NamedTuple):
 
 
 def look(with_gpus: bool) -> Machine:
-    """This machine now. nvidia-smi takes a second, and many without persistence mode: it is asked only where GPUs are wanted.
+    """Read the facts of this machine. nvidia-smi is run only if GPUs are wanted: it takes a second, or many without
+    persistence mode.
 
     Raises:
-        ConfigError: the GPUs cannot be told, see gpus.discover.
+        ConfigError: the GPUs cannot be listed, see gpus.discover.
     """
     shm = os.statvfs("/dev/shm")
     found = tuple(gpus.discover()) if with_gpus else ()

@@ -1,4 +1,4 @@
-"""The memory plan: what the run will take, where, and whether it fits. Checked before anything loads."""
+"""The memory plan: what a run needs, where, and whether it fits. It is checked before anything loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OWN_BLOCK, _GRAIN = 20 * 2**20, 2 * 2**20  # a slab has an allocation of its ow
 
 
 class Kind(enum.Enum):
-    """What a row is about, and so what would make it smaller."""
+    """What a row counts, which decides the remedy if it does not fit."""
 
     REQUESTS = enum.auto()
     HEAD = enum.auto()
@@ -79,7 +79,7 @@ class MemoryPlan(NamedTuple):
         return f"{smaller} {self._other_remedy(place)}" if smaller else self._other_remedy(place)
 
     def _smaller_payloads(self, place: str) -> str:
-        """Where logits are what does not fit: the payloads that need less of `place`, the smallest first."""
+        """If the logits do not fit: the payloads that need less of `place`, smallest first."""
         if "logits" not in self.config.payload.named or self.needed(place, without=[Kind.REPLIES]) > self.free[place]:
             return ""
         if is_builder(self.config.teacher.model):
@@ -132,7 +132,7 @@ class MemoryPlan(NamedTuple):
 
 
 def _merged(items: Sequence[Item]) -> tuple[str, str, str]:
-    """The row of one item, or of one that several GPUs have alike."""
+    """One row for an item, or for equal items on several GPUs."""
     first = items[0]
     amount = "known once it has loaded" if first.nbytes is None else size(first.nbytes)
     if len(items) == 1:
@@ -149,8 +149,8 @@ def plan(
     machine: Machine,
     train: Sequence[Gpu] = (),
 ) -> MemoryPlan:
-    """What a session of `ranks` lanes takes with a teacher on each share of GPUs and each rank on one of `train`; where
-    there are none, it is the CPU.
+    """The memory plan of a session with `ranks` lanes, a teacher on each share of GPUs, and each rank on a GPU of
+    `train`. An empty share or list means the CPU.
 
     Raises:
         PlanError: the payload is not one that this model can give.
@@ -164,7 +164,7 @@ def plan(
 
 
 def _smaller(config: Config, card: ModelCard) -> dict[str, Config]:
-    """The config with other payloads than the logits of a language model, by the overrides that choose them."""
+    """The same config with payloads smaller than logits, by the overrides that choose them."""
     if config.payload.named != ("logits",) or is_builder(config.teacher.model):
         return {}
     found = {"payload.topk={}": msgspec.structs.replace(config.payload, logits=None, topk=TopkConfig())}
@@ -206,15 +206,15 @@ def _plan(
 
 
 def check_replies(config: Config, ranks: int, agreed: Offer, machine: Machine) -> None:
-    """Check replies and head by themselves, as far as they lie in /dev/shm, once all teachers have loaded. A teacher checks
-    the memory of its own GPU, by taking it. Raises PlanError."""
+    """Check that replies and head fit /dev/shm, once all teachers have loaded. Each teacher checks its GPU's memory
+    itself, by allocating it. Raises PlanError."""
     shape = Shape.of(config, ranks)
     items = (*_head(config, agreed.head), _replies(config, shape, shape.slot_bytes(agreed.outputs)))
     MemoryPlan(items, _free(machine), config, agreed.outputs, 1).check()
 
 
 def created(config: Config, shape: Shape, agreed: Offer, nbytes: int) -> str:
-    """What the replies take, in words; `nbytes` of it in /dev/shm."""
+    """What the replies take, as text; `nbytes` of it are in /dev/shm."""
     in_shm = f"{size(nbytes)} in {SHM}"
     if config.plane != "cuda_ipc":
         return in_shm
@@ -236,8 +236,8 @@ def _head(config: Config, spec: HeadSpec | None) -> Iterator[Item]:
 
 
 def _replies(config: Config, shape: Shape, slot: int | None) -> Item:
-    """What /dev/shm holds of the replies: all of them, or the handles of those in GPU memory. A slot has `slot` bytes, None:
-    not known yet."""
+    """What the replies take of /dev/shm: all their bytes, or the handles of replies in GPU memory. A slot has `slot`
+    bytes; None if they are not known yet."""
     if config.plane == "cuda_ipc":
         what = f"handles of replies: {_ranks(shape.lanes)} x {size(shape.exchange_bytes)}"
         return Item(Kind.REQUESTS, what, SHM, shape.lanes * shape.exchange_bytes)
@@ -255,7 +255,7 @@ def _slabs(shape: Shape, slot: int | None, teachers: Sequence[Sequence[Gpu]]) ->
 
 
 def _copies(config: Config, shape: Shape, slot: int | None, train: Sequence[Gpu]) -> Iterator[Item]:
-    """What ranks copy of replies to their own GPUs, where they do not read them in place."""
+    """The copies of replies on the ranks' GPUs, unless they are read in place."""
     if config.plane != "cuda_ipc" or config.cuda.read != "copy":
         return
     for gpu, count in Counter(train).items():
@@ -297,7 +297,7 @@ def _contexts(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Iterat
 
 
 def _weights(nbytes: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[Item]:
-    """A row for each replica, or for each GPU of those that are spread over several."""
+    """A row for each replica, or for each of its GPUs if it has several."""
     for index, own in enumerate(teachers):
         what = f"{replicas.called(index, len(teachers))}'s weights"
         places = [_place(gpu) for gpu in own] or [RAM]

@@ -1,7 +1,7 @@
-"""What can be known of a teacher's model before it is loaded: its sizes, and the bytes of its weights. No torch.
+"""The sizes of a teacher's model, and the bytes of its weights, read before it is loaded. Without torch.
 
-The launcher sizes memory with it and refuses what cannot fit. Nothing here decides how a model is loaded; what is not
-known is None.
+The launcher plans memory with them and refuses what cannot fit. They do not decide how a model is loaded. A size that
+is not known is None.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _GGUF_SIZES = {".vocab_size": "vocab", "tokenizer.ggml.tokens": "vocab", ".embed
 
 
 class ModelCard(NamedTuple):
-    """`weight_bytes` is what the weights take once loaded, where the checkpoint tells its dtype; else its size on disk."""
+    """`weight_bytes` is the size of the loaded weights, or the size on disk if the checkpoint does not tell its
+    dtype."""
 
     vocab_size: int | None = None
     weight_bytes: int | None = None
@@ -38,7 +39,7 @@ class ModelCard(NamedTuple):
 
 
 def read(teacher: TeacherConfig) -> ModelCard:
-    """What the local files tell of `teacher.model`; an empty card where they tell nothing.
+    """The card of `teacher.model` from local files; empty if they do not have its sizes.
 
     Raises:
         ConfigError: no model is given, or a local path does not exist.
@@ -113,7 +114,7 @@ def _gguf_sizes(path: Path) -> dict[str, int]:
 
 
 def _gguf_pairs(file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """Of the key-value header each key with its number, or the length of its array; None for anything else."""
+    """Each key of the header with its number, or the length of its array; None for other types."""
     magic, _version, _tensors, pairs = _unpack(file, "<4sIQQ")
     for _ in range(pairs if magic == b"GGUF" else 0):
         key = _gguf_string(file)

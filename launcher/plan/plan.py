@@ -53,24 +53,24 @@ class JobSpec:
         return replace(self, set={**self.set, SESSION_VARIABLE: str(token)})
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
-        """The job's whole environment, made of the launcher's."""
+        """The whole environment of the job, from the launcher's."""
         kept = {name: value for name, value in base.items() if not _matches(name, self.removed)}
         if self.exports:
             kept = allocator.shareable(kept)
         return {"PYTHONUNBUFFERED": "1", **kept, **self.set}  # so that a log shows a line when it is printed
 
     def removes(self, base: Mapping[str, str]) -> list[str]:
-        """Names in `base` that the job does not get."""
+        """Variables of `base` that the job does not get."""
         return sorted(name for name in base if _matches(name, self.removed))
 
     def strips(self, base: Mapping[str, str]) -> dict[str, list[str]]:
-        """Options that the job does not get, by the variable in `base` that they stand in."""
+        """Options that are removed for the job, by the variable of `base` that has them."""
         return allocator.unshareable(base) if self.exports else {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before anything of it exists."""
+    """Everything that a run needs, before anything is started."""
 
     config: Config  # its plane is the choice's
     script: tuple[str, ...]  # the training command
@@ -111,10 +111,10 @@ class Plan:
 
 
 def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice | None = None) -> Plan:
-    """A plan for the plane that was `chosen`, or that the settings lead to expect.
+    """The plan for the plane that was `chosen`, or for the one that the settings imply.
 
     Raises:
-        ConfigError: something contradicts itself, or names a GPU that is not there, or a local model that is not.
+        ConfigError: settings contradict each other, or a GPU or a local model does not exist.
         PlanError: the payload is not one that the model can give.
     """
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
@@ -144,7 +144,7 @@ def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice
 
 
 def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> str:
-    """The command lines, what is set and removed in their environment, and the memory plan. No other variable is shown."""
+    """The command lines, the variables that are set or removed, and the memory plan."""
     parts = []
     for job in jobs:
         rows = [(f"{name}={shlex.quote(value)}",) for name, value in job.set.items()]
@@ -186,7 +186,7 @@ def _variables(session: str, visible: str, threads: int | None) -> dict[str, str
 
 
 def _threads(config: Config, cores: int, ranks: int, teachers: int) -> tuple[int | None, int | None]:
-    """CPU threads of each teacher and of each rank: jobs on the CPU share the cores, so that they do not fight."""
+    """CPU threads of each teacher and of each rank. Jobs on the CPU divide the cores."""
     teacher = config.teacher.cpu_threads
     if teacher is None and teachers and not config.teacher.gpus:
         teacher = max(1, cores // 2 // teachers)

@@ -1,4 +1,4 @@
-"""Which plane the replies of a run lie in, and why. Pure: the trial itself is process/trial.py's."""
+"""Which plane a run uses, and why. Pure: process/trial.py makes the trial."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shmbridge.errors import ConfigError, PlanError
 
 
 class Choice(NamedTuple):
-    """A plane and the reason for it. Without a reason it is one that a trial must still confirm."""
+    """A plane and the reason for it. If there is no reason yet, a trial must confirm it."""
 
     plane: Literal["cuda_ipc", "host"]
     reason: str = ""
@@ -39,7 +39,7 @@ class Pair(NamedTuple):
 
 
 def expect(config: Config, teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Choice:
-    """What follows from the settings alone; each teacher has its GPUs, each rank one of `train`.
+    """The choice that follows from the settings alone. Each teacher has its GPUs, each rank one of `train`.
 
     Raises:
         ConfigError: plane is cuda_ipc, and a job has no GPU.
@@ -59,7 +59,8 @@ def expect(config: Config, teachers: Sequence[Sequence[Gpu]], train: Sequence[Gp
 
 
 def choose(config: Config, wanted: Sequence[Pair], trial: Callable[[], str | None]) -> Choice:
-    """The plane of a run with GPUs on both sides. `trial` gives None, or in one line why cuda_ipc does not work.
+    """The plane of a run with GPUs on both sides. `trial` returns None, or one line that tells why cuda_ipc does not
+    work.
 
     Raises:
         PlanError: plane is cuda_ipc, and the trial failed.

@@ -1,4 +1,4 @@
-"""What to change where a place is too small. Each function is about one thing that takes the room."""
+"""What to change where memory is too small. Each function is for one thing that does not fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _INSTEAD = {
 
 
 def payloads(sizes: Mapping[str, str]) -> str:
-    """Payloads that are smaller than logits; `sizes` tells by their override what the run would need with each."""
+    """Payloads that are smaller than logits; `sizes` has the bytes that the run would need with each, by its
+    override."""
     words = [
         f"{what} ({override}: {needed})"
         for override, needed in sizes.items()
@@ -94,7 +95,7 @@ def context(words: str) -> str:
 
 
 def _less(config: Config, outputs: Sequence[OutputSpec] | None) -> str:
-    """Settings that make the replies smaller; of outputs that are not known all that may."""
+    """Settings that make the replies smaller; if the outputs are not known, all that may."""
     stream = config.payload.stream
     if stream:
         return _lower(

@@ -1,6 +1,7 @@
 """How many copies of the teacher a run has, and which GPUs and lanes each of them gets. Pure.
 
-Replica i takes the i-th contiguous share of the teacher's GPUs, and serves the lanes i, i + replicas, i + 2 x replicas, ...
+Replica i takes the i-th contiguous share of the teacher's GPUs, and serves the lanes i, i + replicas, i + 2 x replicas,
+...
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ T = TypeVar("T")
 
 
 def count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
-    """teacher.replicas; without it one for each of the `gpus` GPUs, and one on the CPU.
+    """teacher.replicas if it is set; else one for each of the `gpus` GPUs, or one on the CPU.
 
     Raises:
         ConfigError: a replica would be without a GPU, would have more GPUs than another, or would have no rank to serve.
@@ -36,7 +37,7 @@ def count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
 
 
 def shares(items: Sequence[T], replicas: int) -> tuple[tuple[T, ...], ...]:
-    """`items` in as many contiguous shares of one size; `replicas` divides their number, or is 0."""
+    """`items` in `replicas` contiguous shares of equal size. `replicas` divides their number, or is 0."""
     each = len(items) // max(replicas, 1)
     return tuple(tuple(items[i * each : (i + 1) * each]) for i in range(replicas))
 
@@ -52,12 +53,12 @@ def home(lane: int, replicas: int) -> int:
 
 
 def called(replica: int, replicas: int) -> str:
-    """How people are told of a replica: `teacher 1`; `teacher` where it is the only one."""
+    """The name of a replica in messages: `teacher 1`, or `teacher` if it is the only one."""
     return "teacher" if replicas == 1 else f"teacher {replica}"
 
 
 def imbalance(ranks: int, replicas: int) -> str:
-    """What it means that replicas serve different numbers of ranks; empty where they do not."""
+    """A remark if replicas serve different numbers of ranks; else empty."""
     over = ranks % replicas if replicas else 0
     if not over:
         return ""

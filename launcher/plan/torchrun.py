@@ -1,4 +1,4 @@
-"""torchrun's command line, as the launcher builds it, and what of torchrun it refuses."""
+"""torchrun's command line, as the launcher builds it, and the flags of torchrun that it refuses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def split(text: str) -> list[str]:
     """The user's torchrun flags.
 
     Raises:
-        ConfigError: the quoting is broken, or a flag would take from the launcher what is the launcher's.
+        ConfigError: the quoting is broken, or a flag sets what the launcher has to set.
     """
     try:
         args = shlex.split(text)
@@ -50,11 +50,11 @@ def split(text: str) -> list[str]:
 def command(
     args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path, patience_s: float = 30
 ) -> list[str]:
-    """What follows the interpreter: elastic.py, its record file, the ranks' time to stop, torchrun's flags, the training
-    command.
+    """The arguments of the interpreter: elastic.py, its record file, the ranks' time to stop, torchrun's flags, the
+    training command.
 
-    --local-addr keeps torchrun from resolving the host name, which in containers often does not resolve; all ranks are on
-    this node. A --local-addr in `args` comes later and wins.
+    --local-addr keeps torchrun from resolving the host name, which in containers often does not resolve; all ranks are
+    on this node. A --local-addr in `args` comes later and wins.
     """
     own_logs = [] if _logs_itself(args) else ["--log-dir", str(logs), "--redirects", "3"]
     flags = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node", str(ranks), *own_logs, *args]
@@ -63,7 +63,7 @@ def command(
 
 
 def check_script(script: Sequence[str], args: Sequence[str]) -> None:
-    """Raises ConfigError where the training command cannot be one of torchrun's."""
+    """Raises ConfigError if torchrun cannot run the training command."""
     if not script:
         raise ConfigError(
             "the training command is missing; it follows `--`: shmbridge-launch ... -- train.py --lr 1e-4"
@@ -87,8 +87,8 @@ def check_script(script: Sequence[str], args: Sequence[str]) -> None:
 
 
 def check_module(script: Sequence[str]) -> None:
-    """Raises ConfigError where the training command is `-m MODULE` and the ranks' interpreter has no such package. It looks
-    for the top package only, and imports nothing."""
+    """Raises ConfigError where the training command is `-m MODULE` and the ranks' interpreter has no such package. It
+    looks for the top package only, and imports nothing."""
     if script[0] not in _MODULE or len(script) < 2:
         return
     top = script[1].partition(".")[0]

@@ -1,22 +1,22 @@
-"""Memory-bounded distillation losses: forward and reverse KL, generalised JSD, KL over the teacher's top k, and reverse KL on
-the student's candidates; cross entropy alone, or beside one of the first four.
+"""Memory-bounded distillation losses: forward and reverse KL, generalised JSD, KL over the teacher's top k, and reverse
+KL on the student's candidates; cross entropy alone, or beside one of the first four.
 
     loss = forward_kl(student_logits, reply.logits, temperature=2.0, mask=mask, num_items=num_items)
     loss = forward_kl(LazyLogits(hidden, Head(lm_head.weight)), reply.logits, mask=mask, num_items=num_items)
 
-Either side is a tensor of logits or `LazyLogits`, hidden states under a head, whose logits are never whole. A loss is
-computed a few rows at a time, its gradient along with it.
+Either side is a tensor of logits, or `LazyLogits`: hidden states and a head, whose logits are computed a few rows at a
+time. A loss computes its gradient together with its value, a few rows at a time.
 
 Rows are aligned with input_ids: row i is the distribution after token i. docs/losses.md draws that, the normaliser
 under data parallelism, and a streamed teacher.
 
     divergence   the formulas, for one chunk of rows
-    rows         where rows come from
-    student      what gives logits and takes their gradient
+    rows         the rows that a loss reads, a few at a time
+    student      returns logits of a few rows and takes their gradient
     chunked      the loop and its autograd node
-    checks       what is refused at the door
+    checks       shapes, dtypes and settings, checked before anything is computed
     functional   the losses
-    candidates   the loss on the student's candidates, and which words these are
+    candidates   the loss on the student's candidates, and their choice
     items        masks, targets and the normaliser
 """
 

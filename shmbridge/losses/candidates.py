@@ -38,12 +38,12 @@ def candidate_reverse_kl(
     - the candidates were chosen without looking at the sampled token, as `top_candidates` chooses them.
 
     A row whose sampled token is a candidate, or -100, gives KL over c + 1 buckets: the candidates, and the rest as one.
-    Without `sampled` every row does. That alone is biased: it is below reverse KL by q_R KL(q | rest || p | rest), where
-    q_R is the student's mass of the rest and q | rest, p | rest are the two distributions within it.
+    Without `sampled` every row does. That alone is biased: it is below reverse KL by q_R KL(q | rest || p | rest),
+    where q_R is the student's mass of the rest and q | rest, p | rest are the two distributions within it.
 
-    The sampled token adds its log-ratio log q(x) - log p(x) minus a baseline, the log-ratio of the two masses of the rest.
-    Any baseline that does not depend on the sampled token leaves value and gradient unbiased. This one leaves no variance
-    where student and teacher agree on the proportions within the rest. docs/losses.md has the derivation.
+    The sampled token adds its log-ratio log q(x) - log p(x) minus a baseline, the log-ratio of the two masses of the
+    rest. Any baseline that does not depend on the sampled token leaves value and gradient unbiased. This one leaves no
+    variance where student and teacher agree on the proportions within the rest. docs/losses.md has the derivation.
 
     The gradient for one sampled token is not the derivative of the value for that token; only their means belong
     together. The value of a row may be negative.
@@ -110,7 +110,8 @@ _loss: Callable[..., Tensor] = torch.compiler.disable(_compute)  # type: ignore[
 
 @torch.no_grad()
 def top_candidates(student: Tensor | LazyLogits, c: int, *, chunk_rows: int | None = None) -> Tensor:
-    """The c most likely words of each of the student's rows: (..., c) int64. Of LazyLogits the logits are never whole.
+    """The c most likely words of each of the student's rows: (..., c) int64. The logits of LazyLogits are computed a
+    few rows at a time.
 
     Raises:
         ValueError: c is not within the vocabulary, or the student is not as in `candidate_reverse_kl`.

@@ -1,4 +1,5 @@
-"""What the losses refuse before they compute: shapes, vocabularies, dtypes, settings, word IDs, gaps in a stream."""
+"""The checks that losses make before they compute: shapes, vocabularies, dtypes, settings, word IDs, gaps in a
+stream."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
                                  -> into the gradients of the student's inputs; the chunk is dropped
     backward    the gradients times grad_output
 
-The gradient is made in the forward, while the chunk's logits are there, so that neither side's logits nor anything of
-their size has to live until the backward. Prior art: Liger-Kernel's fused linear losses.
+The gradient is computed in the forward, while the chunk's logits exist, so that no tensor of the logits' size has to be
+kept until the backward. Prior art: Liger-Kernel's fused linear losses.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def default_chunk_rows(vocab: int, dtype: torch.dtype, head_dim: int | None, tem
 
 
 def _any_of(masks: list[Tensor | None]) -> Tensor | None:
-    """The rows that any of the masks lets in; None where one of them is: all."""
+    """The rows that any of the masks includes; None, which is all, if one of them is None."""
     joint = masks[0]
     for mask in masks[1:]:
         if joint is None or mask is None:
@@ -201,7 +201,8 @@ def _any_of(masks: list[Tensor | None]) -> Tensor | None:
 
 
 def _inputs(student: Tensor | LazyLogits) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What autograd sees: logits or hidden states, the head's weight and bias. Sharded activations are gathered."""
+    """The inputs that autograd sees: logits or hidden states, the head's weight and bias. Sharded activations are
+    gathered."""
     if isinstance(student, LazyLogits):
         head = student.head
         return plain(student.hidden).to(head.weight.device), head.weight, head.bias
@@ -214,7 +215,7 @@ def _wants_gradient(tensor: Tensor | None) -> bool:
 
 @dataclass
 class _Input:
-    """What a gradient has to be like. `mesh` and `placements` are those of a DTensor."""
+    """What a gradient has to match. `mesh` and `placements` are a DTensor's."""
 
     dtype: torch.dtype
     mesh: DeviceMesh | None = None
@@ -267,7 +268,8 @@ def _blocks(tensor: Tensor, size: int) -> Iterator[Tensor]:
 def _graph_is_kept() -> bool:
     """True where a second backward may follow (retain_graph=True), which needs the gradients as they are.
 
-    torch tells this nowhere in public; without the function the answer costs memory, never correctness.
+    torch has no public function for this. Where the private one is missing, the answer is True, which costs memory
+    only.
     """
     told = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return told is None or bool(told())

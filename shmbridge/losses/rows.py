@@ -1,4 +1,4 @@
-"""Rows of logits without the logits: what a loss reads from, flattened over the leading axes, a few rows at a time.
+"""Rows of logits, flattened over the leading axes, computed a few at a time: the sources that a loss reads from.
 
 Positions are counted over all leading axes: in (batch, seq, vocab), row b * seq + i follows token i of sequence b.
 """
@@ -26,7 +26,7 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True, eq=False)
 class LazyLogits:
-    """Logits that are never whole: `head` is applied to a few rows of `hidden` (..., dim) at a time."""
+    """Logits that are computed a few rows at a time, by applying `head` to rows of `hidden` (..., dim)."""
 
     hidden: Tensor
     head: Head
@@ -80,7 +80,7 @@ def put(tensor: Tensor, rows: Rows, values: Tensor) -> None:
 
 
 def ready(source: Source, dtype: torch.dtype, device: torch.device) -> Source:
-    """The source without autograd, flat, and with what costs once and not per chunk: a head gathered and cast."""
+    """The source without autograd and flat. Its head is gathered and cast here, once, instead of for each chunk."""
     if isinstance(source, LazyLogits):
         hidden = flat(plain(source.hidden.detach()))
         return LazyLogits(hidden, ready_head(source.head, hidden.dtype))
@@ -106,9 +106,10 @@ def read(source: Source, rows: Rows, dtype: torch.dtype, device: torch.device) -
 
 
 def chunks(mask: Tensor | None, span: slice, size: int) -> Iterator[tuple[Rows, Rows]]:
-    """Positions within `span` that the mask (n,) lets in, at most `size` at a time: counted from 0, and from its start.
+    """Positions within `span` that the mask (n,) includes, at most `size` at a time: counted from 0, and from the
+    span's start.
 
-    What the mask leaves out is never read. Finding it waits for the device, once per call.
+    Other positions are never read. The mask is read once for each call, which waits for the device.
     """
     start, stop = span.start, span.stop
     if mask is not None:
@@ -122,7 +123,7 @@ def chunks(mask: Tensor | None, span: slice, size: int) -> Iterator[tuple[Rows, 
 
 
 def among(rows: Rows, chosen: Tensor) -> Rows:
-    """Those of `rows` that `chosen` (n,) counts out, from 0."""
+    """The entries of `rows` at the indices `chosen` (n,), which count from 0."""
     return chosen + rows.start if isinstance(rows, slice) else rows[chosen.to(rows.device)]
 
 

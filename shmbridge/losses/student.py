@@ -1,4 +1,5 @@
-"""The student of a loss: gives the logits of a few rows, takes their gradient, holds the gradients of its inputs."""
+"""The student of a loss: it returns the logits of a few rows, takes their gradient, and accumulates the gradients of
+its inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Student(Protocol):
-    """What the loop over chunks sees."""
+    """The interface that the loop over chunks uses."""
 
     device: torch.device
     dtype: torch.dtype
@@ -25,17 +26,19 @@ class Student(Protocol):
     """What the gradient of the logits is rounded to."""
 
     def logits(self, rows: Rows) -> Tensor:
-        """(r, vocab) in `dtype`, free to be overwritten."""
+        """(r, vocab) in `dtype`; the caller may overwrite them."""
 
     def add(self, rows: Rows, gradient: Tensor) -> None:
-        """Take the gradient (r, vocab) by the logits last given out, for the same rows; it may be overwritten."""
+        """Add the gradient (r, vocab) with respect to the logits last returned, for the same rows. It may be
+        overwritten."""
 
     def gradients(self) -> Gradients:
-        """Whole, in the order of Wanted; the head's in float32 or float64 whatever its dtype."""
+        """The gradients of the inputs, in the order of Wanted; the head's are float32 or float64, whatever its
+        dtype."""
 
 
 class GivenLogits:
-    """Logits (..., vocab) that exist already; their gradient has their dtype, and with `inplace` their memory."""
+    """Logits (..., vocab) that exist already. Their gradient has their dtype, and is written over them if `inplace`."""
 
     def __init__(self, logits: Tensor, wanted: Wanted, mask: Tensor | None, inplace: bool) -> None:
         self._whole = logits
@@ -122,19 +125,21 @@ def make_student(
     inplace: bool,
     matmul_in: torch.dtype,
 ) -> Student:
-    """From the inputs of the autograd node, detached. `head` tells how hidden states become logits; None: they are."""
+    """The student of the autograd node's inputs, detached. `head` turns hidden states into logits; None if the input is
+    logits."""
     if head is None or weight is None:
         return GivenLogits(source, wanted, mask, inplace)
     return ProjectedLogits(source, Head(weight, bias, head.softcap, head.scale), wanted, mask, matmul_in)
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What a loss over logits of `dtype` is computed in."""
+    """The dtype in which a loss over logits of `dtype` is computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def matmul_dtype(hidden: Tensor) -> torch.dtype:
-    """What nn.Linear would multiply in: the autocast dtype where autocast is on, else the hidden states' own."""
+    """The dtype in which nn.Linear would multiply: the autocast dtype if autocast is on, else that of the hidden
+    states."""
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
@@ -142,13 +147,13 @@ def matmul_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _blank(like: Tensor, mask: Tensor | None) -> Tensor:
-    """(rows, width) for the gradient of `like`; zero where a mask may leave rows out."""
+    """An empty (rows, width) tensor for the gradient of `like`; zeros if a mask may leave rows out."""
     make = torch.empty if mask is None else torch.zeros
     return make((like.shape[:-1].numel(), like.shape[-1]), dtype=like.dtype, device=like.device)
 
 
 def _rounded(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype`; float16 saturates instead of becoming infinite."""
+    """Round to `dtype`; float16 saturates instead of becoming infinite."""
     if dtype == torch.float16:
         gradient.clamp_(torch.finfo(dtype).min, torch.finfo(dtype).max)
     return gradient.to(dtype)
