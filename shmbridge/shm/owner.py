@@ -26,7 +26,7 @@ from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord, LaneWord
 from shmbridge.shm.process import myself
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Control, Lane, Names, Shape, Token
+from shmbridge.shm.session import Lane, MappedSession, Names, Shape, Token, by_cause
 from shmbridge.shm.status import Failure
 
 SHM_DIRECTORY = Path("/dev/shm")
@@ -82,7 +82,7 @@ def lock_if_dead(session_id: str) -> Iterator[bool]:
         os.close(fd)
 
 
-class Owner:
+class Owner(MappedSession):
     """Creates a session, announces its generations, and removes it. A context manager that removes it at the end."""
 
     def __init__(self, settings: Config, lanes: int, teachers: int = 1) -> None:
@@ -96,59 +96,24 @@ class Owner:
             PlanError: /dev/shm has no room.
             ConfigError: the settings are larger than their field.
         """
-        self.shape = Shape.of(settings, lanes, teachers)
-        self.settings = settings
-        self.generation = 0
-        self.lanes: list[Lane] = []
         self._rank_bells: list[Doorbell] = []
         self._has_head = False
         with ExitStack() as undo:
-            segment = self._create_control(undo)
-            self.control = Control(segment)
+            session_id, segment = _create_control(undo, settings, Shape.of(settings, lanes, teachers))
+            super().__init__(session_id, segment)
+            self.settings = settings
             self.control.owner.sign_in()
             self._teacher_bells = [Doorbell(self.names.teacher_bell(i), create=True) for i in range(teachers)]
             self._undo = undo.pop_all()
 
+    @property
+    def shape(self) -> Shape:
+        return self.control.shape
+
     def describe(self, settings: Config) -> None:
         """Put other settings of the same shape in place, before anybody has the token. Raises ConfigError."""
-        self._write_settings(self.control.segment, settings)
+        _write_settings(self.control.segment, settings)
         self.settings = settings
-
-    @staticmethod
-    def _write_settings(segment: Segment, settings: Config) -> None:
-        text = config.to_json(settings)
-        if len(text) > layout.SETTINGS_CAPACITY:
-            raise ConfigError(f"the settings take {len(text)} bytes as JSON, at most {layout.SETTINGS_CAPACITY} fit")
-        segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + len(text)] = text
-        segment.words[ControlWord.SETTINGS_NBYTES] = len(text)
-
-    def _create_control(self, undo: ExitStack) -> Segment:
-        segment = self._create_locked(undo)
-        words = segment.words
-        words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
-        for i, value in enumerate(self.shape):
-            words[ControlWord.LANES + i] = value
-        self._write_settings(segment, self.settings)
-        segment.publish()
-        return segment
-
-    def _create_locked(self, undo: ExitStack) -> Segment:
-        """A control segment under this process's lock. A cleaner may take it for dead in between; then again."""
-        while True:
-            self.session_id = secrets.token_hex(16)
-            self.names = Names(self.session_id)
-            nbytes = layout.control_bytes(self.shape.teachers)
-            segment = Segment.create(self.names.control, layout.CONTROL, nbytes, self.session_id)
-            try:
-                lock = os.open(SHM_DIRECTORY / self.names.control[1:], os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            except FileNotFoundError:
-                continue
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if os.fstat(lock).st_nlink:
-                undo.callback(os.close, lock)
-                undo.callback(unlink_session, self.session_id)
-                return segment
-            os.close(lock)
 
     def start_generation(self, lanes: int | None = None) -> Token:
         """Create the lanes and doorbells of the next generation, announce it, and remove those of the last; `lanes` where their
@@ -167,7 +132,7 @@ class Owner:
             ]
             created = [self._create_lane(generation, lane) for lane in range(shape.lanes)]
         last, last_bells = self.generation, self._rank_bells
-        self.shape, self.generation, self.lanes, self._rank_bells = shape, generation, created, bells
+        self.control.shape, self.generation, self.lanes, self._rank_bells = shape, generation, created, bells
         self._forget_failure_of_generation()
         words = self.control.words
         words[ControlWord.STOPPING] = 0
@@ -308,8 +273,7 @@ class Owner:
     def failures(self) -> list[Failure]:
         """Of teachers and ranks: causes before consequences, the earliest first."""
         records = [*self.control.teachers, *(record for lane in self.lanes for record in lane.records)]
-        found = [failure for failure in (record.failure for record in records) if failure]
-        return sorted(found, key=lambda failure: (failure.consequence, failure.at_ns))
+        return by_cause(failure for record in records if (failure := record.failure))
 
     def close(self) -> None:
         """Remove everything. Whoever is still attached keeps its mappings, and learns it from the owner's death."""
@@ -320,3 +284,40 @@ class Owner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _create_control(undo: ExitStack, settings: Config, shape: Shape) -> tuple[str, Segment]:
+    """A session's id, and its control segment under this process's lock; `undo` removes all of the session."""
+    session_id, segment = _create_locked(undo, shape.teachers)
+    words = segment.words
+    words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
+    for i, value in enumerate(shape):
+        words[ControlWord.LANES + i] = value
+    _write_settings(segment, settings)
+    segment.publish()
+    return session_id, segment
+
+
+def _create_locked(undo: ExitStack, teachers: int) -> tuple[str, Segment]:
+    while True:
+        session_id = secrets.token_hex(16)
+        name = Names(session_id).control
+        segment = Segment.create(name, layout.CONTROL, layout.control_bytes(teachers), session_id)
+        try:
+            lock = os.open(SHM_DIRECTORY / name[1:], os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:  # a cleaner took it for dead, before it was locked
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.fstat(lock).st_nlink:
+            undo.callback(os.close, lock)
+            undo.callback(unlink_session, session_id)
+            return session_id, segment
+        os.close(lock)
+
+
+def _write_settings(segment: Segment, settings: Config) -> None:
+    text = config.to_json(settings)
+    if len(text) > layout.SETTINGS_CAPACITY:
+        raise ConfigError(f"the settings take {len(text)} bytes as JSON, at most {layout.SETTINGS_CAPACITY} fit")
+    segment.bytes[layout.SETTINGS_OFFSET : layout.SETTINGS_OFFSET + len(text)] = text
+    segment.words[ControlWord.SETTINGS_NBYTES] = len(text)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from shmbridge import config, log, output_spec
@@ -224,6 +224,61 @@ class Lane:
                 "garbled."
             )
         return cls(segment, lane, index, token.generation)
+
+
+class MappedSession:
+    """A session as one process has mapped it: its control segment, and the lanes of one generation.
+
+    The launcher, `status`, `report` and a training group beside a kept teacher all read a session through it. Owner adds what only
+    the session's creator writes.
+    """
+
+    def __init__(self, session_id: str, created: Segment | None = None) -> None:
+        """Map the session at its current generation; or, by its owner, the control segment that it has `created`.
+
+        Raises:
+            AttachError: the session has ended, or is not what it should be.
+        """
+        self.session_id = session_id
+        self.names = Names(session_id)
+        self.control = Control(created or Segment.attach(self.names.control, layout.CONTROL, session_id))
+        self.settings = self.control.settings()
+        self.generation = 0
+        self.lanes: list[Lane] = []
+        if created is None:
+            self.update()
+
+    @property
+    def current(self) -> int:
+        """The generation that the session is at by now."""
+        return self.control.words[ControlWord.CURRENT_GENERATION]
+
+    def update(self) -> None:
+        """Map the generation that is current by now. Raises AttachError."""
+        try:
+            self._map(self.current)
+        except AttachError:  # its lanes were exchanged for those of the next generation meanwhile
+            self._map(self.current)
+
+    def _map(self, generation: int) -> None:
+        self.control = Control(self.control.segment)  # the number of lanes may be another now
+        self.settings, self.generation = self.control.settings(), generation
+        token, shape = Token(self.session_id, generation), self.control.shape
+        self.lanes = [Lane.attach(token, shape, lane) for lane in range(shape.lanes)] if generation else []
+
+    def failures(self) -> list[Failure]:
+        """Of this generation's ranks, and what the owner has found that ends the generation or the session: causes before
+        consequences, the earliest first."""
+        found = [failure for lane in self.lanes for record in lane.records if (failure := record.failure)]
+        told = self.control.owner.failure
+        if told and (not told.generation or (told.generation == self.generation and told.role == "launcher")):
+            found.append(told)  # else it is what the generation's own launcher has told
+        return by_cause(found)
+
+
+def by_cause(failures: Iterable[Failure]) -> list[Failure]:
+    """Causes before consequences, the earliest first."""
+    return sorted(failures, key=lambda failure: (failure.consequence, failure.at_ns))
 
 
 class _Attached:

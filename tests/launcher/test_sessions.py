@@ -28,14 +28,14 @@ def own_world(tmp_path, monkeypatch):
         owner, "objects", lambda only=None: {key: names for key, names in every(only).items() if key in mine}
     )
     mine: set[str] = set()
-    make = Owner._create_control
+    make = owner._create_control
 
-    def remember(self, undo):
-        segment = make(self, undo)
-        mine.add(self.session_id)
-        return segment
+    def remember(*arguments):
+        session_id, segment = make(*arguments)
+        mine.add(session_id)
+        return session_id, segment
 
-    monkeypatch.setattr(Owner, "_create_control", remember)
+    monkeypatch.setattr(owner, "_create_control", remember)
     yield mine
     for session_id in mine - before:
         with owner.lock_if_dead(session_id) as dead:

@@ -29,7 +29,7 @@ from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Lane, Names, TeacherSession, Token, TrainerSession, lost
+from shmbridge.shm.session import Lane, MappedSession, Names, TeacherSession, Token, TrainerSession, lost
 from shmbridge.shm.status import Failure, Phase, Record
 from tests.harness import Echo, bench, until
 
@@ -530,3 +530,23 @@ def test_a_rank_waits_for_every_replica():
             rank.wait_ready(0.05)
         teachers[0].open_barrier()
         assert rank.wait_ready(5).model == "m"
+
+
+def test_a_mapped_session_follows_the_generations_and_tells_what_ends_them():
+    with bench() as it:
+        seen = MappedSession(it.owner.session_id)
+        assert (seen.generation, seen.current, [lane.index for lane in seen.lanes]) == (1, 1, [0])
+        assert seen.settings == it.owner.settings
+        it.owner.fail_generation(Failure("launcher", 0, 1, "", None, None, "of generation 1", at_ns=2))
+        assert [failure.reason for failure in seen.failures()] == ["of generation 1"]
+        it.owner.start_generation(2)
+        assert seen.current == 2
+        seen.update()
+        assert (seen.generation, [lane.index for lane in seen.lanes], seen.failures()) == (2, [0, 1], [])
+        rank = it.owner.lanes[1].records[0]
+        rank.sign_in()
+        rank.fail("of rank 1")
+        it.owner.fail_generation(Failure("trainer", 1, 1, "", None, None, "of rank 1, as its launcher tells it"))
+        assert [failure.reason for failure in seen.failures()] == ["of rank 1"]
+        it.owner.fail(Failure("launcher", 0, 1, "", None, None, "of the session", at_ns=1))
+        assert [failure.reason for failure in seen.failures()] == ["of the session", "of rank 1"]
