@@ -30,14 +30,10 @@ def build(tokenizer: Any, characters: int, cache: Path) -> None:
     partial.rename(cache)
 
 
-def train(cache: Path, seq: int) -> torch.Tensor:
-    """Windows to train on, (windows, seq) int64, that do not overlap."""
-    return windows(torch.load(cache, weights_only=True)["train"], seq)
-
-
-def held_out(cache: Path, seq: int) -> torch.Tensor:
-    """Windows of files that are not trained on, (windows, seq) int64, that do not overlap."""
-    return windows(torch.load(cache, weights_only=True)["held_out"], seq)
+def windows(cache: Path, part: str, seq: int) -> torch.Tensor:
+    """Windows of `part`, train or held_out, that do not overlap: (windows, seq) int64."""
+    tokens = torch.load(cache, weights_only=True)[part]
+    return tokens[: len(tokens) // seq * seq].view(-1, seq).long()
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -45,7 +41,7 @@ def sources() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = ((file.relative_to(root), file) for file in root.rglob("*.py"))
     named = [(name.as_posix(), file) for name, file in files if not SKIPPED & set(name.parts)]
-    return sorted(named, key=lambda each: _digest(each[0]))
+    return sorted(named, key=lambda each: hashlib.sha256(each[0].encode()).digest())
 
 
 def split(files: Iterable[tuple[str, Path]], characters: int) -> tuple[list[str], list[str]]:
@@ -69,11 +65,6 @@ def tokenise(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids, dtype=torch.int32)
-
-
-def windows(tokens: torch.Tensor, seq: int) -> torch.Tensor:
-    count = len(tokens) // seq
-    return tokens[: count * seq].view(count, seq).long()
 
 
 def shuffled(rows: torch.Tensor, batch: int, rank: int, world: int) -> Iterator[torch.Tensor]:
@@ -101,7 +92,3 @@ def spread(rows: torch.Tensor, count: int, rank: int, world: int) -> torch.Tenso
         raise ValueError(f"{len(rows)} held-out windows are fewer than {world} ranks; give more --characters")
     chosen = torch.arange(count * world) * len(rows) // (count * world)
     return rows[chosen.view(world, count)[rank]]
-
-
-def _digest(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")

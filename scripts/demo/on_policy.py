@@ -21,14 +21,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import corpus
 import torch
 import torch.distributed as dist
-from budget import Budget, Line
-from held_out import HeldOut
-from student import cut, head_of, hidden_states
-from trainee import Trainee
-from transformers import AutoTokenizer
+from stage import Stage, connected, parser
+from student import Budget, cut, head_of, hidden_states
 
 import shmbridge
 from shmbridge.losses import LazyLogits, forward_kl, mask_from_labels, reverse_kl
@@ -36,37 +32,17 @@ from shmbridge.losses import LazyLogits, forward_kl, mask_from_labels, reverse_k
 SCORED = 8  # prompts that are scored at a time
 
 Request = dict[str, torch.Tensor]
-Loss = Callable[..., torch.Tensor]
 
 
 def main() -> None:
-    args = parse()
-    with shmbridge.connect() as bridge:
-        if not bridge.enabled:
-            raise SystemExit("the demo needs its teacher")
-        device = torch.device("cpu")
-        if bridge.settings.train.gpus:
-            device = torch.device("cuda", bridge.rank)
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    about = "Distil on the student's own samples, beside the same time on text. The first half of a row is the prompt."
+    made = parser(about, minutes=0.75, batch=8, held_out=32)
+    made.add_argument(
+        "--warm-up", type=float, default=0.75, help="minutes on text before the two ways part; then a quarter of --lr"
+    )
+    args = made.parse_args()
+    with connected() as (bridge, device):
         run(args, bridge, device)
-    dist.destroy_process_group()
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Distil on the student's own samples, beside the same time on text.")
-    parser.add_argument("--warm-up", type=float, default=0.75, help="minutes on text before the two ways part")
-    parser.add_argument("--minutes", type=float, default=0.75, help="training time of each way")
-    parser.add_argument("--batch", type=int, default=8, help="rows of each rank")
-    parser.add_argument("--seq", type=int, default=64, help="tokens of each row; the first half is the prompt")
-    parser.add_argument("--layers", type=int, default=4, help="of the students, taken evenly from the teacher's")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the warm-up; a quarter of it afterwards")
-    parser.add_argument("--bf16", action="store_true", help="autocast; fast on GPUs and CPUs with AVX512-BF16 or AMX")
-    parser.add_argument("--held-out", type=int, default=32, help="held-out rows of each rank")
-    parser.add_argument("--characters", type=int, default=1_000_000, help="of text, of which a tenth is held out")
-    parser.add_argument("--terminal", action="store_true", help="draw the progress line over itself")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    return parser.parse_args()
 
 
 class Score(NamedTuple):
@@ -123,77 +99,63 @@ def request(ids: torch.Tensor, prompt: int, attention_mask: torch.Tensor | None 
     return {"input_ids": ids, "attention_mask": mask, "positions": mask_from_labels(labels, shifted=False)}
 
 
-class Scores:
-    """How far a student is from the teacher: on samples of its own, and on held-out text."""
-
-    def __init__(
-        self, rows: torch.Tensor, end: int, bridge: shmbridge.Bridge, autocast: torch.autocast, device: torch.device
-    ) -> None:
-        """`rows`: (rows, seq) int64 of held-out text on the CPU, as many on every rank."""
-        self._prompts = rows[:, : rows.shape[1] // 2].split(SCORED)
-        self._seq, self._end = rows.shape[1], end
-        self._bridge, self._autocast, self._device = bridge, autocast, device
-        self._text = HeldOut(rows, bridge, device)
-
-    @torch.no_grad()
-    def __call__(self, student: Any) -> Score:
-        """A collective: means over the tokens of all ranks. The random numbers are the same for every student."""
-        sampler = Sampler(student, self._seq, self._end)
-        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(dist.get_rank())
-            for prompts in self._prompts:
-                batch = sampler(prompts)
-                reply = self._bridge.exchange(**batch)
-                with self._autocast:
-                    hidden = hidden_states(student.model, batch["input_ids"].to(self._device))[batch["positions"]]
-                teacher = LazyLogits(reply.hidden, self._bridge.head)
-                sums[0] += reverse_kl(LazyLogits(hidden, head_of(student)), teacher, num_items=1)
-                sums[1] += len(hidden)
-        dist.all_reduce(sums)
-        return Score(float(sums[0] / sums[1]), self._text.score(student, self._autocast).kl)
+@torch.no_grad()
+def own_score(student: Any, prompts: torch.Tensor, stage: Stage) -> float:
+    """KL(student || teacher) on the student's own samples. A collective: the mean over the tokens of all ranks. The random
+    numbers are the same for every student."""
+    sampler = Sampler(student, stage.args.seq, stage.tokenizer.eos_token_id)
+    sums = torch.zeros(2, dtype=torch.float64, device=stage.device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stage.rank)
+        for some in prompts.split(SCORED):
+            batch = sampler(some)
+            reply = stage.bridge.exchange(**batch)
+            with stage.autocast:
+                hidden = hidden_states(student.model, batch["input_ids"].to(stage.device))[batch["positions"]]
+            teacher = LazyLogits(reply.hidden, stage.bridge.head)
+            sums[0] += reverse_kl(LazyLogits(hidden, head_of(student)), teacher, num_items=1)
+            sums[1] += len(hidden)
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
 
 
 def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device) -> None:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(rank)
-    base = bridge.teacher.path
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokens = args.out / f"tokens-{Path(base).name}-{args.characters}.pt"
-    if rank == 0:
-        corpus.build(tokenizer, args.characters, tokens)
-    dist.barrier()
-    bridge.wait_ready(tokenizer=tokenizer)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    held_out = corpus.spread(corpus.held_out(tokens, args.seq), args.held_out, rank, world)
-    score = Scores(held_out, tokenizer.eos_token_id, bridge, autocast, device)
-    prompt = args.seq // 2
+    torch.manual_seed(dist.get_rank())
+    stage, prompt = Stage(args, bridge, device), args.seq // 2
+    bridge.wait_ready(tokenizer=stage.tokenizer)
+    text = stage.held_out(args.seq)
 
     def train(
-        name: str, student: torch.nn.Module, lr: float, minutes: float, loss: Loss, *, generates: bool = False
+        name: str,
+        student: Any,
+        lr: float,
+        minutes: float,
+        loss: Callable[..., torch.Tensor],
+        *,
+        generates: bool = False,
     ) -> Way:
         """Train on the same windows as every other way, or on the student's own continuations of their first halves."""
-        trainee = Trainee(name, student, lr, autocast, args.out, Line(terminal=args.terminal))
-        sampler = Sampler(student, args.seq, tokenizer.eos_token_id)
-        windows = corpus.shuffled(corpus.train(tokens, args.seq), args.batch, rank, world)
-        requests = (sampler(ids[:, :prompt]) if generates else request(ids, prompt) for ids in windows)
+        trainee = stage.trainee(name, student, lr)
+        sampler = Sampler(student, args.seq, stage.tokenizer.eos_token_id)
+        requests = (sampler(ids[:, :prompt]) if generates else request(ids, prompt) for ids in stage.batches())
         started = time.monotonic()
         with bridge.prefetch(requests, dict) as following:  # generates the next batch before this one's reply is read
-            for share, (batch, pending) in zip(Budget(60 * minutes, device).steps(1.0), following, strict=False):
+            for share, (batch, pending) in zip(Budget(minutes, device).steps(1.0), following, strict=False):
                 hidden = trainee.forward(batch["input_ids"])[batch["positions"]]
                 with pending.wait() as reply:
                     teacher = LazyLogits(reply.hidden, bridge.head)
                     trainee.learn(loss(LazyLogits(hidden, trainee.head), teacher), share)
-        return Way(name, time.monotonic() - started, sampler.seconds, trainee.steps, score(student))
+        seconds = time.monotonic() - started
+        score = Score(own_score(student, text.rows[:, :prompt], stage), text.score(student).kl)
+        return Way(name, seconds, sampler.seconds, trainee.steps, score)
 
-    student = cut(base, args.layers).to(device)
+    student = cut(stage.model, args.layers).to(device)
     before = train("warm-up", student, args.lr, args.warm_up, forward_kl)
     ways = [
         train("off-policy", copy.deepcopy(student), args.lr / 4, args.minutes, reverse_kl),
         train("on-policy", copy.deepcopy(student), args.lr / 4, args.minutes, reverse_kl, generates=True),
     ]
-    if rank == 0:
+    if stage.rank == 0:
         report(args.out, before, ways)
 
 

@@ -15,18 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import corpus
 import torch
 import torch.distributed as dist
-from budget import Budget, Line
-from held_out import HeldOut, Score, cross_entropy
-from student import cut, parameters
-from trainee import Trainee
-from transformers import AutoTokenizer
+from stage import Stage, connected, parser
+from student import Budget, HeldOut, Score, Trainee, cross_entropy, cut
 
 import shmbridge
 from shmbridge.losses import LazyLogits, forward_kl
@@ -40,66 +35,39 @@ On a node with eight GPUs, with a model, text and student of your own:
 
 def main() -> None:
     args = parse()
-    with shmbridge.connect() as bridge:
-        if not bridge.enabled:
-            raise SystemExit("the demo needs its teacher; scripts/example.py runs with --no-teacher too")
-        device = torch.device("cpu")
-        if bridge.settings.train.gpus:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with connected() as (bridge, device):
         run(args, bridge, device)
-    dist.destroy_process_group()
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Distil a teacher into a student of fewer layers, beside a control.")
-    parser.add_argument("--minutes", type=float, default=1.25, help="training time of the distilled student")
-    parser.add_argument("--batch", type=int, default=1, help="rows of each rank")
-    parser.add_argument("--seq", type=int, default=64, help="tokens of each row")
-    parser.add_argument("--layers", type=int, default=4, help="of the students, taken evenly from the teacher's")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--bf16", action="store_true", help="autocast; fast on GPUs and CPUs with AVX512-BF16 or AMX")
-    parser.add_argument("--held-out", type=int, default=4, help=f"held-out rows of each rank, {SCORED} tokens each")
-    parser.add_argument("--characters", type=int, default=1_000_000, help="of text, of which a tenth is held out")
-    parser.add_argument("--terminal", action="store_true", help="draw the progress line over itself")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    args = parser.parse_args()
+    about = "Distil a teacher into a student of fewer layers, beside a control."
+    made = parser(about, minutes=1.25, batch=1, held_out=4)
+    args = made.parse_args()
     for name, least in (("minutes", 0.01), ("batch", 1), ("seq", 2), ("layers", 1), ("held_out", 1)):
         if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
+            made.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least}")
     return args
 
 
 def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device) -> None:
     """Train both students and report."""
     torch.manual_seed(0)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    base = bridge.teacher.path
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokens = args.out / f"tokens-{Path(base).name}-{args.characters}.pt"
-    if rank == 0:
-        corpus.build(tokenizer, args.characters, tokens)
-    dist.barrier()
+    stage = Stage(args, bridge, device)
     bridge.wait_ready(
-        tokenizer=tokenizer, loss=lambda logits, reply: forward_kl(logits, LazyLogits(reply.hidden, bridge.head))
+        tokenizer=stage.tokenizer, loss=lambda logits, reply: forward_kl(logits, LazyLogits(reply.hidden, bridge.head))
     )
-    text = HeldOut(corpus.spread(corpus.held_out(tokens, SCORED), args.held_out, rank, world), bridge, device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
-    student = cut(base, args.layers).to(device)
+    text = stage.held_out(SCORED)
+    student = cut(stage.model, args.layers).to(device)
     distilled, control = (
-        Trainee(name, each, args.lr, autocast, args.out, Line(terminal=args.terminal))
+        stage.trainee(name, each, args.lr)
         for name, each in (("distilled", student), ("text alone", copy.deepcopy(student)))
     )
-    before = text.score(student, autocast)
-    batches = lambda: corpus.shuffled(corpus.train(tokens, args.seq), args.batch, rank, world)  # noqa: E731
-
-    shares = distil(distilled, bridge.prefetch(batches()), text, Budget(60 * args.minutes, device), bridge)
+    before = text.score(student)
+    shares = distil(distilled, bridge.prefetch(stage.batches()), text, Budget(args.minutes, device), bridge)
     with bridge.phase("control", timeout=600 + 180 * args.minutes):  # it makes no request: the teacher is idle
-        train_on_text(control, batches(), text, shares)
+        train_on_text(control, stage.batches(), text, shares)
     teacher = text.teacher()
-    if rank == 0:
+    if stage.rank == 0:
         report(args.out, before, distilled, control, teacher)
 
 
@@ -117,9 +85,8 @@ def distil(
                 hidden = student.forward(input_ids)
                 with pending.wait() as reply:
                     loss = forward_kl(LazyLogits(hidden, student.head), LazyLogits(reply.hidden, bridge.head))
-                    student.learn(
-                        loss, share, f"  {hidden_share(begin, bridge.stats()):4.0%} of the teacher's time hidden"
-                    )
+                    hid = hidden_share(begin, bridge.stats())
+                    student.learn(loss, share, f"  {hid:4.0%} of the teacher's time hidden")
             student.score(text)
     return legs
 
@@ -144,21 +111,19 @@ def report(out: Path, before: Score, distilled: Trainee, control: Trainee, teach
     from plot import plot  # matplotlib takes seconds to import, which the ranks need not wait for
 
     after = [student.scores[-1][1] for student in (distilled, control)]
+    weights = list(distilled.student.parameters())
     summary = {
         "ranks": dist.get_world_size(),
         "steps": distilled.steps,
         "tokens": distilled.tokens,
         "student_layers": len(distilled.student.model.layers),
-        "student_parameters": parameters(distilled.student),
-        "trained_parameters": parameters(distilled.student, trained=True),
+        "student_parameters": sum(weight.numel() for weight in weights),
+        "trained_parameters": sum(weight.numel() for weight in weights if weight.requires_grad),
         "teacher_perplexity": teacher.perplexity,
         "students": {
             student.name: {
                 "seconds": student.seconds,
-                "held_out": [
-                    {"step": step, "kl": score.kl, "perplexity": score.perplexity}
-                    for step, score in [(0, before), *student.scores]
-                ],
+                "held_out": [{"step": step, **score._asdict()} for step, score in [(0, before), *student.scores]],
             }
             for student in (distilled, control)
         },

@@ -223,7 +223,7 @@ def take_smollm2(_: str, folder: Path, options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder / "teacher")
     cut(base, SMOLLM2_LAYERS).save_pretrained(folder / "student")
     corpus.build(tokenizer, 4_000_000, folder / "corpus.pt")
-    torch.save(corpus.train(folder / "corpus.pt", options.seq), folder / "tokens.pt")
+    torch.save(corpus.windows(folder / "corpus.pt", "train", options.seq), folder / "tokens.pt")
 
 
 # Runs
