@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import signal
 import statistics
@@ -34,15 +33,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from benchmarks import idling, tables
-from benchmarks.tables import Facts, header, progress
+from rich.text import Text
 
 from shmbridge import config
 from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm import layout, owner
+from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Control, Lane, Names, TeacherSession, Token, TrainerSession
+from shmbridge.shm.session import Lane, TeacherSession, Token, TrainerSession
 from shmbridge.teacher.main import serve
 from tests.harness import Child, until
 
@@ -87,46 +85,38 @@ class Forward:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Soak, then idle; 0 where nothing grew and the idle session is below its target."""
     options = _parser().parse_args(arguments)
-    facts = Facts.now()
+    facts = tables.Facts.now()
     torch.set_num_threads(1)
     samples: list[Sample] = []
     for sample in soak(options.requests, options.each):
         samples.append(sample)
-        progress(f"{sample.requests:,} of {options.requests:,} requests")
-    progress("")
+        tables.progress(f"{sample.requests:,} of {options.requests:,} requests")
     grown = verdict(samples)
     idle = idling.measure(options.idle_s) if options.idle_s else []
-    facts.load_at_end = Facts.now().load_at_start
-    to = tables.console()
-    to.print(header("soak", facts))
-    to.print(_table(samples))
-    to.print("\n".join(grown) or _praise(samples), highlight=False)
-    if idle:
-        to.print(idling.table(idle))
-        to.print(idling.told(idle), highlight=False)
-    if options.json:
-        tree = {**asdict(facts), "samples": [asdict(one) for one in samples], "grown": grown}
-        options.json.write_text(json.dumps({**tree, "idle": [asdict(one) for one in idle]}, indent=1) + "\n")
+    shown = [_table(samples), Text("\n".join(grown) or _praise(samples))]
+    shown += [idling.table(idle), Text(idling.told(idle))] if idle else []
+    figures = {"samples": [asdict(one) for one in samples], "grown": grown, "idle": [asdict(one) for one in idle]}
+    tables.report("soak", None, facts, settings=(), shown=shown, figures=figures, path=options.json)
     return 1 if grown or not idling.reached(idle) else 0
 
 
 def soak(requests: int, each: int) -> Iterator[Sample]:
     """Generations of RANKS ranks with `each` requests a rank, until there were so many; a sample after each."""
-    settings = config.load(overrides=SETTINGS)
-    began, done = time.monotonic(), 0
-    with Owner(settings, RANKS) as session:
-        token = session.start_generation()
-        teacher = Child(lambda: _teach(token))
+    began, done, number = time.monotonic(), 0, 0
+    with Owner(config.load(overrides=SETTINGS), RANKS) as session:
+        token, record = session.start_generation(), session.control.teachers[0]
+        first = token
+        teacher = Child(lambda: _teach(first))
         try:
-            number = 0
             while done < requests:
-                _agree(session, teacher)
-                done += _generation(token, number, each)
+                _await(teacher, lambda: record.offer, "the teacher's offer")
+                session.create_replies(Offer.decode(record.offer or b""))
+                _await(teacher, lambda: record.ready == session.generation, "the teacher")
+                done += _generation(session, token, number, each)
                 yield _sample(session, teacher.pid, done, time.monotonic() - began)
                 number += 1
                 session.end_training()
-                record = session.control.teachers[0]
-                until(lambda record=record: str(record.phase) == "idle" or _ended(teacher), "the teacher's drain")
+                _await(teacher, lambda: str(record.phase) == "idle", "the teacher's drain")
                 token = session.start_generation()
             session.end_session()
             teacher.join()
@@ -134,24 +124,24 @@ def soak(requests: int, each: int) -> Iterator[Sample]:
             teacher.end()
 
 
-def _generation(token: Token, number: int, each: int) -> int:
+def _await(child: Child, condition: Callable[[], object], what: str) -> None:
+    """Until `condition` is true, or the child has ended."""
+    until(lambda: condition() or child.poll() is not None, what)
+
+
+def _generation(session: Owner, token: Token, number: int, each: int) -> int:
     """One life of all ranks; how many requests they made. Raises RuntimeError for a wrong reply."""
-    lethal = number % 4 == 3  # the last rank is killed in the middle of it
+    killed = number % 4 == 3  # the last rank, in the middle of it
     ranks = [Child(lambda lane=lane: _train(token, lane, number, each)) for lane in range(RANKS)]
-    if lethal:
-        ring = _ring_of(token, RANKS - 1)
-        until(lambda: ring.requested > each // 2 or _ended(ranks[-1]), "half of the requests")
+    rings = [Lane.attach(token, session.control.shape, lane).ring for lane in range(RANKS)]
+    if killed:
+        _await(ranks[-1], lambda: rings[-1].requested > each // 2, "half of the requests")
         ranks[-1].kill()
     for lane, rank in enumerate(ranks):
         code = rank.join()
-        if code and not (lethal and lane == RANKS - 1):
+        if code and not (killed and rank is ranks[-1]):
             raise RuntimeError(f"rank {lane} of generation {number + 1} ended with {code}")
-    return sum(_ring_of(token, lane).requested for lane in range(RANKS))
-
-
-def _ring_of(token: Token, lane: int) -> Any:
-    control = Control(Segment.attach(Names(token.session_id).control, layout.CONTROL, token.session_id))
-    return Lane.attach(token, control.shape, lane).ring
+    return sum(ring.requested for ring in rings)
 
 
 def _train(token: Token, lane: int, number: int, each: int) -> None:
@@ -221,18 +211,6 @@ def _teach(token: Token) -> None:
     serve(TeacherSession(token), Forward(), torch.device("cpu"))
 
 
-def _agree(session: Owner, teacher: Child) -> None:
-    """Create the reply memory, as the launcher does."""
-    record = session.control.teachers[0]
-    until(lambda: record.offer or _ended(teacher), "the teacher's offer")
-    session.create_replies(Offer.decode(record.offer or b""))
-    until(lambda: record.ready == session.generation or _ended(teacher), "the teacher")
-
-
-def _ended(child: Child) -> bool:
-    return child.poll() is not None
-
-
 # What is counted
 
 
@@ -283,26 +261,17 @@ def _praise(samples: Sequence[Sample]) -> str:
 
 def _table(samples: Sequence[Sample]) -> Any:
     names = ("requests", "seconds", "teacher", "files", "threads", "owner", "files", "threads", "objects", "/dev/shm")
-    made = tables.table(numbers=names)
     every = max(1, len(samples) // 10)
-    for one in [*samples[:-1:every], samples[-1]]:
-        made.add_row(
-            f"{one.requests:,}",
-            f"{one.seconds:.0f}",
-            _mib(one.teacher_bytes),
-            str(one.teacher_files),
-            str(one.teacher_threads),
-            _mib(one.owner_bytes),
-            str(one.owner_files),
-            str(one.owner_threads),
-            str(one.objects),
-            f"{one.shm_bytes >> 10:,} KiB",
+    rows = [
+        (
+            *(f"{one.requests:,}", f"{one.seconds:.0f}"),
+            *(f"{one.teacher_bytes / 2**20:.1f} MiB", str(one.teacher_files), str(one.teacher_threads)),
+            *(f"{one.owner_bytes / 2**20:.1f} MiB", str(one.owner_files), str(one.owner_threads)),
+            *(str(one.objects), f"{one.shm_bytes >> 10:,} KiB"),
         )
-    return made
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
+        for one in [*samples[:-1:every], samples[-1]]
+    ]
+    return tables.table(numbers=names, rows=rows)
 
 
 def _parser() -> argparse.ArgumentParser:

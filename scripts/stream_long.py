@@ -50,21 +50,16 @@ def main() -> int:
     print(f"{'tokens':>8}{'reply':>10}{'pool':>8}{'teacher':>10}{'student':>10}{'seconds':>10}{'loss':>12}")
     results = []
     for tokens in sorted(args.tokens):
-        found = launch(args, tokens, check=not results)
-        results.append(found)
-        print(
-            f"{tokens:>8,}{found['reply'] / MIB:>10,.0f}{found['pool'] / MIB:>8,.0f}{found['teacher'] / MIB:>10,.0f}"
-            f"{found['student'] / MIB:>10,.0f}{found['seconds']:>10.1f}{found['loss']:>12.6f}",
-            flush=True,
-        )
+        results.append(found := launch(args, tokens, check=not results))
+        reply, pool, teacher, student = (found[name] / MIB for name in ("reply", "pool", "teacher", "student"))
+        sizes = f"{reply:>10,.0f}{pool:>8,.0f}{teacher:>10,.0f}{student:>10,.0f}"
+        print(f"{tokens:>8,}{sizes}{found['seconds']:>10.1f}{found['loss']:>12.6f}", flush=True)
     first, last = results[0], results[-1]
     print(f"\nloss of a whole reply of {min(args.tokens):,} tokens: {first['whole']:.6f}")
-    per_token = 8 + 4 * args.width
     added = max(args.tokens) - min(args.tokens)
-    print(
-        f"{added:,} tokens more are {added * per_token / MIB:.0f} MiB of IDs and hidden states, in one copy;", end=" "
-    )
-    print(", ".join(f"the {side} took {(last[side] - first[side]) / MIB:+.0f} MiB" for side in ("teacher", "student")))
+    one_copy = added * (8 + 4 * args.width) / MIB
+    took = ", ".join(f"the {side} took {(last[side] - first[side]) / MIB:+.0f} MiB" for side in ("teacher", "student"))
+    print(f"{added:,} tokens more are {one_copy:.0f} MiB of IDs and hidden states, in one copy; {took}")
     return 0 if abs(first["whole"] - first["loss"]) <= 1e-4 * abs(first["whole"]) else 1
 
 
@@ -87,31 +82,18 @@ def launch(args: argparse.Namespace, tokens: int, check: bool) -> dict[str, Any]
     """One run; what both sides wrote."""
     with tempfile.TemporaryDirectory() as directory:
         teacher, student = Path(directory, "teacher"), Path(directory, "student")
-        settings = [
+        command = [
+            *(sys.executable, "-m", "shmbridge.launch", "--cpu", "1", "--teacher", "scripts.stream_long:build"),
             "payload.logits={}",
             f"payload.stream={{chunk_positions: {args.chunk}, chunks: 3}}",
             f"ring={{depth: 1, max_tokens: {tokens}}}",
             f"teacher.args={{words: {args.words}, width: {args.width}, peak_to: {teacher}}}",
             f"run_dir={directory}/runs",
+            *("--", "scripts/stream_long.py", f"--tokens={tokens}", f"--words={args.words}", f"--width={args.width}"),
+            *(f"--rank-to={student}", *["--check"] * check),
         ]
-        sizes = [f"--tokens={tokens}", f"--words={args.words}", f"--width={args.width}", *["--check"] * check]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "shmbridge.launch",
-                "--cpu",
-                "1",
-                "--teacher",
-                "scripts.stream_long:build",
-                *settings,
-            ]
-            + ["--", "scripts/stream_long.py", *sizes, f"--rank-to={student}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
         if done.returncode:
             raise SystemExit(done.stdout)
@@ -122,11 +104,11 @@ def launch(args: argparse.Namespace, tokens: int, check: bool) -> dict[str, Any]
 
 
 def build(settings: Any) -> Any:
-    """A teacher of one's own: hidden states, and a head that the bridge applies to a chunk of them at a time."""
+    """A custom teacher: hidden states, and a head that the bridge applies to a chunk of them at a time."""
     args = settings.teacher.args
     trunk, head = model(args["words"], args["width"], seed=1)
     peak = Peak()
-    atexit.register(lambda: Path(args["peak_to"]).write_text(json.dumps(peak.nbytes())))
+    atexit.register(lambda: Path(args["peak_to"]).write_text(json.dumps(peak.nbytes)))
 
     def forward(batch: Any) -> dict[str, torch.Tensor]:
         return {"hidden": trunk(batch.input_ids)}
@@ -165,7 +147,7 @@ def train(args: argparse.Namespace) -> None:
         found = {
             "reply": tokens * position_bytes,
             "pool": stream.chunks * stream.chunk_positions * position_bytes,
-            "student": peak.nbytes(),
+            "student": peak.nbytes,
             "seconds": seconds,
             "loss": loss.item(),
         }
@@ -176,24 +158,17 @@ def train(args: argparse.Namespace) -> None:
 
 
 class Peak:
-    """The largest RssAnon of this process, from now on."""
+    """The largest RssAnon of this process, from now on, in bytes."""
 
     def __init__(self) -> None:
-        self._kb = 0
+        self.nbytes = 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self._kb = max(self._kb, rss_anon_kb())
+            status = Path("/proc/self/status").read_text()
+            self.nbytes = max(self.nbytes, 1024 * int(status.partition("RssAnon:")[2].split(maxsplit=1)[0]))
             time.sleep(0.005)
-
-    def nbytes(self) -> int:
-        return self._kb * 1024
-
-
-def rss_anon_kb() -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
 
 
 if __name__ == "__main__":
