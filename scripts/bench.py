@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--dim", type=_count, default=256, help="width of the hidden states (default: 256)")
     option("--dtypes", type=_list_of(str), default=["float32", "bfloat16"], help="inputs (default: float32,bfloat16)")
 
-    option = add(cuda, "the CUDA plane: copies, calls, steps; needs a GPU", "small replies, few turns")
+    option = add(cuda, "the CUDA plane: copies, calls, reads; needs a GPU", "small replies, few turns")
     option("--teacher", type=int, default=0, metavar="GPU", help="the teacher's card (default: 0)")
     option("--rank", type=int, default=0, metavar="GPU", help="the rank's card (default: 0)")
     option("--mib", type=_count, default=256, help="the largest reply (default: 256)")

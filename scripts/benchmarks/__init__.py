@@ -7,7 +7,7 @@ replicas     several such teachers
 group        a training group on such devices, for both
 trainer      HuggingFace's Trainer on such devices; trainee: its training script
 losses       memory and time of the losses
-cuda         the CUDA plane; cuda_results: its figures and tables
+cuda         the CUDA plane
 
 bridge       a session without a launcher
 processes    forked processes

@@ -1,12 +1,9 @@
-"""The CUDA plane on real GPUs: the copy, the calls, the step, and when to read in place. Needs a GPU.
+"""The CUDA plane on real GPUs: the copy, the calls, and when to read in place. Needs a GPU.
 
 Teacher and rank are processes of their own, on cards --teacher and --rank, which may be one. A reply has 4 KiB for each token,
 and the teacher's answers lie ready in its GPU's memory. Copies and passes are timed by the GPU's own events, from when
-the reply has arrived; each figure is a median. A plain copy is between the same two cards in one process.
-
-The training step is of a student of linear layers; the teacher has as many, and its logits come back in bfloat16. Over the
-bridge the teacher is one batch ahead. Where both share one card they take time from each other; --rank on another card shows
-what is hidden.
+the reply has arrived; each figure is a median. A plain copy is between the same two cards in one process. Training steps are
+measured by scripts/gpu/train.py.
 """
 
 from __future__ import annotations
@@ -19,17 +16,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch.nn import functional as F
+from rich.table import Table
 
 from benchmarks import tables
 from benchmarks.bridge import open_session, teach
-from benchmarks.cuda_results import Calls, Copy, Reading, Results, Step
 from benchmarks.processes import Failed
+from benchmarks.tables import Target, size_text
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.session import Token, TrainerSession
@@ -37,9 +34,96 @@ from shmbridge.teacher.batch import Forward
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20
-WIDTH, WORDS, LAYERS = 2048, 8192, 8
-ROWS, SEQ = 4, 512  # of a training batch
+COPY_SHARE = 0.97  # of the bandwidth of a plain copy
+CPU_US = 30.0
 QUICK = {"mib": 32, "turns": 20}
+
+
+@dataclass
+class Copy:
+    """One size of reply: seconds of a copy out of the teacher's memory, and of a plain one in one process."""
+
+    nbytes: int
+    reply_s: float
+    plain_s: float
+
+    @property
+    def share(self) -> float:
+        return self.plain_s / self.reply_s
+
+
+@dataclass
+class Calls:
+    """A small reply; microseconds, medians but for the CPU's, which is the mean."""
+
+    cpu_us: float  # of submit, wait and release, of the rank's thread
+    bridge_us: float  # from submit until the reply is there on the GPU
+    call_us: float  # the same forward, in one process
+
+
+@dataclass
+class Reading:
+    """A kernel that reads a reply `passes` times: seconds from its arrival to the last pass, for each cuda.read."""
+
+    nbytes: int
+    passes: int
+    copy_s: float
+    in_place_s: float
+
+
+@dataclass
+class Results:
+    """Everything that a run measured."""
+
+    copies: list[Copy] = field(default_factory=list)
+    calls: Calls | None = None
+    readings: list[Reading] = field(default_factory=list)
+
+    def targets(self) -> list[Target]:
+        """Of the copies the largest is judged, where launching no longer counts."""
+        copy = Target("copy of a reply: bandwidth / plain copy in one process", f"{COPY_SHARE:g}", "not measured", None)
+        cpu = Target("CPU time of submit + wait + release", f"{CPU_US:g} us", "not measured", None)
+        if self.copies:
+            largest = max(self.copies, key=lambda copy: copy.nbytes)
+            copy.found, copy.reached = f"{largest.share:.3f} ({size_text(largest.nbytes)})", largest.share >= COPY_SHARE
+        if self.calls:
+            cpu.found, cpu.reached = f"{self.calls.cpu_us:.1f} us", self.calls.cpu_us < CPU_US
+        return [copy, cpu]
+
+    def shown(self) -> Iterator[tuple[str, Table]]:
+        """Tables with their titles, of what was measured."""
+        if self.copies:
+            rows = [
+                (
+                    size_text(each.nbytes),
+                    _rate(each.nbytes, each.reply_s),
+                    _rate(each.nbytes, each.plain_s),
+                    f"{each.share:.3f}",
+                )
+                for each in self.copies
+            ]
+            numbers = ("reply", "from the teacher", "plain copy", "share")
+            yield "copying a reply out of the teacher's memory", tables.table((), numbers, rows=rows)
+        if self.calls:
+            calls = self.calls
+            times = (calls.bridge_us, calls.call_us, calls.bridge_us - calls.call_us, calls.cpu_us)
+            numbers = ("over the bridge", "in one process", "added", "CPU of the rank")
+            yield "a small reply", tables.table((), numbers, rows=[[f"{us:.1f} us" for us in times]])
+        if self.readings:
+            rows = [
+                (
+                    *(size_text(each.nbytes), str(each.passes)),
+                    *(f"{1e6 * seconds:.0f} us" for seconds in (each.copy_s, each.in_place_s)),
+                    "copy" if each.copy_s < each.in_place_s else "in_place",
+                )
+                for each in self.readings
+            ]
+            numbers = ("reply", "passes", "copy", "in_place", "faster")
+            yield "cuda.read: when which is faster", tables.table((), numbers, rows=rows)
+
+
+def _rate(nbytes: int, seconds: float) -> str:
+    return f"{nbytes / seconds / 1e9:.0f} GB/s"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,37 +164,30 @@ def show(results: Results, facts: tables.Facts, gpus: dict[str, str], options: a
 
 def _measure(options: argparse.Namespace, results: Results) -> None:
     sizes = [nbytes for nbytes in (MIB, 16 * MIB, options.mib * MIB) if nbytes <= options.mib * MIB]
-    with _session(options, _answers, "cuda.read=in_place") as ask:
+    with _session(options, "cuda.read=in_place") as ask:
         results.copies = [Copy(*values) for values in ask(_time_copies, options.teacher, sizes, options.turns)]
         in_place = ask(_time_passes, sizes, options.turns)
-    with _session(options, _answers, "cuda.read=copy") as ask:
+    with _session(options, "cuda.read=copy") as ask:
         copied = ask(_time_passes, sizes, options.turns)
     results.readings = [Reading(*a, b) for a, (*_, b) in zip(copied, in_place, strict=True)]
-    with _session(options, _answers, "cuda.read=copy", "ring.spin_us=0") as ask:  # a spin is no work of the bridge's
+    with _session(options, "cuda.read=copy", "ring.spin_us=0") as ask:  # a spin is no work of the bridge's
         results.calls = Calls(*ask(_time_calls, max(100, 10 * options.turns)))
-    with _session(options, _logits, "cuda.read=copy") as ask:
-        results.step = Step(*ask(_time_steps, max(10, options.turns // 4)))
 
 
 # Processes
 
 
 @contextmanager
-def _session(
-    options: argparse.Namespace, make: Callable[[torch.device, int], Forward], *settings: str
-) -> Iterator[Callable[..., Any]]:
+def _session(options: argparse.Namespace, *settings: str) -> Iterator[Callable[..., Any]]:
     """A teacher and a rank, alive; yields what calls a function in the rank, with its bridge and device. Raises Failed."""
-    tables.progress(f"{make.__name__[1:]} {' '.join(settings)}")
-    if make is _logits:
-        tokens, output = ROWS * SEQ, OutputSpec("out", "bfloat16", ("seq", WORDS))
-    else:
-        tokens, output = options.mib * MIB // (4 * ITEM), OutputSpec("out", "float32", ("seq", ITEM))
+    tables.progress(" ".join(settings))
+    tokens, output = options.mib * MIB // (4 * ITEM), OutputSpec("out", "float32", ("seq", ITEM))
     limits = (f"ring.max_tokens={tokens}", "teacher.max_batch_tokens=1000000")
     owner, token, offer = open_session(1, output, "plane=cuda_ipc", *limits, *settings)
     spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     here, there = spawn.Pipe()
     processes = [
-        spawn.Process(target=_teach, args=(token, offer, options.teacher, make, tokens), daemon=True),
+        spawn.Process(target=_teach, args=(token, offer, options.teacher, tokens), daemon=True),
         spawn.Process(target=_rank, args=(token, options.rank, there), daemon=True),
     ]
 
@@ -149,26 +226,10 @@ def _rank(token: Token, card: int, pipe: Connection) -> None:
             pipe.send(work(bridge, device, *arguments))
 
 
-def _teach(token: Token, offer: Offer, card: int, make: Callable[[torch.device, int], Forward], tokens: int) -> None:
+def _teach(token: Token, offer: Offer, card: int, tokens: int) -> None:
     device = torch.device("cuda", card)
-    teach(token, offer, make(device, tokens), device)
-
-
-def _answers(device: torch.device, tokens: int) -> Forward:
     answers = torch.zeros(1, tokens, ITEM, device=device)
-    return lambda batch: {"out": answers[:, : batch.input_ids.shape[1]]}
-
-
-def _logits(device: torch.device, tokens: int) -> Forward:
-    model = _model(device, seed=1)
-    return lambda batch: {"out": model(batch.input_ids)}
-
-
-def _model(device: torch.device, seed: int) -> torch.nn.Sequential:
-    torch.manual_seed(seed)
-    inner = [layer for _ in range(LAYERS) for layer in (torch.nn.Linear(WIDTH, WIDTH), torch.nn.GELU())]
-    model = torch.nn.Sequential(torch.nn.Embedding(WORDS, WIDTH), *inner, torch.nn.Linear(WIDTH, WORDS))
-    return model.to(device, torch.bfloat16)
+    teach(token, offer, lambda batch: {"out": answers[:, : batch.input_ids.shape[1]]}, device)
 
 
 # Measurements, in the rank
@@ -255,46 +316,3 @@ def _time_calls(bridge: Bridge, device: torch.device, turns: int) -> tuple[float
         torch.cuda.current_stream(device).synchronize()
         call_us.append((time.perf_counter_ns() - began) / 1000)
     return statistics.mean(cpu_us[20:]), statistics.median(bridge_us[20:]), statistics.median(call_us[20:])
-
-
-def _time_steps(bridge: Bridge, device: torch.device, turns: int) -> tuple[float, float, float]:
-    student, teacher = _model(device, seed=0), _model(device, seed=1)
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
-    batches = [torch.randint(0, WORDS, (ROWS, SEQ)) for _ in range(turns + 3)]
-    fixed = torch.zeros(ROWS, SEQ, WORDS, device=device, dtype=torch.bfloat16)
-
-    def step(batch: torch.Tensor, answer: torch.Tensor) -> None:
-        logits = student(batch.pin_memory().to(device, non_blocking=True))
-        F.kl_div(logits.log_softmax(-1), answer.softmax(-1), reduction="batchmean").backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def alone() -> Iterator[None]:
-        for batch in batches:
-            yield step(batch, fixed)
-
-    def bridged() -> Iterator[None]:
-        for batch, pending in bridge.prefetch(batches):
-            with pending.wait() as reply:
-                yield step(batch, reply["out"])
-
-    def together() -> Iterator[None]:
-        for batch in batches:
-            with torch.inference_mode():
-                answer = teacher(batch.pin_memory().to(device, non_blocking=True))
-            yield step(batch, answer)
-
-    return _step_seconds(alone, device), _step_seconds(bridged, device), _step_seconds(together, device)
-
-
-def _step_seconds(loop: Callable[[], Iterator[None]], device: torch.device) -> float:
-    """The mean of all but the first three: hosts run ahead, so a single step has no time of its own."""
-    steps = loop()
-    for _ in range(3):
-        next(steps)
-    torch.cuda.synchronize(device)
-    began, count = time.perf_counter(), 0
-    for _ in steps:
-        count += 1
-    torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / count

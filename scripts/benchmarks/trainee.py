@@ -36,52 +36,25 @@ def build(settings: Any) -> Any:
     return forward
 
 
-class Device:
-    """The student's: when its forward and its backward began, in seconds of the monotonic clock."""
-
-    def __init__(self, student_s: float) -> None:
-        self.student_s = student_s
-        self.forward_at = self.backward_at = 0.0
-
-
-class Begin(torch.autograd.Function):
-    """Behind the embedding: the forward begins, and the backward ends."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, device: Device) -> torch.Tensor:
-        ctx.device = device
-        device.forward_at = time.monotonic()
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        sleep_until(ctx.device.backward_at + (1 - FORWARD_SHARE) * ctx.device.student_s)
-        return gradient, None
-
-
-class End(torch.autograd.Function):
-    """Before the output head: the forward ends, and the backward begins."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, device: Device) -> torch.Tensor:
-        ctx.device = device
-        sleep_until(device.forward_at + FORWARD_SHARE * device.student_s)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.device.backward_at = time.monotonic()
-        return gradient, None
-
-
 def student(student_s: float) -> LlamaForCausalLM:
-    """A small model on a simulated device."""
+    """A small model on a simulated device: it sleeps before the output head, and where the gradient reaches the embedding."""
     shape = LlamaConfig(
         vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
-    model, device = LlamaForCausalLM(shape), Device(student_s)
-    model.model.embed_tokens.register_forward_hook(lambda *given: Begin.apply(given[-1], device))
-    model.model.norm.register_forward_hook(lambda *given: End.apply(given[-1], device))
+    model, began = LlamaForCausalLM(shape), {"forward": 0.0, "backward": 0.0}
+
+    def embedded(module: Any, inputs: Any, hidden: torch.Tensor) -> None:
+        began["forward"] = time.monotonic()
+        if hidden.requires_grad:  # not where Trainer checks a teacher's replies
+            hidden.register_hook(lambda _: sleep_until(began["backward"] + (1 - FORWARD_SHARE) * student_s))
+
+    def normed(module: Any, inputs: Any, hidden: torch.Tensor) -> None:
+        sleep_until(began["forward"] + FORWARD_SHARE * student_s)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: began.update(backward=time.monotonic()))
+
+    model.model.embed_tokens.register_forward_hook(embedded)
+    model.model.norm.register_forward_hook(normed)
     return model
 
 

@@ -120,5 +120,5 @@ def _cells(case: Case, turn: Turn, turns: dict[Case, Turn]) -> tuple[str, ...]:
         f"{1000 * min(turn.steps):.1f} to {1000 * max(turn.steps):.1f}",
         f"{step_s / case.ideal_s:.3f}",
         f"{step_s / host_s:.3f}" if case.depth else "",
-        f"+{1000 * turn.first:.1f} ms",
+        f"{1000 * turn.first:+.1f} ms",
     )

@@ -26,7 +26,6 @@ from shmbridge.teacher.batch import Batch
 
 TOKENS = 8192  # int64: 64 KB of IDs for each request of each rank
 LARGE = 1 << 20  # from this reply size on copies cost more than wake-ups
-_IDS_BYTES = TOKENS * 8
 _MARK = 7.0
 
 Ask = Callable[[Callable[[Any], object]], None]
@@ -141,52 +140,46 @@ class Raw(Transport):
     ranked = False
 
     def prepare(self) -> None:
-        self._lanes = [_Lane(self.cell.reply_bytes) for _ in range(self.cell.ranks)]
+        nbytes = TOKENS * 8 + self.cell.reply_bytes
+        views = [memoryview(mmap.mmap(-1, nbytes)) for _ in range(self.cell.ranks)]
+        self._lanes = [(view[: TOKENS * 8], view[TOKENS * 8 :], _semaphore(), _semaphore()) for view in views]
         self._left = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
 
     def teach(self) -> None:
-        answer, ids = _buffer(self.cell.answers()), memoryview(bytearray(_IDS_BYTES))
-        forward, left, lanes = self.cell.forward, self._left, self._lanes
+        answer, ids = _buffer(self.cell.answers()), memoryview(bytearray(TOKENS * 8))
+        forward, left = self.cell.forward, self._left
         while True:
-            for lane in lanes:
-                lane.request.acquire()
+            for lane_ids, lane_reply, requested, answered in self._lanes:
+                requested.acquire()
                 if left[0]:
                     return
-                ids[:] = lane.ids
+                ids[:] = lane_ids
                 forward()
-                lane.reply[:] = answer
-                lane.answer.release()
+                lane_reply[:] = answer
+                answered.release()
 
     @contextmanager
     def rank(self, index: int) -> Iterator[Ask]:
-        lane, ids = self._lanes[index], _buffer(token_ids())
-        reply = memoryview(bytearray(len(lane.reply)))
+        lane_ids, lane_reply, requested, answered = self._lanes[index]
+        ids, reply = _buffer(token_ids()), memoryview(bytearray(len(lane_reply)))
 
         def ask(read: Callable[[Any], object]) -> None:
-            lane.ids[:] = ids
-            lane.request.release()
-            lane.answer.acquire()
-            reply[:] = lane.reply
+            lane_ids[:] = ids
+            requested.release()
+            answered.acquire()
+            reply[:] = lane_reply
             read(reply)
 
         yield ask
         self._left[0] = 1
-        lane.request.release()
+        requested.release()
 
 
-class _Lane:
-    """One rank's memory and semaphores, which forked processes inherit."""
-
-    def __init__(self, reply_bytes: int) -> None:
-        view = memoryview(mmap.mmap(-1, _IDS_BYTES + reply_bytes))
-        self.ids, self.reply = view[:_IDS_BYTES], view[_IDS_BYTES:]
-        self.request, self.answer = self._semaphore(), self._semaphore()
-
-    @staticmethod
-    def _semaphore() -> posix_ipc.Semaphore:
-        semaphore = posix_ipc.Semaphore(f"/bench-raw-{secrets.token_hex(8)}", posix_ipc.O_CREX, mode=0o600)
-        semaphore.unlink()
-        return semaphore
+def _semaphore() -> posix_ipc.Semaphore:
+    """Without a name: forked processes inherit it."""
+    semaphore = posix_ipc.Semaphore(f"/bench-raw-{secrets.token_hex(8)}", posix_ipc.O_CREX, mode=0o600)
+    semaphore.unlink()
+    return semaphore
 
 
 class Shmbridge(Transport):

@@ -26,9 +26,8 @@ import shmbridge
 from shmbridge.losses import Head, LazyLogits, forward_kl
 
 GIB = 2**30
-Answer = Callable[
-    [], AbstractContextManager[LazyLogits]
-]  # entered after the student's forward, left after the backward
+# Entered after the student's forward, left after the backward.
+Answer = Callable[[], AbstractContextManager[LazyLogits]]
 
 
 def main() -> None:

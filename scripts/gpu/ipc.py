@@ -68,35 +68,30 @@ def run(case: str, exporter_card: int, importer_card: int) -> str:
     except (EOFError, TimeoutError) as error:
         return f"failed: {error or 'a process ended early; its error is above'}"
     finally:
-        for process in processes:
+        for process, pipe in zip(processes, pipes, strict=True):
             process.kill()  # one that waits for ever does not end by itself
             process.join()
-        for pipe in pipes:
             pipe.close()
 
 
 def _conduct(case: str, exporting: multiprocessing.process.BaseProcess, out: Connection, into: Connection) -> str:
     """Hand the handles over, start the kernel, kill the exporter where the case says so, and hear what came."""
-
-    def kill() -> None:
+    handles = _receive(out)
+    _receive(into)  # the importer is up
+    if case == "gone":
         exporting.kill()
         exporting.join()
-
-    handles = _receive(out)
-    if case == "gone":
-        _receive(into)  # the importer is up
-        kill()
-        into.send(handles)
-        return str(_receive(into))
-    _receive(into)
     into.send(handles)
-    _receive(into)  # all is open
+    told = _receive(into)  # all is open, or what became of a memory that is gone
+    if case == "gone":
+        return str(told)
     out.send("launch")
     _receive(out)  # recorded, and for `finished` at its end
     into.send("wait")
     _receive(into)  # its stream waits
     if case == "killed":
-        kill()
+        exporting.kill()
+        exporting.join()
     into.send("look")
     return str(_receive(into))
 
