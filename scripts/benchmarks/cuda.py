@@ -30,7 +30,6 @@ from benchmarks.tables import Target, size_text
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.session import Token, TrainerSession
-from shmbridge.teacher.batch import Forward
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20
