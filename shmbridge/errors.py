@@ -6,21 +6,21 @@
     ├── NotLaunched                           no session: the script was not started by shmbridge-launch
     ├── AttachError                           a segment is missing, garbled, foreign or of another version
     ├── TornReply                             a reply in GPU memory is not whole: its teacher died while it wrote
-    ├── ParityError                           what comes over the bridge is not what the model gives in its own process
+    ├── ParityError                           a reply over the bridge does not equal what the model gives in its own process
     ├── SessionInUse                          the session's name is held by a live launcher
-    ├── RequestRefused        (ValueError)    submit was given something the teacher could not take
-    ├── RingFull                              as many requests in flight as the ring is deep
-    ├── Closed                                this side closed the bridge or released the lease: ours
+    ├── RequestRefused        (ValueError)    a request is not valid; nothing reached the teacher
+    ├── RingFull                              every slot of the ring is taken
+    ├── Closed                                this process closed the bridge or released the lease
     ├── TeacherError                          the teacher's forward raised for this request; the teacher lives
-    ├── DeadlineExceeded      (TimeoutError)  a wait ran to its deadline with every party alive
-    └── PeerLost                              somebody else ended or failed: theirs
+    ├── DeadlineExceeded      (TimeoutError)  a wait reached its deadline with every party alive
+    └── PeerLost                              another participant ended or failed
         ├── TeacherDied
         ├── TrainerDied
         ├── LauncherDied
-        └── RunStopped                        the user, or the scheduler, has stopped the run: nobody died
+        └── RunStopped                        the user or the scheduler has stopped the run; no process died
 
-`Closed` and `PeerLost` are kept apart on purpose: the first is something the caller did, the second is something that
-happened to it. A `PeerLost` is always the consequence of a failure elsewhere, so a report never names it as the cause.
+`Closed` is caused by the caller, `PeerLost` by another participant. A `PeerLost` is always the consequence of a failure
+elsewhere, so a report never names it as the cause.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ class NotLaunched(ShmbridgeError):
 
 
 class AttachError(ShmbridgeError):
-    """Shared memory is not what this process was told to expect."""
+    """Shared memory is not what this process expects."""
 
 
 class TornReply(ShmbridgeError):
-    """A reply that was handed out is not whole. Its positions hold NaN, so that no loss can have used it unseen."""
+    """A reply that was handed out is not whole. Its positions hold NaN, so a loss that used it is NaN."""
 
 
 class ParityError(ShmbridgeError):
-    """A check at the startup barrier failed: the teacher over the bridge is not the model, or not the student's match."""
+    """A check at the startup barrier failed: replies do not equal the model's outputs, or teacher and student do not
+    match."""
 
 
 class SessionInUse(ShmbridgeError):
@@ -84,7 +85,7 @@ class DeadlineExceeded(ShmbridgeError, TimeoutError):
     phase = ""
 
     def within(self, phase: str) -> DeadlineExceeded:
-        """This error, with its phase."""
+        """This error with its phase set."""
         self.phase = phase
         return self
 

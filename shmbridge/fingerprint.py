@@ -1,8 +1,8 @@
-"""Small numbers that stand for large tensors: what the parity check compares.
+"""Fingerprints of tensors and tokenizers, which the parity check compares.
 
-The fingerprint of an output is, for each position (or row), its projection onto a fixed vector, and the count of entries
-that are not finite. A wrong word, a shift by one position, a temperature applied twice or an -inf in the padding all change
-it; rounding changes it in proportion.
+The fingerprint of an output is, for each position (or row), its projection onto a fixed vector, and the count of
+entries that are not finite. A wrong word, a shift by one position, a temperature applied twice or an -inf in the
+padding all change it; rounding changes it in proportion.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _GOLDEN = 2.399963229728653  # radians, the golden angle: the directions cos(i *
 
 
 def of(spec: OutputSpec, tensor: torch.Tensor) -> tuple[float, ...]:
-    """One number for each position of `tensor` (for each row, where it has no sequence axis), then the count of entries that
-    are not finite. Of integers, which ties may reorder, the first of each position."""
+    """One number for each position of `tensor` (for each row if it has no sequence axis), then the count of entries
+    that are not finite. For integers, which ties may reorder, the number is the first entry of the position."""
     width = spec.item_width
     flat = tensor.detach().cpu().reshape(-1, width).double()
     finite = flat.isfinite()
@@ -32,7 +32,8 @@ def of(spec: OutputSpec, tensor: torch.Tensor) -> tuple[float, ...]:
 
 
 def differ(found: tuple[float, ...], expected: tuple[float, ...], tolerance: float) -> str | None:
-    """How two fingerprints of one output differ by more than `tolerance` (relative to the largest number), or None."""
+    """A text that tells how two fingerprints of one output differ by more than `tolerance` (relative to the largest
+    number), or None."""
     *values, odd = found
     *wanted, odd_wanted = expected
     if len(values) != len(wanted):
@@ -65,7 +66,7 @@ def _far(values: list[float], wanted: list[float], scale: float) -> float:
 
 
 def _most_agree(values: list[float], wanted: list[float], within: float) -> bool:
-    """All but one in eight: a shift meets the ends of the rows."""
+    """Whether at least seven in eight agree; at the ends of rows shifted values do not."""
     near = sum(abs(a - b) <= within for a, b in zip(values, wanted, strict=True))
     return len(values) >= 3 and near >= 7 / 8 * len(values)
 

@@ -1,4 +1,5 @@
-"""A language model's head as data: what turns hidden states into logits, and can be sent, sharded or cut into rows."""
+"""The output head of a language model as data, which can be sent, sharded or cut into rows. It turns hidden states into
+logits."""
 
 from __future__ import annotations
 
@@ -39,5 +40,5 @@ class Head:
         return logits
 
     def first(self, words: int) -> Head:
-        """The head of the first `words` words alone; the memory is shared."""
+        """The head of the first `words` words. It shares this head's memory."""
         return replace(self, weight=self.weight[:words], bias=None if self.bias is None else self.bias[:words])

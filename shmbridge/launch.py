@@ -1,7 +1,7 @@
 """The command `shmbridge-launch`, also as `python -m shmbridge.launch`.
 
-The launcher's code is the package `launcher`. A user's project may have a module of that name, so it is loaded by its path
-and never searched on sys.path. An installed wheel holds it inside this package, a checkout beside this package.
+The launcher's code is the package `launcher`. A user's project may have a module of that name, so it is loaded by its
+path and never searched on sys.path. An installed wheel holds it inside this package, a checkout beside this package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """The folder `launcher` or `configs` of this installation: inside this package in a wheel, beside it in a checkout."""
+    """The folder `launcher` or `configs` of this installation: inside this package in a wheel, beside it in a
+    checkout."""
     inside = Path(__file__).with_name(name)
     return inside if inside.is_dir() else inside.parent.with_name(name)
 
@@ -26,7 +27,7 @@ def main() -> int:
 
 
 def load_launcher() -> None:
-    """Make `import launcher` in this process mean the launcher of this installation."""
+    """Make `import launcher` in this process import the launcher of this installation."""
     home = folder("launcher")
     if getattr(sys.modules.get("launcher"), "__path__", None) == [str(home)]:
         return  # its modules are loaded, and keep their package

@@ -1,8 +1,8 @@
 """The debug log of every hand-over, and the logger that it goes to.
 
-The `shmbridge` logger has its own level, handler and no parent: a host that clears the root logger's handlers and sets it
-to NOTSET neither loses our warnings nor gets our debug lines. Code on the hot path holds a Trace or None, and builds no
-string where it holds None.
+The `shmbridge` logger has its own level and handler, and no parent. A script that clears the root logger's handlers and
+sets it to NOTSET neither loses our warnings nor gets our debug lines. Code on the hot path holds a Trace, or None and
+then formats nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Trace:
 
     @classmethod
     def of(cls, role: str, rank: int) -> Trace | None:
-        """A Trace where the level is debug, else None."""
+        """A Trace if the level is debug, else None."""
         return cls(role, rank) if logger.isEnabledFor(logging.DEBUG) else None
 
     def hand_over(

@@ -1,4 +1,4 @@
-"""Where a teacher's model is: in a local directory or file, or on the hub. No torch."""
+"""Where a teacher's model is: in a local directory or file, or on the hub. Without torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _FILES = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 
 
 def local(model: str) -> Path | None:
-    """The directory or file that `model` names; None where it names a model on the hub.
+    """The directory or file that `model` names; None if it names a model on the hub.
 
     Raises:
-        ConfigError: it can only be a path, and nothing is there; or a file is there that is not .gguf. Names the absolute path
-            and the nearest name that exists.
+        ConfigError: it can only be a path and does not exist, or it is a file other than .gguf. The message has the absolute path and
+            the nearest name that exists.
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix != ".gguf":
@@ -40,7 +40,7 @@ def local(model: str) -> Path | None:
 
 
 def cached(model: str, revision: str = "") -> Path | None:
-    """The snapshot of a hub's model on this machine, where its config.json was loaded before."""
+    """The local snapshot of a hub model, if its config.json was loaded before; else None."""
     from huggingface_hub import try_to_load_from_cache  # takes 0.2 s
 
     try:
@@ -51,8 +51,8 @@ def cached(model: str, revision: str = "") -> Path | None:
 
 
 def require_on_hub(model: str, revision: str = "") -> None:
-    """Ask the hub once whether it has a model, where this machine has none of it: transformers would retry for most of a
-    minute and then tell the host without the id. Raises ConfigError."""
+    """Ask the hub once whether it has a model that this machine has not cached. transformers would retry for most of a
+    minute, and its error names the host without the id. Raises ConfigError."""
     if cached(model, revision):
         return
     import huggingface_hub
@@ -89,7 +89,7 @@ def _hub_remedy() -> str:
 
 
 def _nearest(path: Path) -> str:
-    """` Did you mean ...?`, of what is beside the first part that does not exist; empty where nothing is like it."""
+    """` Did you mean ...?` with a name beside the first part that does not exist; empty if none is similar."""
     path = Path(os.path.abspath(path))
     missing = next((part for part in reversed((path, *path.parents)) if not part.exists()), path)
     try:

@@ -1,7 +1,8 @@
-"""What a teacher offers at the barrier, and how many bytes that takes. Torch-free: the launcher sizes memory with it.
+"""What a teacher offers at the startup barrier, and how many bytes it takes. Without torch, because the launcher sizes
+memory with it.
 
-The layout of a payload is not written into every reply. Both sides derive it from the offer and the request's shape: the
-outputs one after the other, each aligned to a cache line.
+The layout of a payload is not written into every reply. Both sides derive it from the offer and the request's shape:
+the outputs one after the other, each aligned to a cache line.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ BY_HEAD = "head(hidden)"
 
 
 def by_head(words: int) -> OutputSpec:
-    """The logits that a rank makes of hidden states: no output, but fingerprinted like one."""
+    """The logits that a rank computes from hidden states, which are fingerprinted like an output."""
     return OutputSpec(BY_HEAD, "float32", ("seq", words))
 
 
@@ -115,7 +116,7 @@ class Tokens(msgspec.Struct, frozen=True):
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """The teacher's side of the agreement."""
+    """What a loaded teacher publishes."""
 
     outputs: tuple[OutputSpec, ...]
     model: str
@@ -130,7 +131,7 @@ class Offer(msgspec.Struct, frozen=True):
     probe: Probe | None = None
 
     def encode(self) -> bytes:
-        """Raises PlanError where the offer is larger than its field on the board."""
+        """As JSON. Raises PlanError if it is larger than its field in the record."""
         text = msgspec.json.encode(self)
         if len(text) > OFFER_CAPACITY:
             raise PlanError(
@@ -144,14 +145,14 @@ class Offer(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, probe=None) == msgspec.structs.replace(other, probe=None)
 
     def differs(self, other: Offer) -> str:
-        """What is not as in `other`, by name; empty where they agree."""
+        """The fields that differ from `other`, with both values; empty if they agree."""
         names = [name for name in self.__struct_fields__ if name != "probe"]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return "; ".join(f"{name} {here}, not {there}" for name, here, there in pairs if here != there)
 
     @classmethod
     def decode(cls, text: bytes) -> Offer:
-        """Raises AttachError where the text is not an offer."""
+        """Raises AttachError if the text is not an offer."""
         try:
             offer = msgspec.json.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -202,7 +203,7 @@ def payload_outputs(payload: PayloadConfig, words: int, width: int | None, dtype
 
 
 def offsets(outputs: tuple[OutputSpec, ...], extent: Extent) -> list[int]:
-    """Where each output of a reply begins in its slot, in bytes; the end of the last one follows."""
+    """The offset of each output of a reply in its slot, in bytes, then the end of the last one."""
     places = [0]
     for spec in outputs:
         places.append(align(places[-1] + (extent.positions if spec.per_token else extent.batch) * spec.item_bytes))

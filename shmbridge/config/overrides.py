@@ -39,7 +39,7 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def take_back(tree: dict[str, Any], key: str) -> None:
-    """Leave the dotted `key` to its default."""
+    """Remove the dotted `key`, so that its default holds."""
     *parents, leaf = key.split(".")
     section: Any = tree
     for parent in parents:
@@ -49,8 +49,8 @@ def take_back(tree: dict[str, Any], key: str) -> None:
 
 
 def _value_of(key: str, text: str, words: Sequence[str], struct: type[msgspec.Struct]) -> Any:
-    """The value of an override. `words` are the override, `key=text`, and the words that follow it on the command line, which
-    belong to it where the shell split it."""
+    """The value of an override. `words` are the override, `key=text`, and the words after it on the command line, which
+    belong to it if the shell has split it."""
     if not text.strip() and schema.is_text(struct, key):
         return ""
     try:
@@ -65,5 +65,5 @@ def _value_of(key: str, text: str, words: Sequence[str], struct: type[msgspec.St
 
 
 def _open_brackets(text: str) -> int:
-    """How many braces and brackets are opened and not closed."""
+    """How many braces and brackets are open at the end."""
     return sum(text.count(bracket) for bracket in "{[") - sum(text.count(bracket) for bracket in "}]")

@@ -36,7 +36,7 @@ def of(struct: type[msgspec.Struct]) -> types.StructType:
 
 
 def section_of(kind: types.Type) -> types.StructType | None:
-    """The struct of a setting that is a section, or may be one."""
+    """The struct of a setting that is a section or an optional section; else None."""
     if isinstance(kind, types.StructType):
         return kind
     options = kind.types if isinstance(kind, types.UnionType) else ()
@@ -86,7 +86,7 @@ def _bounds(kind: types.IntType | types.FloatType) -> str:
 
 
 def documentation(struct: type[msgspec.Struct]) -> dict[str, str]:
-    """The docstring below each field of a struct, on one line; a field of which it says nothing has none."""
+    """The docstring below each field of a struct, on one line. A field may have none."""
     (body,) = ast.parse(inspect.getsource(struct)).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -112,7 +112,7 @@ def _refuse_unknown(section: types.StructType, tree: Any, prefix: str) -> None:
 
 
 def _explained(message: str, declared: types.StructType, tree: Mapping[str, Any]) -> str:
-    """What msgspec says of a bad setting, with what was found, what was expected and what to write."""
+    """The error of msgspec for a bad setting, with what was found, what was expected and what to write."""
     what, _, path = message.partition(" - at `$.")
     keys = re.match(r"[\w.]*", path)[0].split(".")  # type: ignore[index]
     section, found, field = declared, tree, None
@@ -132,7 +132,7 @@ def _explained(message: str, declared: types.StructType, tree: Mapping[str, Any]
 
 
 def _example(name: str, section: types.StructType, found: Any) -> str:
-    """An override for somebody who wrote `name=found`, where `name` is a section."""
+    """The override to write instead of `name=found`, if `name` is a section."""
     if isinstance(found, bool) or not isinstance(found, (str, int, float)):
         return f"{name}={{}}"
     inside = {field.name: section_of(field.type) for field in section.fields}

@@ -1,8 +1,8 @@
 """Settings: strict structs, read from YAML and `a.b=c` overrides, and dumped resolved with every run.
 
-A field's docstring is the setting's documentation: `shmbridge-launch config` prints it. A type such as Tokens tells the unit
-and the smallest value. A key that no struct declares is an error that names the nearest one. Environment variables are not
-settings: the only one of shmbridge is SHMBRIDGE_SESSION, which the launcher writes.
+The docstring of a field documents the setting; `shmbridge-launch config` prints it. A type such as Tokens has the unit
+and the smallest value. A key that no struct declares is an error that names the nearest one. Environment variables are
+not settings: the only one of shmbridge is SHMBRIDGE_SESSION, which the launcher writes.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class StreamConfig(_Section, frozen=True):
 
 
 class PayloadConfig(_Section, frozen=True):
-    """What a reply carries: every section that is not null. All null: the logits of a language model, or whatever a custom
-    teacher returns."""
+    """What a reply carries: every section that is not null. All null: the logits of a language model, or whatever a
+    custom teacher returns."""
 
     vocab: Words | None = None
     """The teacher's distribution is over its first `vocab` words; padded words after them are in no payload and no softmax.
@@ -204,7 +204,7 @@ class PayloadConfig(_Section, frozen=True):
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The payloads that are there, by name."""
+        """The names of the payloads that are on."""
         return tuple(name for name in ("logits", "topk", "logprobs", "hidden") if getattr(self, name) is not None)
 
 
@@ -301,7 +301,8 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
 def given(
     source: str | None = None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What `load` resolves: the settings that were given alone, as nested mappings. Raises ConfigError."""
+    """The settings that were given, without defaults, as nested mappings. Arguments as in `load`. Raises
+    ConfigError."""
     tree = _read(source) if source else {}
     for key, value in (values or {}).items():
         if value is None:

@@ -1,1 +1,5 @@
-"""The trainers that people use. Each optional dependency is used in its own module, and never imported by it."""
+"""The trainers that people use.
+
+transformers   distillation in HuggingFace's Trainer, and in trainers that derive from it
+accelerate     reading ahead of a loop over a loader that accelerate prepared
+"""

@@ -1,14 +1,15 @@
-"""Reading ahead of a loop over a loader that accelerate prepared, unnoticed by accelerate.
+"""Reading ahead of a loop over a loader that accelerate prepared.
 
-accelerate asks the loader whether the loop is at the end of an epoch: `end_of_dataloader` decides whether `accumulate()` steps,
-and `remainder` how many rows `gather_for_metrics()` keeps of the last batch. The loader sets both in next(), for the batch that
-next() returns. A reader that is three batches ahead would therefore end the epoch three batches early.
+accelerate asks the loader whether the loop is at the end of an epoch: `end_of_dataloader` decides whether
+`accumulate()` steps, and `remainder` how many rows `gather_for_metrics()` keeps of the last batch. The loader sets both
+in next(), for the batch that next() returns. A reader that is three batches ahead would therefore end the epoch three
+batches early.
 
-So the loader's state is kept with each batch that next() returns, the loop's state is put back, and the batch's state is restored
-when the loop is given the batch. This is done for every loader that the iterator draws from, also behind a progress bar or a
-generator, and for no other loader, such as that of an evaluation inside the loop.
+So the loader's state is kept with each batch that next() returns, the loop's state is put back, and the batch's state
+is restored when the loop is given the batch. This is done for every loader that the iterator draws from, also behind a
+progress bar or a generator, and for no other loader, such as that of an evaluation inside the loop.
 
-accelerate is used only where the process has imported it.
+accelerate is not imported here; it is used only if the process has imported it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 class LoaderState(NamedTuple):
-    """What a loader that accelerate prepared says about a batch."""
+    """The attributes of a prepared loader that belong to one batch."""
 
     loader: Any
     end_of_dataloader: bool
@@ -29,7 +30,8 @@ class LoaderState(NamedTuple):
     position: dict[str, Any] | None  # its state_dict, where it is a StatefulDataLoader
 
     def differs(self, other: LoaderState | None) -> bool:
-        """Whether it is not `other`, of the same loader. Every next() of a StatefulDataLoader makes a new state_dict."""
+        """Whether this state is not `other`, of the same loader. Every next() of a StatefulDataLoader makes a new
+        state_dict."""
         return other is None or self[1:3] != other[1:3] or self.position is not other.position
 
     def restore(self) -> None:
@@ -80,7 +82,7 @@ class ReadAhead:
 
 
 def _states() -> list[LoaderState]:
-    """The state of each loader that accelerate has on its list; the innermost loop's is the last."""
+    """The state of each loader on accelerate's list; the last one is the innermost loop's."""
     module = sys.modules.get("accelerate.state")
     if module is None:
         return []

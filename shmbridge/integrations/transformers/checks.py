@@ -1,4 +1,4 @@
-"""What a Trainer can be asked for and has no place beside a teacher; refused before training begins."""
+"""Settings of a Trainer that do not work with a teacher, refused before training begins."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 
 def check_settings(trainer: Any) -> None:
-    """Raise ValueError for a setting that would be ignored or would give wrong numbers; it names the setting and what to set."""
+    """Raise ValueError for a setting that would be ignored or would give wrong numbers; it names the setting and what
+    to set."""
     args, model = trainer.args, trainer.model
     if trainer.compute_loss_func is not None:
         raise ValueError(
@@ -65,8 +66,8 @@ def check_generation(trainer: Any) -> None:
 
 
 def shard_iterable_datasets(args: Any) -> None:
-    """Have each rank read its own batches. With dispatch_batches rank 0 reads them for all and sends them to the GPUs, and the
-    token IDs would have to come back. Raises ValueError where it was asked for."""
+    """Make each rank read its own batches. With dispatch_batches rank 0 reads them for all ranks and sends them to the
+    GPUs, from where token IDs would have to be copied back. Raises ValueError if the user has set it."""
     if args.accelerator_config.dispatch_batches:
         raise ValueError(
             "accelerator_config.dispatch_batches is True: rank 0 sends every batch to the other ranks' GPUs, before the teacher is "

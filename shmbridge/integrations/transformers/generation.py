@@ -1,4 +1,4 @@
-"""Samples of the student, as batches that a teacher can score."""
+"""Samples of the student, as batches that the teacher can score."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _IGNORED = -100
 
 
 def is_sampled(seed: int, step: int, share: float) -> bool:
-    """Whether an optimizer step belongs to the `share` whose completions are sampled. The same in every rank."""
+    """Whether an optimizer step belongs to the `share` whose completions are sampled. It is the same in every rank."""
     return random.Random(f"{seed} {step}").random() < share
 
 
 def sampling_seed(seed: int, rank: int, place: Place) -> int:
-    """The seed of a micro-batch's samples: another one for each rank, and the same one in a resumed run."""
+    """The seed of a micro-batch's samples. It differs between ranks and is the same in a resumed run."""
     return random.Random(f"{seed} {rank} {place.step} {place.micro_batch}").getrandbits(63)
 
 
 def sampling_config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """Sampling from the model's whole softmax at `temperature`, up to the end-of-text tokens of its checkpoint or its tokenizer."""
+    """Sampling from the model's whole softmax at `temperature`, up to the end-of-text tokens of its checkpoint or its
+    tokenizer."""
     own = model.generation_config
     ends = own.eos_token_id if own.eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
     pads = (getattr(tokenizer, "pad_token_id", None), own.pad_token_id, *_listed(ends), 0)
@@ -50,8 +51,9 @@ def sampling_config(model: Any, tokenizer: Any, max_new_tokens: int, temperature
 def sample(model: Any, batch: Batch, config: GenerationConfig, seed: int) -> dict[str, Tensor]:
     """A completion of each prompt in a batch, drawn from the model.
 
-    A row's prompt is what comes before its first label that counts; a row without such a label is a prompt as a whole. A
-    completion ends with its first end-of-text token. The random generators of the process are left as they are.
+    The prompt of a row is the part before its first label that counts; a row without such a label is a prompt as a
+    whole. A completion ends with its first end-of-text token. The random generators of the process are left as they
+    are.
 
     Args:
         model: the student, not wrapped.
@@ -93,7 +95,7 @@ def choose_candidates(
 ) -> Tensor:
     """The student's c most likely words after each token: (batch, seq, c) int64 on the CPU.
 
-    `head`: of the model; with it its logits are never whole. None: they are.
+    `head`: of the model; its logits are then computed a few rows at a time. None: they are computed whole.
     """
     device = next(model.parameters()).device
     names = ("input_ids", "attention_mask", "position_ids")
@@ -115,7 +117,7 @@ def choose_candidates(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout, in the block."""
+    """The model is in evaluation mode in the block."""
     training = model.training
     model.eval()
     try:
@@ -126,7 +128,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _generating(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """The model's own generation_config is `config` in the block: `generate` takes what an argument leaves open from there."""
+    """The model's generation_config is `config` in the block, because `generate` reads from it what no argument
+    sets."""
     own, model.generation_config = model.generation_config, config
     try:
         yield
@@ -158,7 +161,7 @@ def _prompts(batch: Batch) -> list[Tensor]:
 
 
 def _up_to_end(completion: Tensor, ends: set[int]) -> Tensor:
-    """Up to the first of `ends`, which is kept."""
+    """The tokens up to and including the first of `ends`."""
     for number, token in enumerate(completion.tolist()):
         if token in ends:
             return completion[: number + 1]

@@ -44,7 +44,7 @@ class Metrics:
             self._sums[mode][name] = self._sums[mode][name] + value
 
     def report(self, mode: str, steps: int, accelerator: Any) -> dict[str, float]:
-        """Means over the ranks and the tokens since the last report of `mode`; empty where there was no reply in any rank.
+        """Means over ranks and tokens since the last report of `mode`; empty if no rank had a reply.
 
         A collective. `steps`: optimizer steps since then.
         """
@@ -72,7 +72,7 @@ class Metrics:
         return report
 
     def _account(self) -> None:
-        """Add what was waited and computed since the last call to the current mode."""
+        """Add the time waited and computed since the last call to the current mode."""
         stats = self.bridge.stats()
         sums = self._sums[self._mode]
         sums["waited_s"] += stats.waited_s - self._waited_s

@@ -24,7 +24,7 @@ _OF_THE_MODELS_LOSS = ("labels", "shift_labels", "skip_logits")  # the last is s
 
 
 class Computed(NamedTuple):
-    """What a micro-batch gave."""
+    """The losses and outputs of a micro-batch."""
 
     loss: Tensor
     """(): kd_weight x KD + ce_weight x CE, over `num_items`."""
@@ -42,9 +42,9 @@ class Objective:
     """The loss of a DistillationConfig under the payload of the run."""
 
     def __init__(self, bridge: Bridge, config: DistillationConfig, head: StudentHead | None) -> None:
-        """Waits for the teacher. Raises RequestRefused where its payload does not fit the loss.
+        """Waits for the teacher. Raises RequestRefused if its payload does not fit the loss.
 
-        `head`: the student's, where the loss may be computed in its place."""
+        `head`: the student's, if the loss may be computed in its place."""
         self._config = config
         self.head = head
         self._teacher = TeacherRows(bridge, config)
@@ -59,8 +59,8 @@ class Objective:
 
         Args:
             model: the student, as Trainer has wrapped it.
-            inputs: of the student, on its device.
-            num_items: what the sums over the tokens are divided by. None: the tokens of this micro-batch.
+            inputs: the student's, on its device.
+            num_items: the divisor of the sums over tokens. None: the tokens of this micro-batch.
             wants_logits: whether `outputs` must have the student's logits.
 
         Raises what Pending.wait raises.
@@ -92,7 +92,7 @@ class Objective:
         labels: Tensor | None,
         items: Tensor | float,
     ) -> DistillationLoss:
-        """The loss of the student's rows (n, width) with what the teacher sent of them, and their labels (n,)."""
+        """The loss of the student's rows (n, width), with the teacher's outputs for them and their labels (n,)."""
         config = self._config
         if isinstance(teacher, CandidateLogprobs):
             assert turn.candidates is not None

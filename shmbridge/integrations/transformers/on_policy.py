@@ -1,7 +1,7 @@
 """HuggingFace's Trainer on the student's own samples: the student generates, the teacher scores.
 
-A batch of the loader gives the prompts. Its completions are sampled when it is taken from the loader, one window ahead of its
-turn; while the student samples the next micro-batch, the teacher scores the one before.
+A batch of the loader has the prompts. Its completions are sampled when it is taken from the loader, one window ahead of
+its turn. While the student samples the next micro-batch, the teacher scores this one.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place
 
 
 class OnPolicyDistillationMixin(DistillationMixin):
-    """DistillationMixin, where a share of the optimizer steps trains on completions that the student samples.
+    """DistillationMixin in which a share of the optimizer steps trains on completions that the student samples.
 
         class MyTrainer(OnPolicyDistillationMixin, SFTTrainer): ...
 
-    Each row of the loader's batches gives a prompt: what comes before its first label that counts, or the whole row where none
-    does. In the other steps, and in evaluations, the batches are those of the data set. The optimizer steps that sample, and what
+    The prompt of each row is the part before its first label that counts, or the whole row if there is none. In the
+    other steps, and in evaluations, the batches are those of the data set. The optimizer steps that sample, and what
     they sample, depend on args.seed, the rank, the step and the student's weights alone.
 
     Args:
@@ -39,7 +39,7 @@ class OnPolicyDistillationMixin(DistillationMixin):
 
     Raises:
         TypeError: `distillation` is a DistillationConfig without sampling.
-        ValueError: a setting of Trainer has no place beside a teacher, or where the student samples; names it and what to set.
+        ValueError: a setting of Trainer does not work with a teacher or with sampling. The message names it and what to set.
     """
 
     distillation: OnPolicyDistillationConfig
@@ -71,7 +71,7 @@ class OnPolicyDistillationMixin(DistillationMixin):
         return MicroBatch(batch, candidates, sampled)
 
     def _sampled(self, batch: Batch, place: Place) -> Batch:
-        """The batch with completions of the student in place of its own."""
+        """The batch with the student's completions in place of its own."""
         assert self._metrics_of_kd is not None
         begun, config = time.perf_counter(), self.distillation
         model = getattr(self.model, "get_base_model", lambda: self.model)()  # PEFT's adapters lie within

@@ -1,4 +1,4 @@
-"""What the teacher sends, as what the losses take."""
+"""The teacher's replies in the form that the losses take."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TeacherRows:
     """Reads the replies of a run in the form that a loss takes."""
 
     def __init__(self, bridge: Bridge, config: DistillationConfig) -> None:
-        """Waits for the teacher. Raises RequestRefused where its payload does not fit the loss."""
+        """Waits for the teacher. Raises RequestRefused if its payload does not fit the loss."""
         names = {output.name for output in bridge.teacher.outputs}
         payload = bridge.settings.payload
         self._bridge = bridge
@@ -77,8 +77,8 @@ class TeacherRows:
 
     @contextmanager
     def read(self, pending: Pending) -> Iterator[Source | Stream | None]:
-        """Wait for a reply and lend it: the teacher's rows for the requested positions in order, or a stream of them. None where
-        the reply is missing. Raises what `Pending.wait` and `Pending.chunks` raise."""
+        """Wait for a reply and lend it: the teacher's rows for the requested positions in order, or a stream of them.
+        None where the reply is missing. Raises what `Pending.wait` and `Pending.chunks` raise."""
         if not self._streams:
             with pending.wait() as reply:
                 yield None if reply.missing else self.of(reply)

@@ -1,4 +1,4 @@
-"""A checkpoint of Trainer's own when the run is stopped."""
+"""Saves a Trainer checkpoint when the run is stopped."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _LOOK_S = 0.05
 
 
 class CheckpointOnStop:
-    """Saves what Trainer saves, at the last optimizer step that was done. A resumed run does the interrupted step again.
+    """Saves what Trainer saves, as of the last complete optimizer step. A resumed run repeats the interrupted step.
 
-    The ranks look before each micro-batch whether one of them was asked to stop, and save together. A rank that would leave by itself
-    might leave another in an all-reduce. The loss of the teacher or of a rank is noticed inside the student's forward; each rank
-    then saves by itself, when the exception has left the forward.
+    Before each micro-batch the ranks agree whether one of them was asked to stop, and save together: a rank that leaves
+    alone could leave another one in an all-reduce. The loss of the teacher or of a rank is noticed inside the student's
+    forward. Each rank then saves alone, after the exception has left the forward.
     """
 
     def __init__(self, trainer: Any) -> None:
-        """`trainer`: a DistillationMixin. It saves where its save_strategy is not `no` and it has no JIT checkpoints of its own."""
+        """`trainer`: a DistillationMixin. It saves unless its save_strategy is `no` or Trainer makes JIT checkpoints
+        itself."""
         self._trainer = trainer
         self.saving = False
         """Whether Trainer's checkpoint is being saved because of a stop."""
@@ -48,7 +49,7 @@ class CheckpointOnStop:
             trainer.bridge.on_stop(self._note)
 
     def begin_step(self) -> None:
-        """Note the states of the random generators, which an interrupted step has moved on."""
+        """Note the states of the random generators, which an interrupted step advances."""
         if self._saved is None:
             self.note_saved()
         if self._saves:
@@ -62,7 +63,7 @@ class CheckpointOnStop:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """In the block a stop ends the ranks where they `look`, and nowhere else."""
+        """In the block a stop ends the ranks only where they call `look`."""
         with self._trainer.bridge.defer_stop() if self._saves else nullcontext():
             self._agrees, self._saved = self._saves, None
             try:
@@ -71,7 +72,7 @@ class CheckpointOnStop:
                 self._agrees = False
 
     def look(self) -> None:
-        """Where a rank was asked to stop, save in all of them and raise RunStopped. A collective."""
+        """If any rank was asked to stop, save in all of them and raise RunStopped. A collective."""
         if not self._agrees:
             return
         trainer = self._trainer
@@ -85,7 +86,7 @@ class CheckpointOnStop:
             raise RunStopped(f"the run is to stop: {saved} (DistillationConfig.save_on_stop).")
 
     def save_if_stopped(self) -> None:
-        """Save where the run is to stop, or the bridge has lost the teacher or a rank, unless that was done."""
+        """Save if the run is to stop, or the bridge has lost the teacher or a rank; at most once."""
         if self._saves and (self._told or self._trainer.bridge.stop_requested):
             self._save()
 
@@ -112,7 +113,8 @@ class CheckpointOnStop:
         self._told = True
 
     def _appears(self, file: str) -> bool:
-        """Wait until rank 0 has saved. False where it has not within timeouts.save_s: it may be the one that was lost."""
+        """Wait until rank 0 has saved. False if it has not within timeouts.save_s, because it may be the rank that was
+        lost."""
         until = time.monotonic() + self._trainer.bridge.settings.timeouts.save_s
         while not os.path.exists(file):
             if time.monotonic() >= until:

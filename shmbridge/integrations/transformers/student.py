@@ -1,8 +1,8 @@
-"""The student's side of the loss, computed where its output head would be applied.
+"""The student's side of the loss, computed in place of its output head.
 
-The loss needs the student's hidden states and its head, and never the logits of all tokens at once. It is computed inside the
-forward of the wrapped model, in place of the head: DDP then finds the head's weight in the graph of the outputs, and FSDP has
-its weight gathered. The loss takes the place of the logits in the model's outputs.
+The loss needs the student's hidden states and its head, but not the logits of all tokens at once. It is computed inside
+the forward of the wrapped model, where DDP finds the head's weight in the graph of the outputs and FSDP has gathered
+it. In the model's outputs the loss is in the place of the logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PROBE_TOKENS = 8
 
 
 class StudentHead:
-    """The output head of a causal language model, which a loss may take the place of."""
+    """The output head of a causal language model, which a loss may replace for one forward."""
 
     def __init__(self, module: nn.Linear) -> None:
         self._module = module
@@ -48,14 +48,15 @@ class StudentHead:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output head of a model of transformers; None where it has none, and of another model."""
+    """The output head of a transformers model; None if it has none, or if the model is of another library."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter else None
 
 
 def find_head(model: nn.Module) -> StudentHead | None:
-    """The head of `model`, or None where its logits are not exactly the head applied to the hidden states: no linear head, a
-    scaled or capped distribution, an adapter on the head. It is tried on a few tokens where the weights are there."""
+    """The head of `model`, or None if its logits are not exactly the head applied to the hidden states, for example
+    because they are scaled or capped, or the head has an adapter. It is tried on a few tokens if the weights are on
+    this rank."""
     module = output_embeddings(model)
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         return None

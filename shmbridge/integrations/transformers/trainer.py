@@ -1,11 +1,11 @@
 """HuggingFace's Trainer with a teacher beside it.
 
-    get_batch_samples   draws the micro-batches of an optimizer step; those of the next one are asked for as well
-    training_step       the turn of a micro-batch
-    compute_loss        the student's forward, whose loss waits for the reply
-    prediction_step     asks directly; what was sent ahead is withdrawn, and sent again before its turn
+    get_batch_samples   draws the micro-batches of an optimizer step, and sends requests for those of the next one too
+    training_step       one micro-batch
+    compute_loss        the student's forward, then the wait for the reply and the loss
+    prediction_step     sends its request at once; requests that were sent ahead are withdrawn, and sent again before their turn
 
-Whatever a micro-batch was asked for, it is cancelled when its epoch is left.
+Requests that are not read are cancelled at the end of their epoch.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class DistillationMixin(_Trainer):
 
     Args:
         distillation: the loss and its weights. None: the defaults.
-        bridge: a bridge that the script has connected itself. None: shmbridge.connect().
+        bridge: a bridge that the script has connected. None: shmbridge.connect().
         All others are Trainer's.
 
-    Training and evaluation begin when the teacher is loaded and its replies are checked (`Bridge.wait_ready`). In a run without
-    a teacher (shmbridge-launch --no-teacher) everything is as in the class that it is mixed into.
+    Training and evaluation begin when the teacher is loaded and its replies are checked (`Bridge.wait_ready`). In a run
+    without a teacher (shmbridge-launch --no-teacher) the class trains as it would without the mixin.
 
     Raises:
         NotLaunched: the script was started without shmbridge-launch.
-        ValueError: a setting of Trainer has no place beside a teacher; names it and what to set.
+        ValueError: a setting of Trainer does not work with a teacher. The message names it and what to set.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class DistillationMixin(_Trainer):
         super().create_accelerator_and_postprocess()
 
     def get_train_dataloader(self) -> Any:
-        """Trainer's, with its batches left on the CPU until they are sent. Trainer moves them to the device afterwards."""
+        """Trainer's loader, with batches left on the CPU until they are sent. Trainer moves them to the device
+        afterwards."""
         self._window.close()  # auto_find_batch_size begins again
         return self._on_cpu(super().get_train_dataloader())
 
@@ -113,7 +114,8 @@ class DistillationMixin(_Trainer):
         return self._on_cpu(super().get_test_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, of micro-batches that the teacher is asked about. Their labels are counted in their own step."""
+        """Trainer's micro-batches of a step, with requests sent for them. Their labels are counted in their own
+        step."""
         if self.bridge.enabled:
             self._steps += 1
             if self._checkpoint:
@@ -173,7 +175,8 @@ class DistillationMixin(_Trainer):
         return (loss, found.outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the metrics of the replies. Trainer logs in every rank, because these are means over the ranks."""
+        """Trainer.log with the metrics of the replies. It is called in every rank, because these are means over the
+        ranks."""
         if self._metrics_of_kd is not None:
             losses = [name for name in logs if name.endswith("_loss") and name != "train_loss"]
             evaluated = next((name for name in losses if name.removesuffix("loss") + "runtime" in logs), None)
@@ -191,7 +194,7 @@ class DistillationMixin(_Trainer):
             self._checkpoint.note_saved()
 
     def store_flos(self) -> None:
-        """Trainer's is a collective, and a checkpoint on a stop must not wait for the other ranks."""
+        """Skipped in a checkpoint on a stop: Trainer's is a collective, and the other ranks may not take part."""
         if self._checkpoint and self._checkpoint.saving:
             return  # what was computed since the last log is not counted
         super().store_flos()
@@ -199,11 +202,11 @@ class DistillationMixin(_Trainer):
     # Within
 
     def _prepare(self, batch: Batch, place: Place | None) -> MicroBatch:
-        """A batch of the loader as the teacher is asked about it. `place`: its turn in training, None in an evaluation."""
+        """A batch of the loader with its request. `place`: its turn in training, None in an evaluation."""
         return MicroBatch(batch)
 
     def _wait_for_teacher(self) -> None:
-        """The startup barrier, and the checks of `Bridge.wait_ready`. Once."""
+        """The startup barrier and the checks of `Bridge.wait_ready`, once."""
         if self._objective is not None or not self.bridge.enabled:
             return
         with self.accelerator.autocast():  # as the student is trained: some kernels take no float32

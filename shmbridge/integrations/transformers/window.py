@@ -1,4 +1,4 @@
-"""The micro-batches that the teacher was asked about, from the loader to their turn in Trainer's loop."""
+"""The micro-batches whose requests were sent ahead, from the loader to their turn in Trainer's loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Turn(NamedTuple):
 
 
 class Window:
-    """The micro-batches of one optimizer step, with those of the next one ahead of them."""
+    """The micro-batches of one optimizer step, and those of the next one ahead of them."""
 
     def __init__(self, bridge: Bridge, prepare: Prepare) -> None:
         self._bridge = bridge
@@ -60,10 +60,11 @@ class Window:
         self._drawn: dict[int, tuple[MicroBatch, Pending]] = {}  # by the batch's id, until its turn
 
     def draw(self, loader: Iterator[Batch], batches: int, ahead: int, step: int) -> list[Batch]:
-        """Take the next `batches` micro-batches, and `ahead` more of those that follow, and send their requests as the ring has room.
+        """Take the next `batches` micro-batches, and `ahead` more of those that follow, and send their requests as the
+        ring has room.
 
         Args:
-            loader: the epoch's iterator. Another one than before cancels what is ahead of the earlier one.
+            loader: the epoch's iterator. A new one cancels what was drawn ahead from the old one.
             step: the optimizer step that the micro-batches belong to.
         """
         if self._ahead is None or self._loader is not loader:
@@ -77,7 +78,7 @@ class Window:
         return [found.batch for found, _ in drawn]
 
     def turn(self, batch: Batch, step: int) -> Turn:
-        """The request of a micro-batch that was drawn; of any other batch, a request that is sent now."""
+        """The request of a micro-batch that was drawn. For any other batch a request is sent now."""
         drawn = self._drawn.pop(id(batch), None)
         if drawn:
             found, pending = drawn
@@ -89,7 +90,7 @@ class Window:
         return Turn(pending, rows, candidates, found.sampled)
 
     def close(self) -> None:
-        """Cancel what was asked and did not have its turn."""
+        """Cancel the requests that have not been read."""
         if self._ahead is not None:
             self._ahead.close()
         self._loader = self._ahead = None
@@ -108,7 +109,7 @@ class Window:
 
 
 def _request(found: MicroBatch, step: int) -> dict[str, Any]:
-    """The arguments of Bridge.submit: only the rows whose label counts are asked for."""
+    """The arguments of Bridge.submit: only rows whose label counts are requested."""
     names = ("input_ids", "attention_mask", "position_ids")
     request = {name: found.batch[name] for name in names if found.batch.get(name) is not None}
     request |= {"positions": _rows(found.batch), "step": step}
@@ -116,7 +117,8 @@ def _request(found: MicroBatch, step: int) -> dict[str, Any]:
 
 
 def _rows(batch: Batch) -> Tensor:
-    """(batch, seq) bool: the positions whose next token has a label; without labels, those that the attention mask lets in."""
+    """(batch, seq) bool: the positions whose next token has a label; without labels, those that the attention mask
+    includes."""
     if batch.get("shift_labels") is not None:
         return mask_from_labels(batch["shift_labels"], shifted=True)
     if batch.get("labels") is not None:
