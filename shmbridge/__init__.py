@@ -8,6 +8,21 @@
 
 Nothing here imports torch until `connect` (or another name that needs it) is first used, so that the launcher starts
 fast.
+
+errors         every exception
+config         the settings
+log            the logger, and the debug line of every hand-over
+launch         the command shmbridge-launch: loads the package `launcher` by its path
+model_path     where a teacher's model is: a directory, a file, or the hub
+output_spec    what a teacher returns, and how many bytes it takes
+fingerprint    fingerprints of tensors and tokenizers, for the parity check
+head           the output head as data
+shm            the protocol in shared memory; torch-free
+plane          where replies lie: shared memory, or the teacher's GPU memory
+teacher        the teacher's process
+rank           the rank's side: connect, submit, read replies
+losses         memory-bounded distillation losses
+integrations   the trainers that people use
 """
 
 from __future__ import annotations

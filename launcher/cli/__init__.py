@@ -1,7 +1,7 @@
 """The command line: flags to settings, and the sub-commands.
 
-main            which command is meant
-run             flags to settings, a plan of them, and its run
+main            chooses the command
+run             shmbridge-launch -- train.py: flags to settings, a plan, its run
 parsers         every flag and command; shell completion is generated from it
 attach          shmbridge-launch --attach: plans a training group beside a kept teacher and runs it
 config          shmbridge-launch config
