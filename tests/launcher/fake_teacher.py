@@ -6,15 +6,17 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from shmbridge.errors import PeerLost
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.layout import ControlWord
-from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token
+from shmbridge.shm.ring import Composition
+from shmbridge.shm.session import SESSION_VARIABLE, Lane, TeacherSession, Token
 from shmbridge.shm.status import Phase
 
 
-def serve(session: TeacherSession, mode: str) -> None:
+def load(session: TeacherSession, mode: str) -> None:
     session.record.enter(Phase.LOADING)
     session.record.progress(1, 4)
     if mode == "raises after training":
@@ -27,15 +29,40 @@ def serve(session: TeacherSession, mode: str) -> None:
     if mode == "loading":
         print("teacher loading", flush=True)
         time.sleep(600)
-    vocab = {"huge": 2**40, "wide": 5}.get(mode, 4)
-    session.publish(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
-    if not session.next_generation():
-        return
+    if mode == "gated":
+        Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
+    print("loaded the weights", flush=True)
+
+
+def serve(session: TeacherSession, mode: str) -> None:
+    """One generation: an empty reply to every request."""
     session.open_barrier()
+    session.record.enter(Phase.COLLECTING)
     print("teacher up", flush=True)
-    if mode == "early":
-        return
-    session.wait(lambda: True if session.training_done or closed(session) else None, None)
+    while mode != "early" and not over(session):
+        session.wait(lambda: any(map(pending, session.lanes)) or over(session) or None, None)
+        for lane in filter(pending, session.lanes):
+            answer(session, lane)
+
+
+def over(session: TeacherSession) -> bool:
+    return session.training_done or all(lane.ring.closed and not pending(lane) for lane in session.lanes)
+
+
+def pending(lane: Lane) -> bool:
+    return lane.ring.next_request() is not None
+
+
+def answer(session: TeacherSession, lane: Lane) -> None:
+    sequence = lane.ring.next_request()
+    assert sequence is not None
+    lane.ring.write_reply(sequence, Composition(1, 0, 1, 1, 1, 1))
+    lane.ring.seal_reply(sequence)
+    lane.ring.publish_reply(sequence)
+    session.ring_members(lane)
+
+
+def end(mode: str) -> None:
     if mode in ("lingering", "stubborn"):
         time.sleep(600)
     if mode == "crashes late":
@@ -44,14 +71,19 @@ def serve(session: TeacherSession, mode: str) -> None:
         raise RuntimeError("CUDA error: driver shutting down")
 
 
-def closed(session: TeacherSession) -> bool:
-    return all(lane.ring.closed for lane in session.lanes)
-
-
 def main(mode: str, index: int) -> int:
     session = TeacherSession(Token.parse(os.environ[SESSION_VARIABLE]), index)
+    stays = session.settings.teacher.keep or session.settings.train.restarts > 0
     try:
-        serve(session, mode)
+        load(session, mode)
+        vocab = {"huge": 2**40, "wide": 5}.get(mode, 4)
+        session.publish(Offer((OutputSpec("logits", "float32", ("seq", vocab)),), "fake"))
+        while session.next_generation():
+            serve(session, mode)
+            session.leave()
+            if not stays:
+                break
+        end(mode)
     except PeerLost as error:
         session.record.fail_with(error)
         if mode == "stubborn":

@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,10 @@ from typing import Any
 from shmbridge.shm import layout, owner
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Control, Lane, Names, Token
+from tests.harness import PATIENCE_S, until
 
-PATIENCE_S = 60.0
 HERE = Path(__file__).parent
 _MARK = "SHMBRIDGE_TEST_MARK"
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.01)
-    raise AssertionError(f"{what} did not come true within {PATIENCE_S:.0f} s")
 
 
 class Launched:
@@ -79,6 +69,11 @@ class Launched:
         assert self.processes() == [], self.text
         assert not self.session or self.session not in owner.objects(), self.text
         return code
+
+    def below_shim(self, script: str) -> int:
+        """A job's own process, whose parent is a shim."""
+        shims = set(self.processes("shim.py"))
+        return next(pid for pid in self.processes(script) if parent(pid) in shims and pid not in shims)
 
     @property
     def path(self) -> Path:
@@ -128,6 +123,11 @@ class Launched:
         return [pid for pid in found if pid != self.process.pid]
 
 
+def parent(pid: int) -> int:
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
 @contextmanager
 def launched(command: Sequence[str], directory: Path, **variables: str) -> Iterator[Launched]:
     run = Launched(command, directory, variables)
@@ -143,12 +143,11 @@ def launched(command: Sequence[str], directory: Path, **variables: str) -> Itera
                     owner.unlink_session(run.session)
 
 
-def supervised(
-    directory: Path, teacher: str = "ok", training: str = "ok", grace_s: float = 5.0, **variables: str
-) -> Any:
-    """The real supervisor over fake jobs."""
-    arguments = [str(directory / "run"), teacher, training, str(grace_s)]
-    return launched([sys.executable, str(HERE / "supervised.py"), *arguments], directory, **variables)
+def faked(directory: Path, teacher: str = "ok", training: str = "ok", grace_s: float = 5.0, **variables: str) -> Any:
+    """The command over a fake teacher for each mode in `teacher`, with commas between, and a fake torchrun with two ranks."""
+    settings = [f"teacher.replicas={len(teacher.split(','))}", "ring.max_tokens=64", f"timeouts.shutdown_s={grace_s}"]
+    arguments = ["--teacher", "fake:build", "--cpu", "2", *settings, "--", "-m", "this"]
+    return launched([sys.executable, str(HERE / "faked.py"), teacher, training, *arguments], directory, **variables)
 
 
 def launch(directory: Path, *arguments: str, **variables: str) -> Any:

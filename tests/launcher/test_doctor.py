@@ -18,7 +18,7 @@ from launcher.doctor.fact import Fact, Finding
 from launcher.plan import gpus
 from launcher.process import trial
 from tests.launcher import fake_gpus
-from tests.launcher.running import launch, supervised
+from tests.launcher.running import faked, launch
 from tests.launcher.test_sessions import dead_session, own_world
 
 __all__ = ["own_world"]
@@ -274,12 +274,12 @@ def test_the_command_on_this_machine(tmp_path):
 
 
 def test_a_failure_report_has_the_facts_that_cost_nothing(tmp_path):
-    with supervised(tmp_path, training="exit7") as run:
+    with faked(tmp_path, training="exit7") as run:
         assert run.wait() == 7
-        text = (tmp_path / "run" / "report.txt").read_text()
-        told = json.loads((tmp_path / "run" / "report.json").read_text())
+        text = (run.path / "report.txt").read_text()
+        told = json.loads((run.path / "report.json").read_text())
         assert [one["name"] for one in told["machine"]] == [check.__name__ for check in host.CHECKS]
         assert "\n    ok       python         3." in text
         assert "    ok       pidfd          works\n" in text
         assert "pidfd          works" not in run.text, "the terminal shows what is not ok"
-        assert Path(told["path"]).read_text() == text
+        assert (tmp_path / told["path"]).read_text() == text

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launcher.process import elastic
-from tests.launcher.running import until
+from tests.harness import until
 
 RANK = """
 import os, sys, time

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from shmbridge.shm import owner
-from tests.launcher.running import Launched, launch, told, until
-from tests.launcher.test_supervise import first_below_shim
+from tests.harness import until
+from tests.launcher.running import Launched, launch, told
 
 TEACHER = """
 import os, signal, time, torch
@@ -264,7 +264,7 @@ def test_kill_9_of_torchrun_takes_the_ranks_along(directory, promise):
     with run_of(directory, "loop") as run:
         run.says("at step 5", 2)
         killed = time.monotonic()
-        os.kill(first_below_shim(run, "elastic.py"), signal.SIGKILL)
+        os.kill(run.below_shim("elastic.py"), signal.SIGKILL)
         until(lambda: not run.processes("train.py"), "the end of the ranks")
         took_s = time.monotonic() - killed
         cause = run.cause(137)

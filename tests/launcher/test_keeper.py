@@ -28,7 +28,8 @@ from launcher.daemon.messages import Fingerprint
 from shmbridge import config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.shm import owner
-from tests.launcher.running import HERE, Launched, launch, launched, until
+from tests.harness import until
+from tests.launcher.running import HERE, Launched, launch, launched
 
 SETTINGS = ("teacher.model=fake:build", "ring.max_tokens=64", "payload.topk.k=8", "timeouts.shutdown_s=5")
 
@@ -40,7 +41,7 @@ class Kept:
         self.directory = directory
         self.name = name
         python = directory / "python"
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_kept.py"} "$@"\n')
+        python.write_text(f"#!/bin/sh\nexec {sys.executable} {HERE / 'fake_teacher.py'} ${{FAKE_TEACHER:-ok}} 0\n")
         python.chmod(0o755)
         self.settings = (*SETTINGS, f"teacher.python={python}")
         self.runs: list[Launched] = []
@@ -104,7 +105,7 @@ class Kept:
 
     def attach(self, training: str, *more: str, ranks: int = 2, **variables: str) -> object:
         arguments = ["--attach", self.name, "--cpu", str(ranks), *more, "--", "-m", "this"]
-        command = [sys.executable, str(HERE / "attaching.py"), training, *arguments]
+        command = [sys.executable, str(HERE / "faked.py"), "ok", training, *arguments]
         return launched(command, self.directory, FAKE_RANKS=str(ranks), **variables)
 
 
@@ -232,12 +233,12 @@ def test_the_second_group_is_told_who_holds_it(kept):
 def test_of_two_that_wait_for_the_loading_one_gets_it(kept):
     gate = kept.directory / "gate"
     os.mkfifo(gate)
-    start = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    start = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     start.says("loads the model")
     with kept.attach("wait") as one, kept.attach("wait") as other:
         for run in (one, other):
-            run.says("the kept teacher big is loading (loading, 3 of 14); waiting")
-        assert kept.status["state"] == "loading (loading, 3 of 14)"
+            run.says("the kept teacher big is loading (loading, 1 of 4); waiting")
+        assert kept.status["state"] == "loading (loading, 1 of 4)"
         gate.write_bytes(b"")
         assert start.process.wait(60) == 0
         loser = until(lambda: next((run for run in (one, other) if run.process.poll() is not None), None), "a refusal")
@@ -442,10 +443,10 @@ def test_a_signal_to_the_keeper_ends_everything(kept, number, held):
 
 
 def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
-    run = kept.begin(FAKE_KEPT="raise")
+    run = kept.begin(FAKE_TEACHER="raise")
     assert run.process.wait(60) == 1
     assert "teacher failed: ValueError: no such weights" in run.text
-    assert "fake_kept.py" in run.text
+    assert "fake_teacher.py" in run.text
     kept.is_gone()
 
 
@@ -453,10 +454,10 @@ def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
 def test_a_teacher_that_does_not_become_ready_ends_its_keeper_with_a_report(kept):
     gate = kept.directory / "gate"
     os.mkfifo(gate)
-    run = kept.begin("timeouts.startup_s=2", FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    run = kept.begin("timeouts.startup_s=2", FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     assert run.process.wait(60) == 1
     assert "hang report" in run.text
-    late = r"teacher failed: was not ready within 2\.0 s \(timeouts\.startup_s\); it is in phase loading \(3 of 14\)"
+    late = r"teacher failed: was not ready within 2\.0 s \(timeouts\.startup_s\); it is in phase loading \(1 of 4\)"
     assert re.search(late, run.text)
     kept.is_gone()
 
@@ -527,7 +528,7 @@ def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
     """Every five seconds: a group takes silence for a keeper that is stopped."""
     gate = kept.directory / "gate"
     os.mkfifo(gate)
-    start = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    start = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     start.says("loads the model")
     with contextlib.closing(attached.Line("big")) as line:
         question = messages.Attach(line.welcome.fingerprint, config.from_json(bytes(line.welcome.settings)))
@@ -568,7 +569,7 @@ def test_a_teacher_that_never_finishes_with_crashed_training_fails_the_group(tmp
 def test_ctrl_c_while_loading_ends_the_keeper(kept):
     gate = kept.directory / "gate"
     os.mkfifo(gate)
-    run = kept.begin(FAKE_KEPT="gated", FAKE_GATE=str(gate))
+    run = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     run.says("loads the model")
     run.signal(signal.SIGINT)
     assert run.process.wait(60) == 130

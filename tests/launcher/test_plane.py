@@ -15,7 +15,8 @@ from launcher.plan.plan import TEACHER, TRAIN
 from launcher.plan.plane import Choice
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
-from tests.launcher.running import Launched, launch, until
+from tests.harness import until
+from tests.launcher.running import Launched, launch
 from tests.launcher.test_cli import TEACHER as TOY
 from tests.launcher.test_plan import EIGHT, MACHINE, make, specs
 

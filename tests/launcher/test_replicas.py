@@ -14,11 +14,11 @@ from launcher.plan import plan, replicas
 from launcher.plan.plan import TRAIN
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
-from tests.launcher.running import launch, supervised, until
+from tests.harness import until
+from tests.launcher.running import Launched, faked, launch
 from tests.launcher.test_cli import TEACHER
 from tests.launcher.test_cli import TRAIN as SCRIPT
 from tests.launcher.test_plan import MACHINE, make, specs
-from tests.launcher.test_supervise import first_below_shim
 
 # Counting and placing
 
@@ -135,8 +135,8 @@ def test_the_flag_and_a_dry_run(tmp_path):
 # Running
 
 
-def report(directory: Path) -> dict:
-    return json.loads((directory / "run" / "report.json").read_text())
+def report(run: Launched) -> dict:
+    return json.loads((run.path / "report.json").read_text())
 
 
 def replica(run, index: int) -> list[int]:
@@ -144,17 +144,17 @@ def replica(run, index: int) -> list[int]:
 
 
 def test_both_are_ready_and_end_and_have_logs_of_their_own(tmp_path):
-    with supervised(tmp_path, teacher="ok,ok") as run:
+    with faked(tmp_path, teacher="ok,ok") as run:
         assert run.wait() == 0
         assert "teachers 0 and 1 ready in" in run.text or run.text.count(" ready in") == 2
         for index in range(2):
             assert f"[teacher {index}] teacher up" in run.text
-            assert "teacher up" in (tmp_path / "run" / f"teacher{index}.log").read_text()
+            assert "teacher up" in (run.path / f"teacher{index}.log").read_text()
         assert run.text.count("reply memory") == 1
 
 
 def test_reply_memory_waits_for_the_last_to_load(tmp_path):
-    with supervised(tmp_path, teacher="ok,loading", training="wait") as run:
+    with faked(tmp_path, teacher="ok,loading", training="wait") as run:
         run.says("teacher 1 loads the model: 1 of 4 (25 %); teacher 0 waits for the others")
         assert "reply memory" not in run.text
         assert "ready in" not in run.text
@@ -163,39 +163,39 @@ def test_reply_memory_waits_for_the_last_to_load(tmp_path):
 
 
 def test_one_that_is_killed_is_named_and_the_other_ends(tmp_path):
-    with supervised(tmp_path, teacher="ok,ok", training="wait") as run:
+    with faked(tmp_path, teacher="ok,ok", training="wait") as run:
         run.says("up", times=4)
-        os.kill(first_below_shim(run, "fake_teacher.py ok 1"), signal.SIGKILL)
+        os.kill(run.below_shim("fake_teacher.py ok 1"), signal.SIGKILL)
         assert run.wait() == 137
         assert "The run failed" in run.text
         assert ": teacher 1 was killed by SIGKILL" in run.text
         assert "SIGKILL for" not in run.text
-        cause = report(tmp_path)["cause"]
+        cause = report(run)["cause"]
         assert (cause["role"], cause["rank"], cause["who"]) == ("teacher", 1, "teacher 1")
-        assert [Path(path).name for path in report(tmp_path)["log_paths"]] == ["teacher1.log"]
+        assert [Path(path).name for path in report(run)["log_paths"]] == ["teacher1.log"]
 
 
 def test_one_that_fails_does_not_wait_for_another_that_still_loads(tmp_path):
     """The ranks are at the barrier and have a grace of five minutes; the other replica needs none."""
-    with supervised(tmp_path, teacher="loading,loading", training="wait", grace_s=300) as run:
+    with faked(tmp_path, teacher="loading,loading", training="wait", grace_s=300) as run:
         run.says("teacher loading", times=2)
         until(lambda: run.ranks_signed_in, "both ranks at the barrier")
-        os.kill(first_below_shim(run, "fake_teacher.py loading 1"), signal.SIGKILL)
+        os.kill(run.below_shim("fake_teacher.py loading 1"), signal.SIGKILL)
         assert run.wait() == 137
         assert "teacher 1 was killed by SIGKILL" in run.text
 
 
 def test_one_that_raises_while_loading_is_told_with_its_traceback(tmp_path):
-    with supervised(tmp_path, teacher="loading,raise", training="wait") as run:
+    with faked(tmp_path, teacher="loading,raise", training="wait") as run:
         assert run.wait() == 1
         assert ": teacher 1 failed: ValueError: no such weights" in run.text
-        assert "fake_teacher.py" in report(tmp_path)["cause"]["traceback"]
+        assert "fake_teacher.py" in report(run)["cause"]["traceback"]
 
 
 def test_one_whose_ranks_have_closed_ends_before_the_other(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with supervised(tmp_path, teacher="ok,ok", training="leaves", FAKE_GATE=str(gate)) as run:
+    with faked(tmp_path, teacher="ok,ok", training="leaves", FAKE_GATE=str(gate)) as run:
         run.says("up", times=4)
         until(lambda: not replica(run, 0), "the end of teacher 0")
         assert replica(run, 1)
@@ -207,7 +207,7 @@ def test_one_whose_ranks_have_closed_ends_before_the_other(tmp_path):
 def test_one_that_crashes_when_its_own_ranks_have_finished_takes_nothing_from_the_others(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with supervised(tmp_path, teacher="crashes late,ok", training="leaves", FAKE_GATE=str(gate)) as run:
+    with faked(tmp_path, teacher="crashes late,ok", training="leaves", FAKE_GATE=str(gate)) as run:
         run.says("warning: teacher 0 was killed by SIGSEGV after the ranks had finished with it")
         assert replica(run, 1)
         gate.write_bytes(b"")
@@ -216,20 +216,20 @@ def test_one_that_crashes_when_its_own_ranks_have_finished_takes_nothing_from_th
 
 
 def test_one_that_ends_with_ranks_of_its_own_to_serve_is_a_failure(tmp_path):
-    with supervised(tmp_path, teacher="ok,early", training="wait") as run:
+    with faked(tmp_path, teacher="ok,early", training="wait") as run:
         assert run.wait() == 1
         assert "teacher 1 ended although ranks were still to be served" in run.text
 
 
 def test_replicas_that_offer_different_things_are_refused(tmp_path):
-    with supervised(tmp_path, teacher="ok,wide", training="wait") as run:
+    with faked(tmp_path, teacher="ok,wide", training="wait") as run:
         assert run.wait() == 2
         assert "teacher 1 offers" in run.text
         assert "replicas load the same model" in run.text
 
 
 def test_all_that_do_not_end_are_killed_after_one_grace(tmp_path):
-    with supervised(tmp_path, teacher="stubborn,stubborn", training="stubborn", grace_s=0.3) as run:
+    with faked(tmp_path, teacher="stubborn,stubborn", training="stubborn", grace_s=0.3) as run:
         run.says("up", times=4)
         run.signal(signal.SIGINT)
         assert run.wait() == 130
@@ -246,6 +246,6 @@ def test_the_command_runs_two_teachers_and_ends_when_one_is_killed(tmp_path):
     with launch(tmp_path, *flags, "--", "train.py", "loop") as run:
         for rank in range(2):
             run.says(f"[rank {rank}]    rank {rank} has a reply: True")
-        os.kill(first_below_shim(run, "shmbridge.teacher.main --teacher-index 1"), signal.SIGKILL)
+        os.kill(run.below_shim("shmbridge.teacher.main --teacher-index 1"), signal.SIGKILL)
         assert run.wait() == 137
         assert ": teacher 1 was killed by SIGKILL" in run.text

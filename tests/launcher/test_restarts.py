@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launcher.running import Launched, launch, until
-from tests.launcher.test_supervise import first_below_shim
+from tests.harness import until
+from tests.launcher.running import Launched, launch
 
 # Orders are files, each obeyed once: `forward` in the forward of token 9, `load` and `other` while loading, once `forward` is
 # carried out. `raise` ends the teacher by a CUDA error in place of a signal.
@@ -266,7 +266,7 @@ def test_a_replica_is_replaced_while_the_other_serves_its_lane(directory):
     ) as run:
         run.says("loss 20 ", times=2)
         killed = time.monotonic()
-        os.kill(first_below_shim(run, "shmbridge.teacher.main --teacher-index 0"), signal.SIGKILL)
+        os.kill(run.below_shim("shmbridge.teacher.main --teacher-index 0"), signal.SIGKILL)
         run.says("training waits for a new one (restart 1 of 1)")
         before = steps_of(run, 0)
         until(lambda: steps_of(run, 0) > before + 1, "replies to rank 0")
@@ -307,7 +307,7 @@ def test_a_sigterm_to_every_process_at_once_lets_the_ranks_save(directory):
     """As Slurm ends a step: launcher, shims, torchrun, ranks and teacher; torchrun gets it twice."""
     with run_of(directory, steps=1_000_000, mode="hook gated", ranks=2) as run:
         run.says("loss 9 ", times=2)
-        torchrun = first_below_shim(run, "elastic.py")
+        torchrun = run.below_shim("elastic.py")
         for pid in [run.process.pid, *run.processes()]:
             os.kill(pid, signal.SIGTERM)
         for rank in range(2):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.process import elastic, shim
-from tests.launcher.running import until
+from tests.harness import until
 
 SHIM = [sys.executable, "-I", "-S", shim.__file__]
 

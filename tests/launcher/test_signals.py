@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launcher.running import PATIENCE_S, Launched, launch, until
+from tests.harness import until
+from tests.launcher.running import PATIENCE_S, Launched, launch
 
 TEACHER = """
 import time, torch

@@ -9,16 +9,17 @@ import time
 
 import pytest
 
-from tests.launcher.running import supervised, told, until
+from tests.harness import until
+from tests.launcher.running import faked, parent, told
 
 
 def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
-    with supervised(tmp_path) as run:
+    with faked(tmp_path) as run:
         assert run.wait() == 0
         assert "[launcher] teacher ready in" in run.text
         assert "[launcher] done in" in run.text
         assert "[teacher]  teacher up" in run.text
-        assert not (tmp_path / "run" / "report.txt").exists()
+        assert not (run.path / "report.txt").exists()
 
 
 @pytest.mark.promise(24)
@@ -28,7 +29,7 @@ def test_a_run_that_ends_well_leaves_nothing_and_exits_0(tmp_path):
 )
 def test_a_script_that_never_connects_is_told_so_and_hides_no_failure(tmp_path, promise, teacher, code, failure):
     """The teacher may fail after the script has ended."""
-    with supervised(tmp_path, teacher=teacher, training="alone") as run:
+    with faked(tmp_path, teacher=teacher, training="alone") as run:
         assert run.wait() == code
         assert "no rank connected to the bridge" in run.text
         assert "shmbridge.connect()" in run.text
@@ -37,7 +38,7 @@ def test_a_script_that_never_connects_is_told_so_and_hides_no_failure(tmp_path, 
 
 
 def test_ranks_that_did_not_connect_are_named(tmp_path):
-    with supervised(tmp_path, training="half") as run:
+    with faked(tmp_path, training="half") as run:
         assert run.wait() == 0
         assert "rank 1 did not connect to the bridge" in run.text
 
@@ -47,7 +48,7 @@ def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path, promise):
     """Training goes on alone afterwards, and that is no failure."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with supervised(tmp_path, training="late", FAKE_GATE=str(gate)) as run:
+    with faked(tmp_path, training="late", FAKE_GATE=str(gate)) as run:
         closed = max(run.moments("closed", 2))
         until(lambda: not run.processes("fake_teacher.py"), "the end of the teacher")
         took_s = time.monotonic() - closed
@@ -58,19 +59,19 @@ def test_the_teacher_ends_when_the_last_rank_has_closed(tmp_path, promise):
 
 
 def test_a_teacher_that_does_not_end_is_ended_after_the_grace(tmp_path):
-    with supervised(tmp_path, teacher="lingering", grace_s=0.2) as run:
+    with faked(tmp_path, teacher="lingering", grace_s=0.2) as run:
         assert run.wait() == 0
         assert "the grace of 0.2 s (timeouts.shutdown_s) is over" in run.text
 
 
 def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
     """The report has the teacher's own traceback."""
-    with supervised(tmp_path, teacher="raise", training="wait") as run:
+    with faked(tmp_path, teacher="raise", training="wait") as run:
         assert run.wait() == 1
-        report = (tmp_path / "run" / "report.txt").read_text()
+        report = (run.path / "report.txt").read_text()
         assert "teacher failed: ValueError: no such weights" in report
         assert "fake_teacher.py" in report
-        assert json.loads((tmp_path / "run" / "report.json").read_text())["cause"]["phase"] == "loading"
+        assert json.loads((run.path / "report.json").read_text())["cause"]["phase"] == "loading"
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_a_teacher_that_raises_while_loading_is_the_cause(tmp_path):
 )
 def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path, promise, oom_kills, counted):
     """The kill and the kernel's counter are simulated: a test may not make a cgroup of its own."""
-    with supervised(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS=oom_kills) as run:
+    with faked(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS=oom_kills) as run:
         (killed,) = run.moments("killed")
         took_s = run.says("; stopping") - killed
         cause = run.cause(137)
@@ -95,7 +96,7 @@ def test_a_teacher_that_is_killed_while_loading_tells_of_memory(tmp_path, promis
 
 
 def test_a_sigkill_that_the_kernel_did_not_count_is_not_put_down_to_memory(tmp_path):
-    with supervised(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS="0") as run:
+    with faked(tmp_path, teacher="killed", training="wait", FAKE_OOM_KILLS="0") as run:
         assert run.wait() == 137
         assert "teacher was killed by SIGKILL\n" in run.text
         assert "likely" not in run.text
@@ -104,17 +105,17 @@ def test_a_sigkill_that_the_kernel_did_not_count_is_not_put_down_to_memory(tmp_p
 
 
 def test_the_end_of_the_report_is_one_table(tmp_path):
-    with supervised(tmp_path, training="exit7") as run:
+    with faked(tmp_path, training="exit7") as run:
         run.wait()
-        end = (tmp_path / "run" / "report.txt").read_text().rstrip().split("\n\n")[-1].splitlines()
+        end = (run.path / "report.txt").read_text().rstrip().split("\n\n")[-1].splitlines()
         assert [line.split()[0] for line in end] == ["next", "log", "report"]
         assert {line[:10] for line in end} == {"  next    ", "  log     ", "  report  "}
-        assert end[-1].endswith("run/report.txt")
+        assert end[-1].endswith(f"{run.path.name}/report.txt")
 
 
 @pytest.mark.promise(5, within="1 s")
 def test_a_rank_that_is_killed_is_named(tmp_path, promise):
-    with supervised(tmp_path, training="killed") as run:
+    with faked(tmp_path, training="killed") as run:
         (killed,) = run.moments("killed")
         took_s = run.says("; stopping") - killed
         cause = run.cause(137)
@@ -124,35 +125,35 @@ def test_a_rank_that_is_killed_is_named(tmp_path, promise):
 
 
 def test_a_rank_that_exits_with_7_makes_the_launcher_exit_with_7(tmp_path):
-    with supervised(tmp_path, training="exit7") as run:
+    with faked(tmp_path, training="exit7") as run:
         assert run.wait() == 7
         assert "rank 1 exited with code 7" in run.text
 
 
 def test_an_exception_in_a_rank_needs_no_decorator(tmp_path):
-    with supervised(tmp_path, training="raise") as run:
+    with faked(tmp_path, training="raise") as run:
         assert run.wait() == 1
-        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        report = json.loads((run.path / "report.json").read_text())
         assert report["cause"]["reason"] == "RuntimeError: boom"
         assert (report["cause"]["role"], report["cause"]["rank"]) == ("trainer", 1)
         assert "fake_training.py" in report["cause"]["traceback"]
 
 
 def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_path):
-    with supervised(tmp_path, training="wait") as run:
+    with faked(tmp_path, training="wait") as run:
         run.says("up", times=3)
-        os.kill(first_below_shim(run, "fake_teacher.py"), signal.SIGKILL)
+        os.kill(run.below_shim("fake_teacher.py"), signal.SIGKILL)
         assert run.wait() == 137
         assert "The run failed" in run.text
         assert "teacher was killed by SIGKILL" in run.text
-        assert "TeacherDied" in (tmp_path / "run" / "torchrun.log").read_text()
+        assert "TeacherDied" in (run.path / "torchrun.log").read_text()
 
 
 def test_the_teacher_is_the_cause_though_its_end_is_seen_after_what_the_ranks_say(tmp_path):
     """With a shim that tells late: the ranks' TeacherDied alone decides only for want of anything better."""
-    with supervised(tmp_path, training="wait") as run:
+    with faked(tmp_path, training="wait") as run:
         run.says("up", times=3)
-        teacher = first_below_shim(run, "fake_teacher.py")
+        teacher = run.below_shim("fake_teacher.py")
         os.kill(parent(teacher), signal.SIGSTOP)
         os.kill(teacher, signal.SIGKILL)
         run.says("stopping")
@@ -168,7 +169,7 @@ def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_
     """As in CUDA's teardown, while rank 1 writes its last checkpoint."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with supervised(tmp_path, teacher=how, training="late", FAKE_GATE=str(gate)) as run:
+    with faked(tmp_path, teacher=how, training="late", FAKE_GATE=str(gate)) as run:
         run.says("after the ranks had finished with it")
         assert "[launcher] warning: teacher" in run.text
         assert run.process.poll() is None
@@ -179,16 +180,16 @@ def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_
 
 
 def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
-    with supervised(tmp_path, training="workers") as run:
+    with faked(tmp_path, training="workers") as run:
         run.says("up", times=3)
         assert len(run.processes("sleep 600")) == 2
-        os.kill(first_below_shim(run, "fake_training.py"), signal.SIGKILL)
+        os.kill(run.below_shim("fake_training.py"), signal.SIGKILL)
         assert run.wait() == 137
         assert "torchrun was killed by SIGKILL" in run.text
 
 
 def test_the_death_of_the_launcher_ends_both_jobs(tmp_path):
-    with supervised(tmp_path, training="workers") as run:
+    with faked(tmp_path, training="workers") as run:
         run.says("up", times=3)
         run.signal(signal.SIGKILL)
         run.process.wait()
@@ -196,7 +197,7 @@ def test_the_death_of_the_launcher_ends_both_jobs(tmp_path):
 
 
 def test_the_death_of_a_shim_leaves_nothing(tmp_path):
-    with supervised(tmp_path, training="workers") as run:
+    with faked(tmp_path, training="workers") as run:
         run.says("up", times=3)
         os.kill(run.processes("shim.py")[-1], signal.SIGKILL)
         assert run.wait() == 137
@@ -204,7 +205,7 @@ def test_the_death_of_a_shim_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_both_jobs(tmp_path, number, code):
-    with supervised(tmp_path, training="wait") as run:
+    with faked(tmp_path, training="wait") as run:
         run.says("up", times=3)
         run.signal(number)
         assert run.wait() == code
@@ -218,7 +219,7 @@ def test_a_signal_stops_both_jobs(tmp_path, number, code):
 def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_saves(tmp_path, number, code, taken):
     """One rank ends at once; the teacher waits for the other."""
     gate = tmp_path / "gate"
-    with supervised(tmp_path, training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
+    with faked(tmp_path, training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
         run.says("up", times=3)
         run.signal(number)
         run.says(f"takes note of {taken}", times=2)
@@ -231,15 +232,15 @@ def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_sav
         assert run.text.count("takes note") == 2
         assert run.text.count(f": stopped by {number.name}") == 0
         assert "The run failed" not in run.text
-        assert not (tmp_path / "run" / "report.txt").exists()
+        assert not (run.path / "report.txt").exists()
 
 
 def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
-    with supervised(tmp_path, training="waits", grace_s=60) as run:
+    with faked(tmp_path, training="waits", grace_s=60) as run:
         run.says("up", times=3)
         run.signal(signal.SIGTERM)
         run.says("takes note", times=2)
-        os.kill(first_below_shim(run, "fake_teacher.py"), signal.SIGKILL)
+        os.kill(run.below_shim("fake_teacher.py"), signal.SIGKILL)
         assert run.wait() == 143
         for rank in (0, 1):
             assert f"rank {rank} saves: RunStopped: launcher 0" in run.text
@@ -249,7 +250,7 @@ def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
 @pytest.mark.promise(14, within="grace+1 s", grace=0.3)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_jobs_that_ignore_sigterm_are_killed_after_one_grace(tmp_path, promise, number, code):
-    with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=0.3) as run:
+    with faked(tmp_path, teacher="stubborn", training="stubborn", grace_s=0.3) as run:
         run.says("up", times=3)
         asked = run.signal(number)
         assert run.wait() == code
@@ -261,7 +262,7 @@ def test_jobs_that_ignore_sigterm_are_killed_after_one_grace(tmp_path, promise, 
 @pytest.mark.promise(14, within="grace+1 s", grace=0)
 def test_a_second_ctrl_c_kills_at_once(tmp_path, promise):
     """The grace of five minutes is not waited for."""
-    with supervised(tmp_path, teacher="stubborn", training="stubborn", grace_s=300) as run:
+    with faked(tmp_path, teacher="stubborn", training="stubborn", grace_s=300) as run:
         run.says("up", times=3)
         run.signal(signal.SIGINT)
         run.says("Ctrl-C kills at once")
@@ -273,7 +274,7 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path, promise):
 
 
 def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
-    with supervised(tmp_path, training="usr1") as run:
+    with faked(tmp_path, training="usr1") as run:
         run.says("up", times=3)
         run.signal(signal.SIGUSR1)
         run.says("rank 0 saved")
@@ -286,7 +287,7 @@ def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
 
 def test_signals_sent_to_everything_end_neither_teacher_nor_shims(tmp_path):
     """As Slurm sends them to every process of a step."""
-    with supervised(tmp_path, training="wait") as run:
+    with faked(tmp_path, training="wait") as run:
         run.says("up", times=3)
         for pid in [*run.processes("shim.py"), *run.processes("fake_teacher.py")]:
             for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
@@ -296,7 +297,7 @@ def test_signals_sent_to_everything_end_neither_teacher_nor_shims(tmp_path):
 
 
 def test_a_teacher_that_ends_early_is_a_failure(tmp_path):
-    with supervised(tmp_path, teacher="early", training="wait") as run:
+    with faked(tmp_path, teacher="early", training="wait") as run:
         assert run.wait() == 1
         assert "teacher ended although ranks were still to be served" in run.text
 
@@ -304,19 +305,8 @@ def test_a_teacher_that_ends_early_is_a_failure(tmp_path):
 @pytest.mark.promise(18)
 def test_reply_memory_that_does_not_fit_ends_the_run(tmp_path, promise):
     """A size that only the loaded teacher can tell."""
-    with supervised(tmp_path, teacher="huge", training="wait") as run:
+    with faked(tmp_path, teacher="huge", training="wait") as run:
         assert run.wait() == 2
         assert "of /dev/shm, and" in run.text
         assert "Lower ring.max_tokens (now 64)" in run.text
     promise.kept("once the teacher has loaded: the same, at the barrier", exit_code=2)
-
-
-def first_below_shim(run, script: str) -> int:
-    """The job's first process: its parent is a shim."""
-    shims = set(run.processes("shim.py"))
-    return next(pid for pid in run.processes(script) if parent(pid) in shims and pid not in shims)
-
-
-def parent(pid: int) -> int:
-    with open(f"/proc/{pid}/stat") as file:
-        return int(file.read().rpartition(")")[2].split()[1])

@@ -17,7 +17,7 @@ from launcher.plan.gpus import Gpu
 from launcher.process import trial
 from launcher.process.signals import Signals
 from launcher.process.trial import Command
-from tests.launcher.running import until
+from tests.harness import until
 from tests.launcher.test_plan import EIGHT, make
 
 FAKE = str(Path(__file__).with_name("fake_probe.py"))
