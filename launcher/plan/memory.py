@@ -24,9 +24,6 @@ from shmbridge.shm.session import Shape
 SHM, RAM = "/dev/shm", "RAM"
 _GPU = "GPU "
 CONTEXT_BYTES = 500 * 2**20  # of CUDA, for each process on each GPU that it touches; it depends on GPU and driver
-_STAMP_BYTES = 8
-_SAMPLE_BYTES = 4096
-_OWN_BLOCK, _GRAIN = 20 * 2**20, 2 * 2**20  # a slab has an allocation of its own
 
 
 class Kind(enum.Enum):
@@ -218,7 +215,7 @@ def created(config: Config, shape: Shape, agreed: Offer, nbytes: int) -> str:
     in_shm = f"{size(nbytes)} in {SHM}"
     if config.plane != "cuda_ipc":
         return in_shm
-    slabs = shape.lanes * slab_bytes(shape.reply_slots, shape.slot_bytes(agreed.outputs))
+    slabs = shape.lanes * layout.block_bytes(layout.slab_bytes(shape.reply_slots, shape.slot_bytes(agreed.outputs)))
     return f"{size(slabs)} in the teacher's GPU memory, {in_shm}"
 
 
@@ -250,7 +247,7 @@ def _slabs(shape: Shape, slot: int | None, teachers: Sequence[Sequence[Gpu]]) ->
     for index, own in enumerate(teachers):
         count = len(replicas.lanes(index, len(teachers), shape.lanes))
         what = _of_slots(f"replies: {_ranks(count)} x {_slots(shape)}", slot)
-        nbytes = None if slot is None else count * slab_bytes(shape.reply_slots, slot)
+        nbytes = None if slot is None else count * layout.block_bytes(layout.slab_bytes(shape.reply_slots, slot))
         yield Item(Kind.REPLIES, what, _place(own[0]), nbytes)
 
 
@@ -274,11 +271,6 @@ def _head_copies(config: Config, spec: HeadSpec | None, train: Sequence[Gpu]) ->
 
 def _of_slots(what: str, slot: int | None) -> str:
     return what if slot is None else f"{what} x {size(slot)}"
-
-
-def slab_bytes(slots: int, stride: int) -> int:
-    """What a slab of the CUDA plane takes of its GPU: slots, stamps and the sample, in an allocation of its own."""
-    return max(_OWN_BLOCK, layout.align(slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES, _GRAIN))
 
 
 def _slots(shape: Shape) -> str:

@@ -16,10 +16,9 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-MIB = 2**20
+from shmbridge.shm import layout
+
 _SIDE_STREAMS = 32  # of a device; torch hands them out in turn
-_OWN_BLOCK = 20 * MIB  # torch's allocator gives smaller requests a part of a block that they share
-_GRAIN = 2 * MIB
 _EXPANDABLE = b"e"
 _HEADERLESS = 64  # bytes of an older torch's handle, which is CUDA's alone
 
@@ -54,7 +53,7 @@ def unusable(device: torch.device) -> str | None:
             "PYTORCH_CUDA_ALLOC_CONF there"
         )
     # Not in a pool: some versions of torch never use expandable segments there, and others raise an error.
-    memory = torch.zeros(_OWN_BLOCK, dtype=torch.uint8, device=device)
+    memory = torch.zeros(layout.OWN_BLOCK, dtype=torch.uint8, device=device)
     if _is_expandable(export_memory(memory)):
         return (
             "the teacher's process allocates expandable segments, whose handles do not open in other processes; take "
@@ -85,12 +84,7 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     # A pool that is destroyed waits for the device, also at the end of the interpreter. A count that nobody takes back keeps it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(pool))
     with torch.inference_mode(False), torch.cuda.use_mem_pool(pool, device):
-        return torch.zeros(block_bytes(nbytes), dtype=torch.uint8, device=device)
-
-
-def block_bytes(nbytes: int) -> int:
-    """Bytes that `allocate` takes for `nbytes`."""
-    return max(_OWN_BLOCK, -(-nbytes // _GRAIN) * _GRAIN)
+        return torch.zeros(layout.block_bytes(nbytes), dtype=torch.uint8, device=device)
 
 
 def export_memory(memory: torch.Tensor) -> MemoryHandle:

@@ -20,19 +20,11 @@ from shmbridge.shm.session import Names, Shape, Token
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_STAMP_BYTES = 8
 _GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
 _NUMBERS = 2**43
-_SAMPLE_BYTES = 4096
 
 # What torch raises for handles: CUDA's refusals, and its own of what is garbled.
 UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
-
-
-def slab_bytes(slots: int, stride: int) -> int:
-    """Bytes of `slots` reply slots of `stride` bytes, their stamps, and the sample, which no reply writes over: a rank opens
-    the slab of a later teacher when that has answered."""
-    return slots * (stride + _STAMP_BYTES) + _SAMPLE_BYTES
 
 
 class Export(msgspec.Struct, frozen=True):
@@ -66,10 +58,10 @@ class Slab:
         self.device = device
         self.slots, self.stride, self.generation = slots, stride, generation
         try:
-            self.memory = cuda_ipc.allocate(slab_bytes(slots, stride), device)
+            self.memory = cuda_ipc.allocate(layout.slab_bytes(slots, stride), device)
         except torch.OutOfMemoryError:
             raise PlanError(
-                f"the reply slots of one rank take {slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
+                f"the reply slots of one rank take {layout.slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
                 "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
             ) from None
         self.stream = cuda_ipc.side_stream(device)
@@ -148,7 +140,7 @@ def _check(export: Export) -> None:
         )
     if not (1 <= export.slots == len(export.ready) and export.generation < _GENERATIONS):
         raise AttachError(f"the teacher's export tells {export.slots} slots, {len(export.ready)} events: garbled.")
-    if export.memory.nbytes < slab_bytes(export.slots, export.stride):
+    if export.memory.nbytes < layout.slab_bytes(export.slots, export.stride):
         raise AttachError(f"the teacher's export tells {export.memory.nbytes} bytes for {export.slots} slots: garbled.")
 
 
@@ -156,12 +148,12 @@ def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor
     """() int64 for each slot, behind the slots."""
     start = slots * stride
     with torch.inference_mode(False):
-        return memory[start : start + slots * _STAMP_BYTES].view(torch.int64).unbind()
+        return memory[start : start + slots * layout.STAMP_BYTES].view(torch.int64).unbind()
 
 
 def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
-    end = slab_bytes(slots, stride)
-    return memory[end - _SAMPLE_BYTES : end]
+    end = layout.slab_bytes(slots, stride)
+    return memory[end - layout.SAMPLE_BYTES : end]
 
 
 def stamp(generation: int, number: int) -> int:

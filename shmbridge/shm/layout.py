@@ -68,6 +68,11 @@ both sides, as JSON:
        | replies stream   |       | answer to the last one |  the rank
        +------------------+       +------------------------+
 
+Where replies lie in GPU memory, each lane has a slab there. A rank checks the sample when it opens the slab of a later teacher,
+so no reply writes over it:
+
+    | reply slots, or chunks | a stamp of 8 bytes for each | sample of 4096 bytes |  the teacher
+
 HEAD, one for each session whose payload is hidden: after one page of header, the weight and the bias of the output head.
 Teacher 0 writes it before it opens the barrier; everyone else reads it.
 
@@ -222,6 +227,22 @@ class ExchangeWord:
 def exchange_capacity(slots: int) -> int:
     """Bytes for what one side of a lane exports as JSON: at most 100 for each event handle, and one memory handle."""
     return align(2048 + 160 * slots, PAGE)
+
+
+STAMP_BYTES = 8  # of a slab
+SAMPLE_BYTES = 4096
+OWN_BLOCK = 20 * 2**20  # torch's allocator gives smaller requests a part of a block that they share
+BLOCK_GRAIN = 2 * 2**20
+
+
+def slab_bytes(slots: int, stride: int) -> int:
+    """Bytes of a slab with `slots` reply slots of `stride` bytes."""
+    return slots * (stride + STAMP_BYTES) + SAMPLE_BYTES
+
+
+def block_bytes(nbytes: int) -> int:
+    """Bytes of GPU memory for `nbytes` in an allocation that torch's allocator shares with nothing else."""
+    return max(OWN_BLOCK, align(nbytes, BLOCK_GRAIN))
 
 
 # generation, sequence, first position and number of positions

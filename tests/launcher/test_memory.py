@@ -19,7 +19,6 @@ from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
-from shmbridge.plane import cuda_ipc, cuda_slab
 from shmbridge.shm import layout
 
 GIB = 2**30
@@ -382,9 +381,14 @@ def with_free(gpu: Gpu, free: float) -> Gpu:
     return gpu._replace(free_bytes=int(free * GIB))
 
 
-def test_a_slab_takes_what_it_allocates():
-    for slots, stride in ((1, 4096), (2, 10 * MIB), (3, 4096 * 2049)):
-        assert memory.slab_bytes(slots, stride) == cuda_ipc.block_bytes(cuda_slab.slab_bytes(slots, stride))
+def slab_bytes(slots: int, stride: int) -> int:
+    """Of GPU memory: the slots, a stamp for each, and a sample, in whole blocks of 2 MiB."""
+    return -(-(slots * (stride + 8) + 4096) // (2 * MIB)) * 2 * MIB
+
+
+def test_a_small_slab_has_a_block_of_its_own():
+    planned = on_gpus("ring.depth=1", "ring.max_tokens=1")
+    assert row(planned, "replies: 2 ranks x 1 slot").nbytes == 2 * 20 * MIB
 
 
 def test_replies_on_gpus_are_counted_where_they_lie():
@@ -394,7 +398,7 @@ def test_replies_on_gpus_are_counted_where_they_lie():
     assert planned.needed(SHM) == layout.control_bytes(1) + 2 * (lane + exchange)
     assert planned.needed(RAM) == planned.needed(SHM), "weights and replies are on the GPU"
     assert row(planned, "replies: 2 ranks x 2 slots x 2.0 GiB").where == "GPU 7"
-    slabs = 2 * memory.slab_bytes(2, SLOT)
+    slabs = 2 * slab_bytes(2, SLOT)
     assert planned.needed("GPU 7") == 16 * GIB + slabs + memory.CONTEXT_BYTES
     assert planned.needed("GPU 0") == planned.needed("GPU 1") == 3 * SLOT + memory.CONTEXT_BYTES
     planned.check()
@@ -406,8 +410,8 @@ def test_each_replica_has_the_replies_of_its_lanes_on_its_first_gpu():
     planned = memory.plan(settings, 3, LLAMA, shares, MACHINE, EIGHT[:3])
     slabs = [item for item in planned.items if item.kind is memory.Kind.REPLIES]
     assert [(item.where, item.nbytes) for item in slabs] == [
-        ("GPU 4", 2 * memory.slab_bytes(2, SLOT)),
-        ("GPU 6", memory.slab_bytes(2, SLOT)),
+        ("GPU 4", 2 * slab_bytes(2, SLOT)),
+        ("GPU 6", slab_bytes(2, SLOT)),
     ]
     assert planned.needed("GPU 5") == 8 * GIB + memory.CONTEXT_BYTES
 
@@ -421,7 +425,7 @@ def test_chunks_are_copied_as_they_come():
     stream = "payload={logits: {}, stream: {chunks: 3, chunk_positions: 256}}"
     chunk = 256 * 128_256 * 2
     planned = on_gpus(stream)
-    assert row(planned, "replies: 2 ranks x 3 chunks").nbytes == 2 * memory.slab_bytes(3, chunk)
+    assert row(planned, "replies: 2 ranks x 3 chunks").nbytes == 2 * slab_bytes(3, chunk)
     assert planned.needed("GPU 0") == 4 * chunk + memory.CONTEXT_BYTES
 
 
@@ -443,7 +447,7 @@ def test_on_the_host_plane_ranks_have_their_head_and_context_alone():
 
 def test_a_gpu_for_both_holds_all_of_it():
     planned = on_gpus(train=(EIGHT[0], EIGHT[0]), teachers=EIGHT[:1])
-    slabs = 2 * memory.slab_bytes(2, SLOT)
+    slabs = 2 * slab_bytes(2, SLOT)
     assert planned.needed("GPU 0") == 16 * GIB + slabs + 2 * 3 * SLOT + 3 * memory.CONTEXT_BYTES
 
 

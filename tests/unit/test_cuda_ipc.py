@@ -14,6 +14,7 @@ import torch
 from shmbridge.plane import cuda_ipc
 
 CPU = torch.device("cpu")
+MIB = 2**20
 
 
 def test_a_side_stream_is_nobody_elses_and_idle_as_long_as_there_is_one_left(monkeypatch):
@@ -71,8 +72,8 @@ def test_a_slab_has_a_pool_of_its_own_that_not_even_the_end_of_the_interpreter_d
     monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: pytest.fail("it waits for every stream"))
-    sizes = [cuda_ipc.allocate(nbytes, CPU).numel() for nbytes in (1, 50 * cuda_ipc.MIB + 1)]
-    assert sizes == [20 * cuda_ipc.MIB, 52 * cuda_ipc.MIB]
+    sizes = [cuda_ipc.allocate(nbytes, CPU).numel() for nbytes in (1, 50 * MIB + 1)]
+    assert sizes == [20 * MIB, 52 * MIB]
     assert len({id(pool()) for pool in used}) == 2
     for pool in used:
         assert not [one for one in gc.get_referrers(pool()) if not isinstance(one, types.FrameType)]
