@@ -1,9 +1,13 @@
-"""Who is alive. A process is its pid and its start time, because pids are used again."""
+"""Other processes: who is alive, and signals that never reach a later process of the same pid.
+
+A process is its pid and its start time, because pids are used again.
+"""
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import weakref
 from typing import NamedTuple
 
@@ -34,33 +38,64 @@ def state(pid: int) -> str:
     return {"R": "running", "T": "stopped", "t": "stopped", "Z": "zombie", "X": "gone"}.get(letter, "sleeping")
 
 
+def state_of(who: Identity) -> str:
+    """As `state`; gone where the pid is another process by now."""
+    return state(who.pid) if identity(who.pid) == who else "gone"
+
+
+def open_pidfd(who: Identity) -> int | None:
+    """A file descriptor that is readable once the process has ended; None where it has ended already.
+
+    Raises:
+        OSError: the kernel, or a container's seccomp profile, has no pidfd_open.
+    """
+    try:
+        fd = os.pidfd_open(who.pid)
+    except (ProcessLookupError, OverflowError):  # gone, or a garbled number that no pid can be
+        return None
+    if identity(who.pid) == who:
+        return fd
+    os.close(fd)
+    return None
+
+
+def send(who: Identity, number: int) -> bool:
+    """Send a signal. False where the process has ended."""
+    fd = open_pidfd(who)
+    if fd is None:
+        return False
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
 class Peer:
     """Another process, watched through a pidfd; through /proc where a container forbids pidfd_open."""
 
     def __init__(self, who: Identity) -> None:
         self.identity = who
-        self._pidfd: int | None = None
-        self._dead = False
+        self._poll: select.poll | None = None
         try:
-            self._pidfd = os.pidfd_open(who.pid)
-        except (ProcessLookupError, OverflowError):  # gone, or a garbled number that no pid can be
-            self._dead = True
+            fd = open_pidfd(who)
+            self._dead = fd is None
         except OSError:
-            pass
-        else:
-            weakref.finalize(self, os.close, self._pidfd)
+            fd, self._dead = None, False
+        if fd is not None:
+            weakref.finalize(self, os.close, fd)
             self._poll = select.poll()
-            self._poll.register(self._pidfd, select.POLLIN)
-        if identity(who.pid) != who:  # the pid was already another process when the pidfd was opened
-            self._dead = True
+            self._poll.register(fd, select.POLLIN)
 
     def alive(self) -> bool:
         """False once the process has ended, whether or not its parent has reaped it."""
         if not self._dead:
-            if self._pidfd is not None:
+            if self._poll:
                 self._dead = bool(self._poll.poll(0))
             else:
-                self._dead = identity(self.identity.pid) != self.identity or state(self.identity.pid) == "zombie"
+                self._dead = state_of(self.identity) in ("zombie", "gone")
         return not self._dead
 
 
