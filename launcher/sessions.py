@@ -15,7 +15,7 @@ import msgspec
 from launcher import registry
 from launcher.console.text import listed
 from launcher.hang import snapshot
-from launcher.hang.snapshot import Facts
+from launcher.hang.snapshot import Snapshot
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord
@@ -62,7 +62,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     objects: int = 0  # in /dev/shm
     problem: str = ""  # why it cannot be read
     run: str = ""
-    facts: Facts | None = None
+    snapshot: Snapshot | None = None
 
     @property
     def short(self) -> str:
@@ -127,7 +127,7 @@ def _read(session_id: str, name: str, objects: int) -> Session:
         seen = snapshot.look(view)
     except AttachError as error:
         return msgspec.structs.replace(found, state=UNREADABLE, problem=str(error))
-    return msgspec.structs.replace(found, run=view.settings.run_dir, facts=seen)
+    return msgspec.structs.replace(found, run=view.settings.run_dir, snapshot=seen)
 
 
 def _foreign(session_id: str) -> str:

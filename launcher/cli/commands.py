@@ -14,9 +14,8 @@ import msgspec
 from launcher import registry, sessions, stale
 from launcher.cli import parsers
 from launcher.codes import INTERRUPTED, REFUSED
-from launcher.console import status
 from launcher.console.text import size, table
-from launcher.hang import report, snapshot
+from launcher.hang import report, snapshot, status
 from launcher.sessions import LIVE, STALE, Attached, Session
 from shmbridge.errors import AttachError, ShmbridgeError
 from shmbridge.shm import owner
@@ -103,16 +102,16 @@ def _list(_: argparse.Namespace) -> int:
 
 
 def _line(one: Session) -> tuple[str, ...]:
-    if one.facts is None:
+    if one.snapshot is None:
         objects = f"{one.objects} object{'s' if one.objects != 1 else ''} in /dev/shm"
         return one.short, one.name, one.state, "", "", "", objects if one.state == STALE else ""
-    ranks, seen = one.facts.ranks, one.facts
+    ranks, seen = one.snapshot.ranks, one.snapshot
     held_by = f"{'keeper' if seen.kept else 'launcher'} {seen.launcher_pid}"
     attached = sum(rank.attached for rank in ranks)
     share = str(len(ranks)) if attached == len(ranks) else f"{attached} of {len(ranks)}"
-    phases = dict.fromkeys(status.phase(rank) for rank in ranks if rank.attached)
+    phases = dict.fromkeys(rank.activity for rank in ranks if rank.attached)
     states = f": {', '.join(phases)}" if phases else ""
-    teachers = ", ".join(dict.fromkeys(status.phase(teacher) for teacher in seen.teachers))
+    teachers = ", ".join(dict.fromkeys(teacher.activity for teacher in seen.teachers))
     again = f" (generation {seen.generation})" if seen.generation > 1 else ""
     training = "no group" if seen.over else share + states
     return one.short, one.name, one.state + again, held_by, training, teachers, one.run

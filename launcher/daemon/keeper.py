@@ -46,7 +46,7 @@ from launcher.daemon.messages import (
     Welcome,
 )
 from launcher.daemon.reception import Reception, Visitor
-from launcher.hang.lookout import Lookout
+from launcher.hang.monitor import Monitor
 from launcher.plan import cgroup
 from launcher.plan.plan import TEACHER, JobSpec, Plan
 from launcher.process import job
@@ -124,7 +124,7 @@ class Keeper:
         self._ended_well = False  # the holder has said that its generation is over
         self._queue: list[Visitor] = []  # to be granted the lease once the teachers idle
         self._told_queue = 0.0  # monotonic seconds
-        self._lookout = Lookout(owner, plan.config, run, console)
+        self._monitor = Monitor(owner, plan.config, run, console)
         self._was_ready = False
         self._has_replies = False
         self._answered = 0  # requests of the generations before this one
@@ -236,9 +236,9 @@ class Keeper:
     def _look_out(self) -> None:
         """Print the hang report where it is due, and end where a teacher does not become ready. How ranks fail is the matter of
         their own launcher."""
-        late = self._lookout.look()
-        if late and late.role == TEACHER:
-            self._fail(late)
+        overdue = self._monitor.step(time.monotonic())
+        if overdue and overdue.who.role == TEACHER:
+            self._fail(cause.of_overdue(overdue))
 
     def _find(self) -> Cause | None:
         jobs, nowhere = list(self._jobs.values()), self._run / "no-training"

@@ -1,10 +1,9 @@
 """Who waits for whom, and for how long.
 
 snapshot   what can be seen of a session at one moment
-stacks     Python stacks of other processes
-places     where a stack stands: in which call, in which function
-rules      from a snapshot to one sentence and what to do next
-monitor    who owes something, and for how long
-lookout    when the hang report of a running session is due
+stacks     Python stacks of other processes, and where they stand
+rules      the table of rules: from a snapshot to findings
+monitor    how long a finding has stood, and when it is reported
 report     the hang report
+status     a snapshot as tables
 """

@@ -1,384 +1,305 @@
-"""Who is waited for: from the facts of a session to one sentence and what to do next. Pure.
+"""Who is waited for: the table of rules that turns a snapshot into findings. Pure.
 
-The rules stand in their order: what is the matter with a process comes before what is the matter with a loop, and who owes
-something on the bridge before who stands in a collective of the training's own.
+Every rule reads the snapshot alone, with stacks or without. The monitor times a finding by its key; a report tells
+the first finding that has stood for a while. RULES is in the order of a report: what is wrong with a process comes
+before what its loop does, and what somebody owes on the bridge before the training's own collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 
-from launcher.console.text import listed, seconds
-from launcher.hang import places
-from launcher.hang.places import Place
-from launcher.hang.snapshot import GONE, Facts, LaneState, Participant, called
+from launcher.console.text import seconds
+from launcher.hang.snapshot import LaneState, Participant, Snapshot, names
+from launcher.hang.stacks import COLLECTIVE, WAIT
 from shmbridge.shm.status import Phase
 
-HEALTHY = ("closed", "moving")  # the kinds of verdict of a session in which nothing hangs
 STALE_S = 5.0  # a heartbeat comes every second
-STILL_S = 5.0  # who has moved within so many seconds does not hang; less where timeouts.report_s is short
+HEALTHY = ("closed", "moving")  # the kinds of finding of a session in which nothing hangs
 
-_DECLARE = 'If this is an evaluation or a save, say so: `with bridge.phase("eval", timeout=900):`.'
+_BEFORE_READY = {str(phase) for phase in (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING, Phase.OFFERED)}
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """What a hang report says first."""
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody who is waited for."""
 
-    kind: str
+    kind: str  # the rule
+    who: tuple[str, ...] = msgspec.field(name="suspects")  # whose stacks come first
     sentence: str
     action: str
-    suspects: tuple[str, ...] = ()  # whose stacks come first
+    key: tuple[str | int, ...]  # the same in a later snapshot as long as nothing has changed about it
+    still_s: float | None = None  # how long it has stood by the snapshot's own times; None: long enough for a report
+    excused: bool = False  # a rank has declared a phase: the monitor's time stands still
+    report_after: str = "report_s"  # which of the timeouts the monitor reports it after; empty: it does not
+    fatal: bool = False  # the run ends once it has stood for timeouts.startup_s
 
 
-def of(facts: Facts) -> Verdict:
-    """The first rule that fits."""
-    return next(verdict for rule in _RULES if (verdict := rule(facts)))
+def find(snapshot: Snapshot) -> list[Finding]:
+    """What every rule finds."""
+    return [finding for rule in RULES for finding in rule(snapshot)]
 
 
-# What is the matter with a process
+def told(snapshot: Snapshot) -> list[Finding]:
+    """What a report tells: all findings of the first kind that has stood for `patience_s`; else that nothing hangs."""
+    stood = [found for found in find(snapshot) if found.still_s is None or found.still_s >= snapshot.patience_s]
+    stood.sort(key=lambda finding: finding.excused)
+    return [finding for finding in stood if finding.kind == stood[0].kind] or [_healthy(snapshot)]
 
 
-def _garbled(facts: Facts) -> Verdict | None:
-    for lane in facts.lanes:
+# What is wrong with a process
+
+
+def _garbled(snapshot: Snapshot) -> Iterator[Finding]:
+    for rank, lane in snapshot.pairs:
         if lane.garbled:
             action = "Something wrote into shared memory that is not its own; end the run and keep its logs."
-            return Verdict(
-                "garbled", f"rank {lane.rank}'s lane is garbled: {lane.garbled}", action, (f"rank {lane.rank}",)
+            yield _finding("garbled", [rank], f"{rank.who}'s lane is garbled: {lane.garbled}", action)
+
+
+def _dead(snapshot: Snapshot) -> Iterator[Finding]:
+    """Not timed: whoever sees the exit decides at once whether it ends the run."""
+    for dead in snapshot.participants:
+        if dead.open and not dead.alive:
+            sentence = f"{dead.who} (pid {dead.pid}) has ended without closing the bridge, in phase {dead.phase}"
+            action = "Its log tells why it ended; the launcher ends the run, or restarts what may be restarted."
+            yield _finding("dead", [dead], sentence, action, report_after="")
+
+
+def _stopped(snapshot: Snapshot) -> Iterator[Finding]:
+    for stopped in snapshot.participants:
+        if stopped.process == "stopped" and (stopped.open or not stopped.attached):
+            pid = stopped.pid
+            sentence = f"{stopped.who} (pid {pid}) is stopped, not dead (SIGSTOP, Ctrl-Z or a debugger)"
+            action = f"Resume with `kill -CONT {pid}`, and the run goes on; or end it with `kill -KILL {pid}`."
+            yield _finding("stopped", [stopped], sentence + _waiting(snapshot, stopped), action)
+
+
+def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
+    for silent in snapshot.participants:
+        silent_s = silent.heartbeat_s or 0.0
+        running = silent.open and silent.alive and silent.process != "stopped"
+        if running and silent_s > STALE_S and not silent.excused:
+            why = "native code holds the GIL" + ("" if silent.process == "running" else ", or the process swaps")
+            sentence = f"{silent.who} (pid {silent.pid}) has not run Python for {seconds(silent_s)}{_at(silent)}: {why}"
+            action = "Look at the native call on top of its stack: it must release the GIL. `vmstat 1` shows swapping."
+            after = "report_s" if silent.ready else "startup_s"  # loading may hold the GIL for long
+            yield _finding("stalled", [silent], sentence + _waiting(snapshot, silent), action, report_after=after)
+
+
+# Startup, and the end of a generation
+
+
+def _loading(snapshot: Snapshot) -> Iterator[Finding]:
+    """Timed for a kept teacher between two training groups; else the ranks time their own wait for it."""
+    begun = any(rank.open for rank in snapshot.ranks)
+    for late in snapshot.teachers:
+        kept = snapshot.over and late.phase in _BEFORE_READY
+        if not late.ready and (kept or (not snapshot.over and (begun or late.attached))):
+            sentence = f"{late.who} is not ready: {_doing(late)}{_waiting(snapshot, late)}"
+            action = "Its log tells how far it is. timeouts.startup_s bounds the wait."
+            after = "startup_s" if kept else ""
+            yield _finding("loading", [late], sentence, action, report_after=after, fatal=kept)
+
+
+def _draining(snapshot: Snapshot) -> Iterator[Finding]:
+    for late in snapshot.teachers:
+        if snapshot.over and late.open and late.phase not in (*_BEFORE_READY, str(Phase.IDLE)):
+            sentence = f"{late.who} has not finished what the last training group left: {_doing(late)}"
+            action = "The next group waits for it. Its log and its stack tell what it does."
+            yield _finding("draining", [late], sentence, action, snapshot.generation, still_s=late.still_s)
+
+
+def _missing(snapshot: Snapshot) -> Iterator[Finding]:
+    others = [rank for rank in snapshot.ranks if rank.open]
+    still_s = max((other.still_s for other in others or snapshot.teachers), default=None)
+    for rank in snapshot.ranks if snapshot.ready else ():
+        if not rank.attached:
+            process = f" (pid {rank.pid}, {rank.stacks.place or rank.process})" if rank.pid else ""
+            sentence = f"{rank.who} has not attached to the session{process}; {_standing(others) or 'no rank has'}"
+            yield _finding(
+                *("missing", [rank], sentence),
+                "Every rank calls shmbridge.connect(); where one does not come to it, its stack or its log tells why.",
+                *(snapshot.generation, snapshot.progress),
+                still_s=still_s,
+                excused=any(other.excused for other in others),
+                report_after="report_s" if others else "startup_s",
+                fatal=bool(others),
             )
-    return None
 
 
-def _gone(facts: Facts) -> Verdict | None:
-    those = [one for one in facts.participants if one.open and one.process in GONE]
-    if not those:
-        return None
-    sentence = (
-        f"{called(those)} {_is(those)} dead: {_pids(those)} ended without closing the bridge, in phase {_phases(those)}"
+# What is owed on the bridge
+
+
+def _lockstep(snapshot: Snapshot) -> Iterator[Finding]:
+    for teacher in snapshot.teachers:
+        for rank, lane in _awaited(snapshot, teacher):
+            if rank.attached:
+                owed = "has sent no request (teacher.collect=lockstep needs one of every rank)"
+                sentence = f"{_standing([rank])} and {owed}{_waiting(snapshot, rank)}"
+                action = "Make the same requests in every rank between two collectives, or set teacher.collect=greedy."
+                key = (snapshot.generation, lane.requested)
+                yield _finding("lockstep", [rank], sentence, action, *key, **_stands(rank))
+
+
+def _unread(snapshot: Snapshot) -> Iterator[Finding]:
+    for rank, lane in snapshot.pairs:
+        if _is_unread(rank, lane):
+            sentence = f"{_standing([rank])} and does not read its streamed reply: the teacher has no free chunk left"
+            action = "Read the chunks, which gives them back to the teacher, or cancel the request (pending.cancel)."
+            key = (snapshot.generation, lane.replied, lane.consumed)
+            yield _finding("unread", [rank], sentence, action, *key, **_stands(rank))
+
+
+def _reply(snapshot: Snapshot) -> Iterator[Finding]:
+    """The oldest request that a teacher has not answered, and that waits for nobody else."""
+    for teacher in snapshot.teachers:
+        asked = [pair for pair in _served(snapshot, teacher) if pair[1].unanswered and not _is_unread(*pair)]
+        if asked and not _awaited(snapshot, teacher):
+            rank, lane = max(asked, key=lambda pair: pair[1].oldest_s or 0.0)
+            age_s = lane.oldest_s or 0.0
+            given_up = ", given up" if lane.replied < lane.abandoned else ""
+            notes = f"{', all slots in use' if lane.full else ''}{given_up}"
+            request = f"{rank.who}'s request (sequence {lane.replied}{notes})"
+            doing = f"it is {_doing(teacher)}{_waiting(snapshot, teacher)}"
+            sentence = f"{teacher.who} has not answered {request} for {seconds(age_s)}; {doing}"
+            if teacher.phase == str(Phase.FORWARD):
+                action = "Wait, or lower teacher.max_batch_tokens; the first forwards of a compiled model take long."
+            else:
+                action = "A teacher that collects should have taken it: keep this report, and end the run."
+            after = "startup_s" if teacher.phase in _BEFORE_READY else "report_s"
+            key = (rank.rank, snapshot.generation, lane.replied, lane.streamed)
+            yield _finding("reply", [teacher], sentence, action, *key, still_s=age_s, report_after=after)
+
+
+# Nobody owes anything on the bridge
+
+
+def _standstill(snapshot: Snapshot) -> Iterator[Finding]:
+    """The training's own collectives, and ranks that do something else. Not timed while a request is waited for."""
+    ranks = [rank for rank in snapshot.ranks if rank.open and rank.alive]
+    if not ranks or not snapshot.ready:
+        return
+    yield _finding(
+        *("standstill", *_apart(ranks, complete=len(ranks) == len(snapshot.ranks))),
+        *(snapshot.generation, snapshot.progress),
+        still_s=max(rank.still_s for rank in ranks),
+        excused=any(rank.excused for rank in ranks),
+        report_after="" if any(lane.unanswered for lane in snapshot.lanes) else "report_s",
     )
-    return _verdict(
-        "dead",
-        sentence,
-        "Its log tells why it ended; the launcher ends the run, or restarts what may be restarted.",
-        those,
-    )
 
 
-def _stopped(facts: Facts) -> Verdict | None:
-    those = [one for one in facts.participants if one.process == "stopped" and _matters(one)]
-    if not those:
-        return None
-    pids = " ".join(str(one.pid) for one in those)
-    sentence = f"{called(those)} ({_pids(those)}) {_is(those)} stopped, not dead (SIGSTOP, Ctrl-Z or a debugger)"
-    action = f"Resume with `kill -CONT {pids}`, and the run goes on; or end it with `kill -KILL {pids}`."
-    return _verdict("stopped", sentence + _who_waits(facts, those), action, those)
+def _apart(ranks: Sequence[Participant], complete: bool) -> tuple[Sequence[Participant], str, str]:
+    """The suspects among ranks that stand still, a sentence and an action; `complete`: these are all ranks.
 
-
-def _stalled(facts: Facts) -> Verdict | None:
-    those = [one for one in facts.participants if _matters(one) and (one.heartbeat_s or 0.0) > STALE_S]
-    those = [one for one in those if not one.excused]
-    if not those:
-        return None
-    first = those[0]
-    assert first.heartbeat_s is not None
-    told = (
-        "native code holds the GIL" if first.process == "running" else "native code holds the GIL, or the process swaps"
-    )
-    sentence = f"{called(those)} {_verb(those, 'have')} not run Python for {seconds(first.heartbeat_s)}{_comma_at(first)}: {told}"
-    action = "Look at the native call on top of its stack; in a loop of your own, release the GIL or leave it out. `vmstat 1` shows swapping."
-    return _verdict("stalled", sentence + _who_waits(facts, those), action, those)
-
-
-# Startup
-
-
-def _loading(facts: Facts) -> Verdict | None:
-    late = [one for one in facts.teachers if not one.ready]
-    if not late or (not any(one.open for one in facts.ranks) and not any(one.attached for one in late)):
-        return None
-    parts = [_loads(one) for one in late]
-    waiting = [one for one in facts.ranks if one.phase in (str(Phase.BARRIER), str(Phase.WAITING))]
-    waits = f"; {called(waiting)} {_verb(waiting, 'wait')} for it" if waiting else ""
-    action = "Its log tells how far it is. timeouts.startup_s bounds the wait."
-    return _verdict("loading", "; ".join(parts) + waits, action, late)
-
-
-def _loads(one: Participant) -> str:
-    if not one.attached:
-        return f"{called([one])} has not attached yet"
-    share = f" ({one.done} of {one.total})" if one.total else ""
-    return f"{called([one])} is not ready: in phase {one.phase}{share} for {seconds(one.phase_s)}{_comma_at(one)}"
-
-
-def _moving(facts: Facts) -> Verdict | None:
-    those = [one for one in facts.participants if one.open]
-    if not those:
-        return Verdict(
-            "closed", "No participant is at work: all have closed, or none has attached.", "Nothing to do here."
+    Where they are at different collectives, or some at none, the smallest group is the suspect. Of groups of the same
+    size the suspect is the group at no collective; without such a group all ranks are suspects.
+    """
+    groups: dict[str, list[Participant]] = {}
+    for rank in ranks:
+        place = rank.stacks.place
+        groups.setdefault(str(place) if place and place.kind == COLLECTIVE else "", []).append(rank)
+    if set(groups) == {""}:
+        waiting = [rank for rank in ranks if (place := rank.stacks.place) and place.kind == WAIT]
+        action = 'The stacks tell more. If this is an evaluation, say so: `with bridge.phase("eval", timeout=900):`.'
+        if waiting:
+            action = "Look at what it waits for: the DataLoader's workers (see the processes below it), or the GPU."
+        return waiting or ranks, f"no rank waits on the bridge: {_standing(waiting or ranks)}", action
+    if len(groups) == 1 and complete:
+        action = (
+            "No rank is missing: look at the network, the GPUs (nvidia-smi, dmesg), NCCL_DEBUG=INFO, other machines."
         )
-    ranks = [one for one in those if one in facts.ranks] or those
-    if any(one.still_s >= facts.patience_s for one in ranks):
-        return None
-    latest = max(one.still_s for one in ranks)
-    sentence = f"nothing hangs: {_every(ranks)} moved within the last {seconds(latest)}"
-    return Verdict("moving", sentence, "Nothing to do; ask again while it stands still.")
+        return ranks, f"the collective does not end: {_standing(ranks)}", action
+    smallest = min(map(len, groups.values()))
+    fewest = [group for group in groups.values() if len(group) == smallest]
+    suspects = fewest[0] if len(fewest) == 1 else groups[""] if groups.get("") in fewest else ranks
+    others = [rank for rank in ranks if rank not in suspects]
+    action = "Every rank must call a collective: look for `if rank == 0:`, uneven batches, an error that was caught."
+    return suspects, "; ".join(map(_standing, filter(None, (suspects, others)))), action
 
 
-# Who owes something on the bridge
+def _healthy(snapshot: Snapshot) -> Finding:
+    moved = [participant for participant in snapshot.participants if participant.open]
+    if snapshot.over or not moved:
+        sentence = "no rank is at work: all have closed the bridge, or none has attached"
+        return _finding("closed", [], sentence, "Nothing to do.")
+    moved = [rank for rank in snapshot.ranks if rank.open] or moved
+    latest_s = max(participant.still_s for participant in moved)
+    sentence = f"nothing hangs: {names(moved)} moved within the last {seconds(latest_s)}"
+    return _finding("moving", [], sentence, "Nothing to do; ask again while it stands still.")
 
 
-def _slow(facts: Facts) -> Verdict | None:
-    waiting = _lanes_in(facts, Phase.FORWARD)
-    if not waiting:
-        return None
-    slow = _teachers_of(facts, waiting)
-    told = f"for {seconds(slow[0].phase_s)}{_comma_at(slow[0])}"
-    sentence = f"{called(slow)} {_is(slow)} alive and in {_its(slow)} forward {told}"
-    action = "Wait, or lower teacher.max_batch_tokens; the first forwards of a compiled model take this long once."
-    return _verdict("slow", f"{sentence}; {_wait_for(facts, waiting)}", action, slow)
-
-
-def _missing(facts: Facts) -> Verdict | None:
-    those = [one for one in facts.ranks if not one.attached]
-    if not those:
-        return None
-    there = f" ({_pids(those)}{_comma_at(those[0])})" if all(one.pid for one in those) else ""
-    others = [one for one in facts.ranks if one.open]
-    sentence = f"{called(those)}{there} {_verb(those, 'have')} not attached to the session"
-    if not others:
-        action = "It has not come to shmbridge.connect(): its stack, or its log, tells where it is."
-        return _verdict("missing", f"{sentence}; nobody waits for it on the bridge yet", action, those)
-    action = "Every rank calls shmbridge.connect(); where one does not come to it, its stack or its log tells why."
-    return _verdict("missing", f"{sentence}; {_standing(others)}", action, those)
-
-
-def _lockstep(facts: Facts) -> Verdict | None:
-    """The teacher waits for a request of every lane before it answers any."""
-    waiting = _lanes_in(facts, Phase.COLLECTING)
-    teachers = {lane.teacher for lane in waiting}
-    owing = {
-        lane.rank
-        for lane in facts.lanes
-        if lane.teacher in teachers and not lane.unanswered and not lane.closed and not lane.garbled
-    }
-    late = [one for one in facts.ranks if one.rank in owing and one.process not in GONE]
-    if not facts.lockstep or not late:
-        return None
-    request = "request" if len(late) == 1 else "requests"
-    owed = f"the teacher waits for {called(late)}'s {request} (teacher.collect is lockstep)"
-    ranks = [one for one in facts.ranks if one.rank in {lane.rank for lane in waiting}]
-    sentence = f"{_standing(late)}; {called(ranks)} {_verb(ranks, 'wait')} for the teacher, {owed}"
-    if any(one.excused for one in late):
-        action = f"Nothing, while {called(late)} keeps to what it has declared."
-    else:
-        action = "Make the same requests in every rank between two collectives, or set teacher.collect=greedy."
-    return _verdict("lockstep", sentence, action, late)
-
-
-def _unread(facts: Facts) -> Verdict | None:
-    """A streamed reply that its rank does not read: the teacher has no chunk left for it."""
-    lanes = [lane for lane in facts.lanes if lane.unanswered and lane.chunks_full and not lane.closed]
-    late = [one for one in facts.ranks if one.rank in {lane.rank for lane in lanes} and one.phase != str(Phase.WAITING)]
-    if not late:
-        return None
-    sentence = (
-        f"{called(late)} {_verb(late, 'do')} not read what the teacher streams (all chunks are full): {_standing(late)}"
-    )
-    action = "Read the chunks, or cancel the request (pending.cancel); the reply goes on as they are given back."
-    return _verdict("unread", sentence, action, late)
-
-
-def _unserved(facts: Facts) -> Verdict | None:
-    waiting = [lane for lane in facts.lanes if _is_late(lane, facts.patience_s)]
-    ranks = [one for one in facts.ranks if one.rank in {lane.rank for lane in waiting}]
-    if not waiting or not ranks:
-        return None
-    teachers = _teachers_of(facts, waiting)
-    state = (
-        f"{called(teachers)} {_is(teachers)} in phase {_phases(teachers)}{_comma_at(teachers[0]) if teachers else ''}"
-    )
-    action = "A teacher that collects should have taken it: keep this report, and end the run."
-    return _verdict("unserved", f"{_wait_for(facts, waiting)}, and {state}", action, teachers)
-
-
-# Nobody owes anything on the bridge: the training's own collectives
-
-
-def _apart(facts: Facts) -> Verdict | None:
-    """Ranks at different places, some of them in a collective."""
-    ranks = [one for one in facts.ranks if one.open]
-    groups = _by_collective(ranks)
-    if len(groups) < 2:
-        return None
-    smallest = min(len(group) for group in groups.values())
-    few = [key for key, group in groups.items() if len(group) == smallest]
-    elsewhere = "" in few and smallest * 2 <= len(ranks)
-    suspects = groups[""] if elsewhere else groups[few[0]] if len(few) == 1 else ranks
-    others = [one for one in ranks if one not in suspects]
-    if not others:
-        sentence = f"the ranks wait for each other: {_standing(ranks)}"
-    elif elsewhere:
-        sentence = f"{_standing(suspects)}; {_standing(others, with_time=False)} and {_verb(others, 'wait')} for {_it(suspects)}"
-    else:
-        sentence = f"{_standing(suspects)}, alone; {_standing(others)}"
-    if any(one.excused for one in suspects):
-        action = f"Nothing, while {called(suspects)} keeps to what it has declared."
-    else:
-        action = "A collective needs every rank: look for one that only some ranks come to (`if rank == 0:`, uneven batches, an error that was caught)."
-    return _verdict("collective", sentence, action, suspects)
-
-
-def _together(facts: Facts) -> Verdict | None:
-    """All ranks at one collective."""
-    ranks = [one for one in facts.ranks if one.open]
-    groups = _by_collective(ranks)
-    if len(ranks) < 2 or set(groups) in (set(), {""}):
-        return None
-    action = "No rank is missing here: look at the network and the GPUs (`nvidia-smi`, dmesg), at NCCL_DEBUG=INFO, and at ranks on other machines."
-    return _verdict("collective", f"the collective does not end: {_standing(ranks)}", action, ranks)
-
-
-def _still(facts: Facts) -> Verdict:
-    """What is left: ranks at work of their own."""
-    ranks = [one for one in facts.ranks if one.open] or [one for one in facts.participants if one.open]
-    waiting = [one for one in ranks if (place := places.of(one.stacks)) and place.kind in (places.DATA, places.GPU)]
-    those = waiting or [one for one in ranks if one.still_s >= facts.patience_s] or ranks
-    sentence = f"nobody waits for the bridge: {_standing(those)}"
-    if all(one.excused for one in those):
-        return _verdict("declared", sentence, "Nothing, while they keep to what they have declared.", those)
-    if waiting:
-        action = "Look at what it waits for: the DataLoader's workers (see the processes below it), or the GPU."
-        return _verdict("waits", sentence, action, those)
-    return _verdict("still", sentence, f"The stacks tell what they do. {_DECLARE}", those)
-
-
-_RULES: tuple[Callable[[Facts], Verdict | None], ...] = (
-    *(_garbled, _gone, _stopped, _stalled),
-    *(_loading, _moving),
-    *(_slow, _lockstep, _missing, _unread, _unserved),
-    *(_apart, _together, _still),
+RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (
+    *(_garbled, _dead, _stopped, _stalled),
+    *(_loading, _draining, _missing),
+    *(_lockstep, _unread, _reply),
+    _standstill,
 )
 
 
-# Words
+# What several rules use
 
 
-def _verdict(kind: str, sentence: str, action: str, suspects: Sequence[Participant]) -> Verdict:
-    return Verdict(kind, sentence, action, tuple(one.who for one in suspects))
+def _finding(
+    kind: str, suspects: Sequence[Participant], sentence: str, action: str, *at: str | int, **more: Any
+) -> Finding:
+    """`at`: what it stands at. Who has declared a phase has nothing to do."""
+    if any(participant.excused for participant in suspects):
+        action = f"Nothing, while the phase lasts that {names(suspects)} declared."
+    who = tuple(participant.who for participant in suspects)
+    key = (kind, *who, *(participant.pid for participant in suspects), *at)
+    return Finding(kind=kind, who=who, sentence=sentence, action=action, key=key, **more)
 
 
-def _matters(one: Participant) -> bool:
-    return one.open or (not one.attached and one.pid != 0)
+def _stands(rank: Participant) -> dict[str, Any]:
+    return {"still_s": rank.still_s, "excused": rank.excused}
 
 
-def standing(one: Participant) -> str:
-    """`at barrier() in save (checkpoint.py:41)`, after the phase that the script has declared."""
-    place = places.of(one.stacks)
-    parts = []
-    if one.declared:
-        over = one.declared_left_s < 0
-        parts.append(
-            f"in its declared phase {one.declared} ({seconds(abs(one.declared_left_s))} {'over' if over else 'left'})"
-        )
-    if place and place.kind != places.BRIDGE:
-        parts.append(str(place))
-    return ", ".join(parts) or f"in phase {one.phase}"
+def _served(snapshot: Snapshot, teacher: Participant) -> list[tuple[Participant, LaneState]]:
+    """The ranks that a teacher serves, and their lanes."""
+    mine = [(rank, lane) for rank, lane in snapshot.pairs if lane.teacher == teacher.rank]
+    return [(rank, lane) for rank, lane in mine if rank.alive and not lane.closed]
 
 
-def _standing(those: Sequence[Participant], with_time: bool = True) -> str:
-    """Those at one place together: `ranks 0 and 1 are at all_reduce() in step (train.py:8) for 41 s; rank 2 ...`."""
+def _awaited(snapshot: Snapshot, teacher: Participant) -> list[tuple[Participant, LaneState]]:
+    """Under lockstep the ranks without a request while others have one: the teacher waits for theirs."""
+    served = _served(snapshot, teacher)
+    late = [(rank, lane) for rank, lane in served if not lane.unanswered]
+    collects = snapshot.lockstep and teacher.phase == str(Phase.COLLECTING)
+    return late if collects and len(late) < len(served) else []
+
+
+def _is_unread(rank: Participant, lane: LaneState) -> bool:
+    """No chunk is free for the reply that the rank's teacher streams, and the rank does something else."""
+    full = 0 < lane.chunks <= lane.streamed - lane.consumed
+    return full and bool(lane.unanswered) and rank.phase != str(Phase.WAITING)
+
+
+def _at(participant: Participant) -> str:
+    return f", {participant.stacks.place}" if participant.stacks.place else ""
+
+
+def _doing(teacher: Participant) -> str:
+    since = f"in phase {teacher.activity} for {seconds(teacher.phase_s)}{_at(teacher)}"
+    return since if teacher.attached else teacher.activity
+
+
+def _standing(ranks: Sequence[Participant]) -> str:
+    """`ranks 0-1 are at all_reduce() in step (train.py:8) for 41.0 s; rank 2 is in phase training for 41.0 s`."""
     groups: dict[str, list[Participant]] = {}
-    for one in those:
-        groups.setdefault(standing(one), []).append(one)
+    for rank in ranks:
+        phase = f"in phase {rank.activity}" if rank.declared or not rank.stacks.place else ""
+        groups.setdefault(f"{phase}{_at(rank)}".removeprefix(", "), []).append(rank)
     parts = []
     for where, group in groups.items():
-        still_s = min(one.still_s for one in group)
-        time = f" for {seconds(still_s)}" if with_time and still_s != float("inf") else ""
-        parts.append(f"{called(group)} {_is(group)} {where}{time}")
+        still = seconds(min(rank.still_s for rank in group))
+        parts.append(f"{names(group)} {'is' if len(group) == 1 else 'are'} {where} for {still}")
     return "; ".join(parts)
 
 
-def _comma_at(one: Participant) -> str:
-    place = places.of(one.stacks)
-    return f", {place}" if place and place.kind != places.BRIDGE else ""
-
-
-def _by_collective(ranks: Sequence[Participant]) -> dict[str, list[Participant]]:
-    """Ranks by the collective that they are at, those elsewhere under an empty name; empty where none is at one."""
-    groups: dict[str, list[Participant]] = {}
-    for one in ranks:
-        place = places.of(one.stacks)
-        groups.setdefault(_key(place), []).append(one)
-    return groups if set(groups) != {""} else {}
-
-
-def _key(place: Place | None) -> str:
-    return str(place) if place and place.kind in (places.COLLECTIVE, places.BACKWARD) else ""
-
-
-def _lanes_in(facts: Facts, phase: Phase) -> list[LaneState]:
-    """Lanes whose rank waits for a reply, and whose teacher is in `phase`."""
-    there = {one.rank for one in facts.teachers if one.phase == str(phase)}
-    return [lane for lane in facts.lanes if lane.unanswered and not lane.closed and lane.teacher in there]
-
-
-def _is_late(lane: LaneState, patience_s: float) -> bool:
-    return bool(lane.unanswered) and not lane.closed and (lane.oldest_s or 0.0) >= patience_s
-
-
-def _teachers_of(facts: Facts, lanes: Sequence[LaneState]) -> list[Participant]:
-    return [one for one in facts.teachers if one.rank in {lane.teacher for lane in lanes}]
-
-
-def _who_waits(facts: Facts, those: Sequence[Participant]) -> str:
-    """`; ranks 0 and 1 wait for it`, where that can be told."""
-    served = {one.rank for one in those if one in facts.teachers}
-    lanes = [lane for lane in facts.lanes if lane.unanswered and (facts.lockstep or lane.teacher in served)]
-    ranks = {lane.rank for lane in lanes if f"rank {lane.rank}" not in {one.who for one in those}}
-    waiting = [one for one in facts.ranks if one.rank in ranks]
-    at = [one for one in facts.ranks if one not in those and one not in waiting and _key(places.of(one.stacks))]
-    waiting += at
-    return f"; {called(waiting)} {_verb(waiting, 'wait')} for {_it(those)}" if waiting else ""
-
-
-def _wait_for(facts: Facts, lanes: Sequence[LaneState]) -> str:
-    """`rank 0 waits for its reply for 41 s (sequence 7)`."""
-    ranks = [one for one in facts.ranks if one.rank in {lane.rank for lane in lanes}]
-    oldest = max(lanes, key=lambda lane: lane.oldest_s or 0.0)
-    since = f" for {seconds(oldest.oldest_s)}" if oldest.oldest_s is not None else ""
-    full = listed([f"rank {lane.rank}" for lane in lanes if lane.full])
-    more = f", ring full of {full}" if full else ""
-    gone = [f"rank {lane.rank}" for lane in lanes if lane.replied < lane.abandoned]
-    more += f", abandoned by {listed(gone)}" if gone else ""
-    return f"{called(ranks)} {_verb(ranks, 'wait')} for a reply{since} (sequence {oldest.replied}{more})"
-
-
-def _every(ranks: Sequence[Participant]) -> str:
-    return "every rank has" if len(ranks) > 1 else f"{called(ranks)} has"
-
-
-def _phases(those: Sequence[Participant]) -> str:
-    return listed(list(dict.fromkeys(one.phase for one in those)))
-
-
-def _pids(those: Sequence[Participant]) -> str:
-    return f"pid{'s' if len(those) > 1 else ''} {listed([str(one.pid) for one in those])}"
-
-
-def _is(those: Sequence[Participant]) -> str:
-    return "is" if len(those) == 1 else "are"
-
-
-def _it(those: Sequence[Participant]) -> str:
-    return "it" if len(those) == 1 else "them"
-
-
-def _its(those: Sequence[Participant]) -> str:
-    return "its" if len(those) == 1 else "their"
-
-
-def _verb(those: Sequence[Participant], verb: str) -> str:
-    if len(those) > 1:
-        return verb
-    return {"do": "does", "have": "has"}.get(verb, f"{verb}s")
+def _waiting(snapshot: Snapshot, besides: Participant) -> str:
+    """The ranks that wait for a teacher, or in a collective."""
+    waiting = [rank for rank in snapshot.ranks if rank.waits and rank is not besides]
+    return f"; waiting: {names(waiting)}" if waiting else ""

@@ -1,17 +1,22 @@
-"""What can be seen of a session at one moment: its participants, their processes, and the cursors of its lanes."""
+"""A session at one moment: its participants, their processes, and the cursors of its lanes.
+
+`shmbridge-launch status` shows it, and the rules judge it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
-from launcher.console.text import listed
-from launcher.hang.stacks import Stacks
+from launcher.console.text import ranges, seconds
+from launcher.hang.stacks import COLLECTIVE, Stacks
 from launcher.plan import gpus, replicas
+from launcher.process import lookup
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import process
@@ -21,11 +26,11 @@ from shmbridge.shm.session import SESSION_VARIABLE, Control, Lane, Token
 from shmbridge.shm.status import Phase, Record
 
 TEACHER, TRAINER = "teacher", "trainer"
-GONE = ("gone", "zombie")
+STILL_S = 5.0  # nobody who has moved within so many seconds is waited for; less where timeouts.report_s is short
 
 
 class View(Protocol):
-    """A session that is mapped: an Owner's own, or one that was attached."""
+    """A mapped session, whether this process owns it or has attached to it."""
 
     @property
     def session_id(self) -> str: ...
@@ -58,7 +63,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float | None = None
     process: str = ""  # running, sleeping, stopped, zombie or gone
     ready: bool = True  # of a teacher: it has opened the barrier of this generation, or waits for the first
-    lost: bool = False  # of a teacher: no new one comes, and the ranks go on without
+    lost: bool = False  # of a teacher: it is not replaced, and the ranks go on without it
     done: int = 0  # of a teacher that loads: done of total
     total: int = 0
     stacks: Stacks = Stacks()
@@ -69,9 +74,32 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
         return self.attached and not self.lost and self.phase != str(Phase.CLOSED)
 
     @property
+    def alive(self) -> bool:
+        return self.process not in lookup.GONE
+
+    @property
     def excused(self) -> bool:
         """It has said that its loop stands still, and for how long."""
         return bool(self.declared) and self.declared_left_s > 0
+
+    @property
+    def waits(self) -> bool:
+        """For a teacher, or in a collective."""
+        in_collective = self.stacks.place is not None and self.stacks.place.kind == COLLECTIVE
+        return self.alive and (self.phase in (str(Phase.BARRIER), str(Phase.WAITING)) or in_collective)
+
+    @property
+    def activity(self) -> str:
+        """`training`, `loading 3/4`, `training: eval (12.0 s left)`."""
+        if not self.attached:
+            return "not attached"
+        if self.total and not self.ready:
+            return f"{self.phase} {self.done}/{self.total}"
+        if not self.declared:
+            return self.phase
+        name = self.declared if len(self.declared) <= 20 else f"{self.declared[:17]}..."
+        left = f"{seconds(abs(self.declared_left_s))} {'over' if self.declared_left_s < 0 else 'left'}"
+        return f"{self.phase}: {name} ({left})"
 
 
 class LaneState(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,23 +117,19 @@ class LaneState(msgspec.Struct, frozen=True, kw_only=True):
     streamed: int = 0
     consumed: int = 0
     oldest_s: float | None = None  # age of the oldest request that is not answered
-    lost: bool = False  # its teacher is, and nobody waits for what is unanswered
+    lost: bool = False  # its teacher is lost: nobody waits for what is unanswered
     garbled: str = ""
 
     @property
     def unanswered(self) -> int:
-        return 0 if self.lost else self.requested - self.replied
+        return 0 if self.lost or self.closed else self.requested - self.replied
 
     @property
     def full(self) -> bool:
         return self.requested - self.released >= self.depth
 
-    @property
-    def chunks_full(self) -> bool:
-        return 0 < self.chunks <= self.streamed - self.consumed
 
-
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """A session at one moment."""
 
     session_id: str
@@ -115,152 +139,122 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     over: bool = False  # the training group of this generation has ended, or none has come yet; its ranks are left out
     model: str = ""
     lockstep: bool = False
-    patience_s: float = 5.0  # who has moved within so many seconds does not hang
+    patience_s: float = STILL_S
     participants: tuple[Participant, ...] = ()  # the teachers, then the ranks
-    lanes: tuple[LaneState, ...] = ()
+    lanes: tuple[LaneState, ...] = ()  # of the ranks, in their order
 
     @property
     def teachers(self) -> list[Participant]:
-        return [one for one in self.participants if one.role == TEACHER]
+        return [participant for participant in self.participants if participant.role == TEACHER]
 
     @property
     def ranks(self) -> list[Participant]:
-        return [one for one in self.participants if one.role == TRAINER]
+        return [participant for participant in self.participants if participant.role == TRAINER]
+
+    @property
+    def pairs(self) -> list[tuple[Participant, LaneState]]:
+        """The ranks with their lanes."""
+        return list(zip(self.ranks, self.lanes, strict=False))
+
+    @property
+    def ready(self) -> bool:
+        """All teachers are, or are lost."""
+        return all(teacher.ready for teacher in self.teachers)
+
+    @property
+    def progress(self) -> int:
+        """A number that is another one once any participant or cursor has moved."""
+        seen = [
+            (p.attached, p.pid, p.phase, p.step, p.sequence, p.declared, p.ready, p.done) for p in self.participants
+        ]
+        cursors = [(lane.requested, lane.replied, lane.released, lane.streamed, lane.consumed) for lane in self.lanes]
+        return zlib.crc32(repr((seen, cursors)).encode())
 
 
-def look(view: View, stacks: Mapping[int, Stacks] = {}, *, search: bool = True) -> Facts:
-    """The session now, with the stacks that were collected of its processes; `search`: also for the processes of ranks that have
-    not attached, through all of /proc."""
-    kept = view.settings.teacher.keep
-    over = kept and view.control.words[ControlWord.TRAINING_DONE] >= view.generation
+def look(view: View, stacks: Mapping[int, Stacks] = {}, *, search: bool = True) -> Snapshot:
+    """The session now.
+
+    Args:
+        stacks: that were collected of its processes, by pid.
+        search: also find the processes of ranks that have not attached, through all of /proc.
+    """
+    control, settings = view.control, view.settings
+    over = settings.teacher.keep and control.words[ControlWord.TRAINING_DONE] >= view.generation
     lanes = [] if over else view.lanes
-    where = _gpus(view.settings, len(view.control.teachers), len(lanes))
-    searched = search and any(lane.records[0].identity is None for lane in lanes)
-    unattached = processes_of(view) if searched else {}
-    teachers = [_teacher(view, record, where, stacks) for record in view.control.teachers]
-    lost = {i for i, one in enumerate(view.control.teachers) if one.lost}
-    return Facts(
+    search = search and any(lane.records[0].identity is None for lane in lanes)
+    pids = processes_of(view) if search else {}
+    count, generation = len(control.teachers), view.generation
+    seen = [_participant(record, replicas.called(record.rank, count), generation) for record in control.teachers]
+    for i, lane in enumerate(lanes):
+        seen.append(_participant(lane.records[0], f"rank {i}", generation, pids.get(i, 0), _since_request(lane)))
+    gpu_of = _gpus(settings, count, len(lanes))
+    lost = {record.rank for record in control.teachers if record.lost}
+    return Snapshot(
         session_id=view.session_id,
-        generation=view.generation,
-        launcher_pid=view.control.owner_identity.pid,
-        kept=kept,
+        generation=generation,
+        launcher_pid=control.owner_identity.pid,
+        kept=settings.teacher.keep,
         over=over,
-        model=view.settings.teacher.model,
-        lockstep=view.settings.teacher.collect == "lockstep",
-        participants=(*teachers, *(_rank(lane, where, unattached.get(lane.index), stacks) for lane in lanes)),
-        lanes=tuple(state_of(lane, lost) for lane in lanes),
+        model=settings.teacher.model,
+        lockstep=settings.teacher.collect == "lockstep",
+        patience_s=min(STILL_S, settings.timeouts.report_s / 2),
+        participants=tuple(
+            msgspec.structs.replace(who, gpu=gpu_of.get(who.who, ""), stacks=stacks.get(who.pid, Stacks()))
+            for who in seen
+        ),
+        lanes=tuple(_lane(lane, lane.teacher in lost) for lane in lanes),
     )
 
 
-def identities(view: View) -> list[Identity]:
-    """The processes of all participants, those of ranks that have not attached where they can be told."""
-    records = [*view.control.teachers, *(record for lane in view.lanes for record in lane.records)]
-    signed_in = [who for record in records if (who := record.identity) and record.phase is not Phase.CLOSED]
-    if len(signed_in) < len(records):
-        others = [found for pid in processes_of(view).values() if (found := process.identity(pid))]
-        return list(dict.fromkeys([*signed_in, *others]))
-    return signed_in
-
-
-def processes_of(view: View) -> dict[int, int]:
-    """Pids by rank, also of ranks that have not attached, whoever has started them: what this generation of the session was told
-    to, and by torchrun its rank."""
-    everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    found = ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
-    return {rank: who.pid for rank, who in found.items() if rank < len(view.lanes)}
-
-
-def ranks_among(pids: Iterable[int], having: str = "") -> dict[int, Identity]:
-    """Those of `pids` that torchrun has started, by their LOCAL_RANK; `having`: an assignment that must stand in their
-    environment too. A rank's workers inherit its environment: the rank is who started first."""
-    found: dict[int, Identity] = {}
-    for pid in pids:
-        environment = _environment(pid)
-        rank = next((entry[11:] for entry in environment if entry.startswith(b"LOCAL_RANK=")), b"")
-        who = process.identity(pid) if rank.isdigit() and (not having or having.encode() in environment) else None
-        if who:
-            found[int(rank)] = min(found.get(int(rank), who), who, key=lambda one: (one.start, one.pid))
-    return found
-
-
-def _environment(pid: int) -> list[bytes]:
-    try:
-        with open(f"/proc/{pid}/environ", "rb") as file:
-            return file.read().split(b"\0")
-    except OSError:  # it has ended, or is another user's
-        return []
-
-
-def _teacher(view: View, record: Record, where: dict[str, str], stacks: Mapping[int, Stacks]) -> Participant:
-    who = replicas.called(record.rank, len(view.control.teachers))
-    done, total = record.progressed
-    seen = _seen(record, TEACHER, who, where, stacks, record.seconds_in_phase)
-    ready = record.lost or (record.ready == view.generation if view.generation else record.phase is Phase.IDLE)
-    return msgspec.structs.replace(seen, ready=ready, lost=record.lost, done=done, total=total)
-
-
-def _rank(lane: Lane, where: dict[str, str], pid: int | None, stacks: Mapping[int, Stacks]) -> Participant:
-    record, who = lane.records[0], f"rank {lane.index}"
-    if record.identity:
-        return _seen(record, TRAINER, who, where, stacks, min(record.seconds_in_phase, _since_request(lane)))
-    return Participant(
-        role=TRAINER,
-        rank=lane.index,
-        who=who,
-        attached=False,
-        pid=pid or 0,
-        gpu=where.get(who, ""),
-        process=process.state(pid) if pid else "",
-        stacks=stacks.get(pid or 0, Stacks()),
-    )
-
-
-def _seen(
-    record: Record, role: str, who: str, where: dict[str, str], stacks: Mapping[int, Stacks], still_s: float
+def _participant(
+    record: Record, who: str, generation: int, pid: int = 0, since_request_s: float = float("inf")
 ) -> Participant:
-    identity, declared = record.identity, record.declared
-    gpu = where.get(who, "")
+    """`pid`: where it has not attached, and its process is known."""
+    identity, declared = record.identity, record.declared or ("", 0.0)
+    teaches = record.role == TEACHER
     if identity is None:
-        return Participant(role=role, rank=record.rank, who=who, attached=False, gpu=gpu)
+        state = process.state(pid) if pid else ""
+        ready = not teaches or record.lost
+        return Participant(
+            role=record.role, rank=record.rank, who=who, attached=False, pid=pid, process=state, ready=ready
+        )
+    done, total = record.progressed if teaches else (0, 0)
+    opened = record.ready == generation if generation else record.phase is Phase.IDLE
     return Participant(
-        role=role,
+        role=record.role,
         rank=record.rank,
         who=who,
         pid=identity.pid,
-        gpu=gpu,
         phase=str(record.phase),
-        declared=declared[0] if declared else "",
-        declared_left_s=declared[1] if declared else 0.0,
+        declared=declared[0],
+        declared_left_s=declared[1],
         step=record.step,
         sequence=record.sequence,
         phase_s=record.seconds_in_phase,
-        still_s=still_s,
+        still_s=min(record.seconds_in_phase, since_request_s),
         heartbeat_s=record.heartbeat_age_s,
-        process=state_of_process(identity),
-        stacks=stacks.get(identity.pid, Stacks()),
+        process=lookup.state(identity),
+        ready=not teaches or record.lost or opened,
+        lost=record.lost,
+        done=done,
+        total=total,
     )
 
 
-def state_of_process(who: Identity) -> str:
-    """As process.state; gone where the pid is another process by now."""
-    return process.state(who.pid) if process.identity(who.pid) == who else "gone"
-
-
-def state_of(lane: Lane, lost: Collection[int] = ()) -> LaneState:
-    """The cursors of a lane, `lost` the teachers that are; what is garbled is told, never raised."""
+def _lane(lane: Lane, lost: bool) -> LaneState:
+    """The cursors of a lane, `lost`: its teacher is; what is garbled is told, never raised."""
     ring = lane.ring
     replied = ring.replied  # before `requested`, which it never passes
+    oldest_s, garbled = None, ""
     try:
-        submitted = ring.read_request(replied).submitted_ns if ring.next_request() is not None else None
-        garbled = ""
+        if ring.next_request() is not None:
+            oldest_s = (time.monotonic_ns() - ring.read_request(replied).submitted_ns) / 1e9
     except AttachError as error:
-        submitted, garbled = None, str(error)
-    if garbled and ring.replied != replied:  # it moved on while we read
-        garbled = ""
+        garbled = str(error) if ring.replied == replied else ""  # else it moved on while we read
     return LaneState(
         rank=lane.index,
         teacher=lane.teacher,
-        lost=lane.teacher in lost,
+        lost=lost,
         depth=ring.depth,
         requested=ring.requested,
         replied=replied,
@@ -270,18 +264,18 @@ def state_of(lane: Lane, lost: Collection[int] = ()) -> LaneState:
         chunks=ring.layout.chunks,
         streamed=ring.streamed,
         consumed=ring.consumed,
-        oldest_s=None if submitted is None else max(0.0, (time.monotonic_ns() - submitted) / 1e9),
+        oldest_s=oldest_s,
         garbled=garbled,
     )
 
 
 def _since_request(lane: Lane) -> float:
-    """Seconds since the rank's latest request; infinite before the first."""
-    requested = lane.ring.requested
-    if not requested:
-        return float("inf")
+    """Seconds since the rank's latest request; infinite where there is none to read."""
     try:
-        return (time.monotonic_ns() - lane.ring.read_request(requested - 1).submitted_ns) / 1e9
+        latest = lane.ring.requested - 1
+        return (
+            (time.monotonic_ns() - lane.ring.read_request(latest).submitted_ns) / 1e9 if latest >= 0 else float("inf")
+        )
     except AttachError:
         return float("inf")
 
@@ -289,21 +283,37 @@ def _since_request(lane: Lane) -> float:
 def _gpus(settings: Config, teachers: int, ranks: int) -> dict[str, str]:
     """Who has which GPU, as people number them."""
     try:
-        own = gpus.parse(settings.teacher.gpus, "teacher.gpus") if settings.teacher.gpus else []
-        train = gpus.parse(settings.train.gpus, "train.gpus", shared=True) if settings.train.gpus else []
+        of_teachers = gpus.parse(settings.teacher.gpus, "teacher.gpus") if settings.teacher.gpus else []
+        of_ranks = gpus.parse(settings.train.gpus, "train.gpus", shared=True) if settings.train.gpus else []
     except ConfigError:
         return {}
-    shares = replicas.shares(own, teachers)
-    found = {replicas.called(i, teachers): ",".join(map(str, share)) for i, share in enumerate(shares)}
-    return found | {f"rank {rank}": str(number) for rank, number in list(enumerate(train))[:ranks]}
+    shares = enumerate(replicas.shares(of_teachers, teachers))
+    found = {replicas.called(i, teachers): ",".join(map(str, share)) for i, share in shares}
+    return found | {f"rank {rank}": str(number) for rank, number in list(enumerate(of_ranks))[:ranks]}
 
 
-def called(those: Sequence[Participant]) -> str:
-    """`rank 2`, `ranks 0, 1 and 3`, `the teacher`, `rank 0 and the teacher`."""
-    ranks = [str(one.rank) for one in those if one.role == TRAINER]
-    teachers = [str(one.rank) for one in those if one.role == TEACHER]
-    parts = [f"rank{'s' if len(ranks) > 1 else ''} {listed(ranks)}"] if ranks else []
-    if teachers:
-        alone = [one.who for one in those if one.role == TEACHER] == ["teacher"]
-        parts.append("the teacher" if alone else f"teacher{'s' if len(teachers) > 1 else ''} {listed(teachers)}")
-    return listed(parts)
+# Processes
+
+
+def identities(view: View) -> list[Identity]:
+    """The processes of all participants, those of ranks that have not attached where they can be told."""
+    records = [*view.control.teachers, *(record for lane in view.lanes for record in lane.records)]
+    found = [who for record in records if (who := record.identity) and record.phase is not Phase.CLOSED]
+    if len(found) < len(records):
+        found += [who for pid in processes_of(view).values() if (who := process.identity(pid))]
+    return list(dict.fromkeys(found))
+
+
+def processes_of(view: View) -> dict[int, int]:
+    """Pids by rank, also of ranks that have not attached, whoever has started them. Their environment tells the
+    session and its generation, and torchrun's LOCAL_RANK."""
+    everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    found = lookup.ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
+    return {rank: who.pid for rank, who in found.items() if rank < len(view.lanes)}
+
+
+def names(participants: Sequence[Participant]) -> str:
+    """`rank 2`, `ranks 0-2,5`, `rank 0, teacher`."""
+    ranks = [participant.rank for participant in participants if participant.role == TRAINER]
+    named = [f"rank{'s' if len(ranks) > 1 else ''} {ranges(ranks)}"] if ranks else []
+    return ", ".join(named + [participant.who for participant in participants if participant.role == TEACHER])

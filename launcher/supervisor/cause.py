@@ -19,6 +19,8 @@ from typing import Any
 import msgspec
 
 from launcher.console.terminal import LAUNCHER
+from launcher.hang import report as hang_report
+from launcher.hang.monitor import Overdue
 from launcher.plan import replicas
 from launcher.plan.plan import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
@@ -53,7 +55,13 @@ class Cause(msgspec.Struct, frozen=True):
     def sentence(self) -> str:
         """`rank 1 was killed by SIGKILL`, `teacher failed with ValueError: ...`; one line."""
         line = self.reason.split("\n")[0]
-        verb = "was " if line.startswith("killed") else "" if line.startswith("exited") else "failed: "
+        verb = (
+            "was "
+            if line.startswith("killed")
+            else ""
+            if line.startswith(("exited", "has not", "is not"))
+            else "failed: "
+        )
         return f"{self.who} {verb}{line}"
 
     def as_failure(self) -> Failure:
@@ -164,6 +172,13 @@ def of_exit(job: Job, ended: Exit, oom_kills: int | None) -> Cause:
     reason = describe_exit(ended.code, ended.signal, oom_kills)
     who, rank = job.spec.who, job.spec.replica or 0
     return Cause(role, rank, who, job.first_pid, reason, ended.status, ended.at_ns, ended.signal)
+
+
+def of_overdue(overdue: Overdue) -> Cause:
+    """A rank that has not attached, or a kept teacher that is not ready, with its stack."""
+    late, stack = overdue.who, hang_report.traceback(overdue.who)
+    now_ns = time.monotonic_ns()
+    return Cause(late.role, late.rank, late.who, late.pid, overdue.reason, 1, now_ns, phase=late.phase, traceback=stack)
 
 
 def _located(cause: Cause, owner: Board | None) -> Cause:

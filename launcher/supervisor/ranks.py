@@ -7,11 +7,10 @@ import signal
 import time
 from collections.abc import Iterable
 
-from launcher.hang import snapshot
-from launcher.process import signals
+from launcher.process import lookup, signals
 from launcher.process.job import Job
 from launcher.supervisor.steering import Steering
-from shmbridge.shm.process import Identity, identity
+from shmbridge.shm.process import Identity
 
 
 class Ranks:
@@ -49,7 +48,7 @@ class Ranks:
     def _is_gone(self, rank: int) -> bool:
         """Looked up now: its teacher, which ends right after it, may be seen first."""
         who = self.identity(rank)
-        return who is None or snapshot.state_of_process(who) in snapshot.GONE
+        return who is None or lookup.state(who) in lookup.GONE
 
     @property
     def with_save_hook(self) -> list[int]:
@@ -71,7 +70,7 @@ class Ranks:
         for rank in range(self.count):
             who = self.identity(rank)
             if who and rank not in self._watched and rank not in self.ended_ns:
-                fd = _open(who)
+                fd = lookup.pidfd(who)
                 if fd is None:
                     self.ended_ns[rank] = time.monotonic_ns()
                 else:
@@ -90,7 +89,7 @@ class Ranks:
         found = sorted(self._processes(training).items())
         handling = {rank for rank, who in found if signals.handles(who.pid, number)}
         # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
-        sent = [str(rank) for rank, who in found if rank in handling and _send(who, number)]
+        sent = [str(rank) for rank, who in found if rank in handling and lookup.send(who, number)]
         spared = [str(rank) for rank, _ in found if str(rank) not in sent]
         if not sent:
             return f"{number.name} was sent to no rank: none has a handler for it"
@@ -99,7 +98,7 @@ class Ranks:
 
     def _processes(self, training: Job | None) -> dict[int, Identity]:
         """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
-        found = snapshot.ranks_among(training.children() if training else ())
+        found = lookup.ranks_among(training.children() if training else ())
         for rank in range(self.count):
             who = self.identity(rank)
             if who:
@@ -110,28 +109,3 @@ class Ranks:
         for fd in self._watched.values():
             os.close(fd)
         self._watched = {}
-
-
-def _open(who: Identity) -> int | None:
-    """A pidfd of the process itself; None where it has ended, and also where its pid is another process by now."""
-    try:
-        fd = os.pidfd_open(who.pid)
-    except ProcessLookupError:
-        return None
-    if identity(who.pid) == who:
-        return fd
-    os.close(fd)
-    return None
-
-
-def _send(who: Identity, number: int) -> bool:
-    fd = _open(who)
-    if fd is None:
-        return False
-    try:
-        signal.pidfd_send_signal(fd, number)
-    except ProcessLookupError:
-        return False
-    finally:
-        os.close(fd)
-    return True

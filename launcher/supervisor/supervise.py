@@ -25,7 +25,7 @@ from launcher.codes import REFUSED
 from launcher.console.logs import Logs
 from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import listed, seconds
-from launcher.hang.lookout import Lookout
+from launcher.hang.monitor import Monitor
 from launcher.plan import cgroup
 from launcher.plan.plan import TEACHER, TRAIN, JobSpec, Plan
 from launcher.process import job
@@ -89,7 +89,7 @@ class Supervisor:
         self._reruns = Reruns(plan.config.train.restarts)
         self._crashed = False  # training has, and is to start again
         self._saving = False  # ranks run their save hooks before they stop
-        self._lookout = Lookout(owner, plan.config, run, console) if owner else None
+        self._monitor = Monitor(owner, plan.config, run, console) if owner else None
         self._never_attached: Cause | None = None
         self._teachers: Serving | None = kept  # None where the bridge is off, and until the jobs start
         self._ending: Ending | None = None
@@ -207,9 +207,10 @@ class Supervisor:
 
     def _look_out(self) -> None:
         """Print the hang report where it is due, and end the run of ranks that never attach."""
-        if self._lookout and self._ending is None and not self._crashed:
-            self._never_attached = self._lookout.look()
-            if self._never_attached:
+        if self._monitor and self._ending is None and not self._crashed:
+            overdue = self._monitor.step(time.monotonic())
+            if overdue:
+                self._never_attached = cause.of_overdue(overdue)
                 self._fail(self._never_attached)
 
     def _survives(self, found: Cause) -> bool:

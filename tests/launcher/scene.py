@@ -79,14 +79,14 @@ class Scene:
         return write(make(self.owner, self.run, why), self.run)
 
     def stands(self, kind: str) -> Report:
-        """The report, once the verdict is of this kind: who has just moved stands still a little later."""
+        """The report, once its first finding is of this kind: who has just moved stands still a little later."""
         made: list[Report] = []
 
         def is_so() -> bool:
             made[:] = [make(self.owner, self.run, "a test asks")]
-            return made[0].verdict.kind == kind
+            return made[0].finding.kind == kind
 
-        until(is_so, f"the verdict {kind!r}")
+        until(is_so, f"the finding {kind!r}")
         return made[0]
 
 

@@ -72,9 +72,9 @@ def test_a_live_session_is_told_with_its_name_run_and_ranks(session):
         name.describe(f"{session.session_id}@2", "/runs/one")
         (found,) = sessions.every()
     assert (found.name, found.state, found.run) == ("exp", "live", "/runs/one")
-    assert (found.facts.generation, found.facts.launcher_pid) == (2, os.getpid())
-    assert [one.attached for one in found.facts.ranks] == [False, True]
-    assert found.facts.ranks[1].pid == rank.record.identity.pid
+    assert (found.snapshot.generation, found.snapshot.launcher_pid) == (2, os.getpid())
+    assert [one.attached for one in found.snapshot.ranks] == [False, True]
+    assert found.snapshot.ranks[1].pid == rank.record.identity.pid
 
 
 def test_a_dead_session_is_stale(own_world):
@@ -148,4 +148,4 @@ def test_another_users_session_is_told_as_such(session):
 
 def test_a_session_before_its_first_generation_has_no_ranks():
     with Owner(SETTINGS, 2):
-        assert sessions.every()[0].facts.ranks == []
+        assert sessions.every()[0].snapshot.ranks == []

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.hang.monitor import Watch
+from launcher.console.terminal import Console
+from launcher.hang.monitor import Monitor
 from shmbridge import config
 from shmbridge.errors import AttachError, PeerLost
 from shmbridge.output_spec import Offer
@@ -398,7 +399,8 @@ def test_training_without_a_teacher_is_seen_to_move(tmp_path):
         teacher = run.serve(Doubling(gate=tmp_path / "never"))
         run.agree()
         with run.bridge() as bridge:
-            record, watch, now = run.owner.lanes[0].records[0], Watch(run.owner, run.settings), 0.0
+            record, now = run.owner.lanes[0].records[0], 0.0
+            monitor = Monitor(run.owner, run.settings, tmp_path, Console())
             pending = bridge.submit(ids(DEADLY))
             until(lambda: run.owner.control.teachers[0].sequence == 0)
             lost(run, teacher)
@@ -408,9 +410,9 @@ def test_training_without_a_teacher_is_seen_to_move(tmp_path):
                 for _ in range(20):
                     now += 2
                     assert bridge.exchange(ids(1), step=step).missing
-                    assert not watch.due(now)
+                    assert not monitor.due(now)
                 assert record.step == step
-            assert any(watch.due(now + 5 * tick) for tick in range(1, 9))
+            assert any(monitor.due(now + 5 * tick) for tick in range(1, 9))
 
 
 def test_a_submit_that_waits_for_a_cancelled_slot_goes_on_without_a_teacher(tmp_path):

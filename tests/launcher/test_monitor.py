@@ -1,15 +1,18 @@
-"""Who owes something for how long, over a clock that the test turns."""
+"""What is reported when, over a clock that the test turns."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
+from launcher.console.terminal import Console
 from launcher.hang import rules, snapshot, stacks
-from launcher.hang.monitor import Debt, Watch, told
+from launcher.hang.monitor import Monitor
+from launcher.supervisor import cause
 from shmbridge import config
 from shmbridge.output_spec import Extent
 from shmbridge.shm import process
@@ -23,9 +26,10 @@ REPORT_S, STARTUP_S = 20.0, 60.0
 
 
 class Clocked:
-    """A session whose participants are all this process, and a watch on it with a tick each second of a made-up clock."""
+    """A session whose participants are all this process, and a monitor of it with a tick each second of a made-up
+    clock."""
 
-    def __init__(self, lanes: int, *overrides: str) -> None:
+    def __init__(self, run: Path, lanes: int, *overrides: str) -> None:
         base = [
             "teacher.model=a:b",
             "ring.max_tokens=64",
@@ -35,9 +39,9 @@ class Clocked:
         self.settings = config.load(overrides=[*base, *overrides])
         self.owner = Owner(self.settings, lanes)
         self.token = self.owner.start_generation()
-        self.watch = Watch(self.owner, self.settings)
+        self.monitor = Monitor(self.owner, self.settings, run, Console())
         self.now = 1000.0
-        self.watch.due(self.now)
+        self.monitor.due(self.now)
 
     def teacher(self) -> TeacherSession:
         session = TeacherSession(self.token)
@@ -52,13 +56,13 @@ class Clocked:
         return session
 
     def ticks(self, seconds: int, every: float = 1.0) -> list[tuple[float, list[str]]]:
-        """(seconds from here, who is said to owe something) of each tick that reports."""
+        """(seconds from here, who is waited for) of each tick that reports."""
         began, found = self.now, []
         for _ in range(int(seconds / every)):
             self.now += every
-            debts = self.watch.due(self.now)
-            if debts:
-                found.append((self.now - began, sorted({debt.who for debt in debts})))
+            due = self.monitor.due(self.now)
+            if due:
+                found.append((self.now - began, sorted({who for finding, _ in due for who in finding.who})))
         return found
 
 
@@ -76,12 +80,16 @@ def answer(rank: TrainerSession, sequence: int) -> None:
     rank.ring.release(sequence)
 
 
+def fall_silent(rank: TrainerSession) -> None:
+    rank.record._words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
+
+
 @pytest.fixture
-def clocked():
+def clocked(tmp_path):
     made: list[Clocked] = []
 
     def make(lanes: int = 2, *overrides: str) -> Clocked:
-        made.append(Clocked(lanes, *overrides))
+        made.append(Clocked(tmp_path, lanes, *overrides))
         return made[-1]
 
     yield make
@@ -96,14 +104,14 @@ def test_an_unanswered_request_is_due_then_again_at_doubling_times(clocked):
     assert on.ticks(200) == [(21.0, ["teacher"]), (41.0, ["teacher"]), (81.0, ["teacher"]), (161.0, ["teacher"])]
 
 
-def test_debts_of_one_standstill_are_one_report(clocked):
+def test_what_belongs_to_one_standstill_is_one_report(clocked):
     on = clocked(2)
     on.teacher()
-    first, second = on.rank(0), on.rank(1)
-    ask(first)
+    asks, silent = on.rank(0), on.rank(1)
+    ask(asks)
     on.ticks(3)
-    ask(second)
-    assert [when for when, _ in on.ticks(37)] == [18.0]
+    fall_silent(silent)
+    assert on.ticks(37) == [(18.0, ["rank 1", "teacher"])]
 
 
 def test_what_is_answered_is_no_longer_owed(clocked):
@@ -131,7 +139,7 @@ def test_under_lockstep_the_rank_that_all_wait_for_owes(clocked):
     on.teacher()
     ask(on.rank(0))
     on.rank(1)
-    assert on.ticks(21) == [(21.0, ["rank 1", "teacher"])]
+    assert on.ticks(21) == [(21.0, ["rank 1"])]
 
 
 def test_a_declared_phase_counts_neither_for_the_rank_nor_for_those_that_wait_for_it(clocked):
@@ -169,7 +177,7 @@ def test_nobody_waits_and_nobody_moves(clocked):
     on.ticks(15)
     ranks[0].record.at(2, 0)  # a move
     assert on.ticks(19) == []
-    assert on.ticks(2) == [(2.0, ["ranks 0 and 1"])]
+    assert on.ticks(2) == [(2.0, ["rank 0", "rank 1"])]
 
 
 def test_ranks_that_have_closed_owe_nothing(clocked):
@@ -208,12 +216,6 @@ def test_nothing_is_owed_by_a_teacher_that_is_lost(clocked):
         assert on.ticks(1) == []
 
 
-def test_what_a_report_is_for_is_told_in_a_line():
-    debts = [Debt(f"rank {i}", f"rank {i} is stopped", 120.0) for i in range(5)]
-    assert told(debts[:1]) == "rank 0 is stopped for 2 min 00 s"
-    assert told(debts).endswith("rank 2 is stopped for 2 min 00 s; and 2 more")
-
-
 def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
     on = clocked(2)
@@ -224,12 +226,13 @@ def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_
     try:
         assert on.ticks(21)[0] == (21.0, ["rank 0", "rank 1"])
         on.ticks(39)
-        assert on.watch.hard(on.now) is None
+        assert on.monitor.overdue() is None
         on.ticks(1)
-        cause = on.watch.hard(on.now)
-        assert (cause.role, cause.rank, cause.pid, cause.status) == ("trainer", 1, child.pid, 1)
-        assert cause.sentence.startswith("rank 1 failed: did not attach within 1 min 00 s (timeouts.startup_s)")
-        assert "has not connected to the bridge" in cause.traceback
+        found = cause.of_overdue(on.monitor.overdue())
+        assert (found.role, found.rank, found.pid, found.status) == ("trainer", 1, child.pid, 1)
+        assert found.sentence.startswith("rank 1 has not attached")
+        assert "timeouts.startup_s is 1 min 00 s" in found.sentence
+        assert "has not connected to the bridge" in found.traceback
     finally:
         child.end()
 
@@ -241,14 +244,30 @@ def test_a_missing_rank_does_not_fail_a_run_that_goes_on_without_it(clocked):
     for _ in range(30):
         answer(rank, ask(rank))
         assert on.ticks(5) == []
-    assert on.watch.hard(on.now) is None
+    assert on.monitor.overdue() is None
 
 
 def test_no_rank_has_attached(clocked):
     on = clocked(2)
     on.teacher()
-    assert on.ticks(62) == [(61.0, ["ranks 0 and 1"])]
-    assert on.watch.hard(on.now) is None
+    assert on.ticks(62) == [(61.0, ["rank 0", "rank 1"])]
+    assert on.monitor.overdue() is None
+
+
+def test_a_kept_teacher_has_to_drain_and_to_load(clocked):
+    """Between two training groups, where no rank times it."""
+    on = clocked(1, "teacher.keep=true")
+    teacher = on.teacher()
+    on.owner.end_training()
+    assert on.ticks(21) == [(21.0, ["teacher"])]
+    teacher.record.enter(Phase.IDLE)
+    assert on.ticks(100) == []
+    teacher.record.clear()
+    assert on.ticks(60) == []
+    assert on.monitor.overdue() is None
+    assert on.ticks(1) == [(1.0, ["teacher"])]
+    found = on.monitor.overdue()
+    assert (found.who.who, found.who.phase) == ("teacher", "absent")
 
 
 def test_a_stopped_process_is_due(clocked):
@@ -274,8 +293,7 @@ def test_a_silent_process_is_due(clocked):
     on = clocked(2)
     teacher = on.teacher()
     ranks = on.rank(0), on.rank(1)
-    old = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
-    ranks[1].record._words[RecordWord.HEARTBEAT_NS] = old
+    fall_silent(ranks[1])
     teacher.record.beat()
     found = []
     for _ in range(21):
