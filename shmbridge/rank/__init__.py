@@ -1,16 +1,15 @@
 """The rank's side: connect to a session, submit requests, read replies.
 
 connect     connect(): from SHMBRIDGE_SESSION to this rank's bridge
-bridge      wait_ready, submit, exchange, prefetch
-disabled    the same calls in a run without a teacher
+bridge      wait_ready, submit, exchange, prefetch; off, where nobody answers
+lifecycle   between connect and close: who may use the bridge, how it waits, the save hook
 validate    what a rank may submit; every limit is checked here
-requests    the requests that are in flight
-pending     Pending and Lease: what a rank holds of one request
-reply       named tensors, as a rank reads them
+requests    the requests of the rank: which wait, which are in the ring, whose replies are wanted
+pending     Pending and Lease: what a script holds of one request
+stream      a reply in chunks
+reply       a reply's named tensors, and how they are read from the plane
 prefetch    a loader with the teacher ahead of it
 parity      the parity check at the startup barrier
 stats       who waits for whom
-on_stop     the save hook
-device      on which device a rank reads its replies
-stuck       what a teacher's death does to a rank's GPU
+device      on which device a rank reads its replies, and what a teacher's death does to it
 """

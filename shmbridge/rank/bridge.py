@@ -6,18 +6,18 @@
     with pending.wait() as reply:               # a lease on the teacher's output
         loss = kd_loss(student_logits, reply.logits)
         loss.backward()
-    reply = bridge.exchange(input_ids)          # the simple way: tensors of one's own
+    reply = bridge.exchange(input_ids)          # the simple way: the caller owns the tensors
     for batch, pending in bridge.prefetch(loader):
         ...                                     # the teacher is ahead of the loop
 
-What is in flight is in `requests`, what the caller holds of it in `pending`; here is what the caller calls.
+This module has what a training script calls. `requests` has what is in flight, `pending` what the script holds of it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
@@ -25,20 +25,19 @@ import torch
 
 from shmbridge import log
 from shmbridge.config import Config
-from shmbridge.errors import Closed, PeerLost, RequestRefused, RunStopped, TeacherDied
+from shmbridge.errors import PeerLost, RequestRefused, RunStopped, TeacherDied
 from shmbridge.head import Head
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import shared_head
 from shmbridge.rank import parity
-from shmbridge.rank.on_stop import Stopping
-from shmbridge.rank.pending import Lease, Pending, SendQueue
+from shmbridge.rank.lifecycle import Lifecycle
+from shmbridge.rank.pending import Lease, Pending
 from shmbridge.rank.prefetch import Prefetch, Tokens
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.requests import Requests
+from shmbridge.rank.requests import Request, Requests
 from shmbridge.rank.stats import Stats
 from shmbridge.rank.validate import CheckedRequest, Extras, IntArray, check_request
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.process import Identity
 from shmbridge.shm.session import TrainerSession
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
@@ -47,36 +46,34 @@ T = TypeVar("T")
 
 
 class Bridge:
-    """One rank's connection to the teacher. Made by `connect`."""
+    """One rank's connection to the teacher. Made by `connect`.
 
-    enabled = True
+    Where the bridge is off (`enabled` is False) the same calls work, nobody answers, and every reply is `missing`.
+    """
 
-    def __init__(self, session: TrainerSession, device: torch.device | None = None) -> None:
-        self._open = session
-        self._closed = False
-        self._why_closed = "the bridge is closed."
-        self.heartbeat: Heartbeat | None = None  # ends with the bridge
-        self.process = os.getpid()
-        self._device = device
-        self._offer: Offer | None = None
-        self._requests: Requests | None = None
-        self._checked = False  # the parity check has passed, or is off
-        self._head: Head | None = None
-        self._stopping = Stopping(session)
-
-    @property
-    def rank(self) -> int:
+    def __init__(self, session: TrainerSession | None, device: torch.device | None = None, *, rank: int = 0) -> None:
+        """`session` is None where the bridge is off; `rank` counts only then."""
+        self.enabled = session is not None
+        self.rank = session.lane.index if session else rank
         """This rank's lane: its LOCAL_RANK, unless connect was told otherwise."""
-        return self._session.lane.index
-
-    @property
-    def settings(self) -> Config:
-        """The run's resolved config."""
-        return self._session.settings
+        self.settings = session.settings if session else Config(enabled=False)
+        """The run's resolved config; its defaults where the bridge is off."""
+        self._heartbeat: Heartbeat | None = None
+        self._life = Lifecycle(session)
+        self._device = device
+        self._requests = Requests(self._life, session)
+        self._offer: Offer | None = None  # until the barrier
+        self._checked = not self.enabled  # the parity check has passed, or is off
+        self._head: Head | None = None
 
     @property
     def teacher(self) -> Offer:
-        """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher."""
+        """What the teacher offers: outputs, vocab_size, and the path of its tokenizer. Waits for the teacher.
+
+        Raises:
+            Closed: the bridge is off or closed.
+            TeacherDied, DeadlineExceeded: see `wait_ready`.
+        """
         return self._barrier()
 
     @property
@@ -92,7 +89,7 @@ class Bridge:
         if agreed.head is None:
             raise RequestRefused("the teacher shares its head only with the payload hidden; set payload.hidden={}.")
         if self._head is None:
-            self._head = shared_head.attach(self._session.token, agreed.head, self._sending.device)
+            self._head = shared_head.attach(self._life.session.token, agreed.head, self._requests.replies.device)
         return self._head
 
     def wait_ready(
@@ -118,6 +115,8 @@ class Bridge:
             TeacherDied: it failed while loading; carries its traceback.
             DeadlineExceeded: it is still loading; says how far it is.
         """
+        if not self.enabled:
+            return
         agreed = self._barrier(timeout)
         student = parity.Student(vocab_size, tokenizer, loss)
         if self._checked and all(part is None for part in student):
@@ -125,12 +124,12 @@ class Bridge:
         try:
             passed = parity.check(agreed, student, self._ask_probe, lambda: self.head)
         except TeacherDied as error:
-            self._sending.go_on_without(error)
+            self._requests.go_on_without(error)
             passed = ""
         self._checked = True
         if passed and self.rank == 0:
             log.logger.info("parity check passed: %s", passed)
-        self._sending.meter.reset()
+        self._requests.meter.reset()
 
     def submit(
         self,
@@ -159,27 +158,9 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
-        self._stopping.heed()
-        return Pending(self._sending, self._sending.send(request))
-
-    def _prepare(
-        self,
-        queue: SendQueue,
-        /,
-        input_ids: torch.Tensor | IntArray,
-        attention_mask: torch.Tensor | IntArray | None = None,
-        **extras: Unpack[Extras],
-    ) -> Pending:
-        """What `submit` does, but for sending: that is up to `queue`."""
-        request = check_request(input_ids, attention_mask, extras, self._ready(), self._open.control.shape)
-        return queue.add(self._sending, request.copied())
-
-    def _fill_ring(self, queue: SendQueue) -> None:
-        """Send as many requests of `queue` as the ring has room for. Raises Closed where there are any."""
-        if self._requests:
-            self._stopping.heed()
-        queue.fill_ring()
+        checked = self._check(input_ids, attention_mask, **extras)
+        self._life.heed()
+        return self._send(checked)
 
     def exchange(
         self,
@@ -190,12 +171,11 @@ class Bridge:
         **extras: Unpack[Extras],
     ) -> Reply:
         """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
-        sequence = self._requests.next_sequence if self._requests else 0
+        sequence = self._requests.next_sequence
         try:
             return self.submit(input_ids, attention_mask, **extras).copy(timeout)
-        except BaseException:
-            if self._requests:  # a KeyboardInterrupt comes anywhere, and its handler may ask the teacher
-                self._requests.cancel_since(sequence)
+        except BaseException:  # a KeyboardInterrupt comes anywhere, and its handler may ask the teacher
+            self._requests.cancel_since(sequence)
             raise
 
     def prefetch(
@@ -238,9 +218,9 @@ class Bridge:
             What `wait_ready` and `batches` raise. What happens to a request that was taken is raised by its pending: RingFull
             where the loop holds all slots, TeacherError, TeacherDied, DeadlineExceeded.
         """
-        depth = self.settings.ring.depth if self.enabled else 1
-        ahead = depth - 1 if ahead is None else ahead
-        return Prefetch(self._prepare, self._fill_ring, batches, tokens, ahead, state)
+        if ahead is None:
+            ahead = self.settings.ring.depth - 1 if self.enabled else 0
+        return Prefetch(self._requests, self._check, batches, tokens, ahead, state)
 
     def on_stop(self, save: Callable[[], object]) -> None:
         """Call `save()` once before this rank stops: at a SIGTERM (as Slurm sends it ahead of the end), a Ctrl-C or SIGTERM of
@@ -250,12 +230,12 @@ class Bridge:
         Without a hook the launcher sends each rank SIGINT for a Ctrl-C and SIGTERM for a SIGTERM, once. What the script's own
         handlers, or its `except KeyboardInterrupt:`, do has timeouts.shutdown_s, and the teacher serves them.
         """
-        self._stopping.set(save)
+        self._life.on_stop(save)
 
     @property
     def stop_requested(self) -> bool:
         """Whether the user or the scheduler has stopped the run, so that a loop may save and end by itself."""
-        return self._stopping.requested
+        return self._life.stop_requested
 
     @contextmanager
     def defer_stop(self) -> Iterator[None]:
@@ -263,15 +243,14 @@ class Bridge:
         tells of the stop. Ranks that agree on it between two steps save and end at the same step, in a collective where saving
         is one. For ranks with a hook (`on_stop`), within timeouts.save_s. The loss of the teacher or of a rank is raised as ever.
         """
-        with self._stopping.deferred():
+        with self._life.deferred():
             yield
 
     @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
         fault that this rank's loop stands still; hang reports name the phase."""
-        record = self._session.record
-        with record.declaring(name, timeout):
+        with self._life.session.record.declaring(name, timeout) if self.enabled else nullcontext():
             yield
 
     def stats(self) -> Stats:
@@ -281,19 +260,15 @@ class Bridge:
         first call of this on.
         """
         self._ready()
-        self._sending.plane.timed = True
-        return self._sending.meter.total()
+        if self.enabled:
+            self._requests.replies.plane.timed = True
+        return self._requests.meter.total()
 
     @property
     def free_slots(self) -> int:
-        """Requests that could be submitted now. Waits for the teacher."""
+        """Requests that could be submitted now. Waits for the teacher. Raises what `wait_ready` raises, and Closed."""
         self._ready()
-        return self._sending.free_slots
-
-    def gpu_stands_at(self) -> tuple[Identity, int] | None:
-        """The read that this rank's GPU has come to and not got past: see planes.RankPlane."""
-        requests = self._requests
-        return (requests.broken_at or requests.plane.stands_at()) if requests else None
+        return self._requests.free_slots
 
     def close(self) -> None:
         """No request follows; the teacher and the other ranks go on. Once is enough; more does nothing. Leases end.
@@ -303,31 +278,32 @@ class Bridge:
         Raises:
             TornReply: the last reply, which this rank's GPU had still to read, was not whole.
         """
-        self._end(closes_lane=True)
+        self._close("the bridge is closed.", closes_lane=True)
 
-    def give_way(self) -> TrainerSession:
-        """Close this bridge, and open its lane for another one of this process. Raises what TrainerSession.reopen raises, and
-        TornReply."""
-        self._end(closes_lane=False)
-        self._open.reopen()
-        return self._open
+    def start_heartbeat(self) -> None:
+        """Show that this process lives, and watch its GPU, until the bridge is closed."""
+        self._heartbeat = Heartbeat(self._life.session.record, self._requests.watchdog.look)
 
-    def _end(self, *, closes_lane: bool) -> None:
-        if self._closed:
+    def give_way(self) -> TrainerSession | None:
+        """Close this bridge, and open its lane for another one of this process. None: the bridge is that of the process which this
+        one was forked from. Raises what TrainerSession.reopen raises, and TornReply."""
+        if os.getpid() != self._life.process:
+            return None
+        self._close(
+            "connect() was called again, which closed this bridge; use the one that it gave.", closes_lane=False
+        )
+        return self._life.reopen()
+
+    def _close(self, why: str, *, closes_lane: bool) -> None:
+        if not self._life.close(why):
             return
-        self._closed = True
-        if not closes_lane:
-            self._why_closed = "connect() was called again, which closed this bridge; use the one that it gave."
         try:
-            if self._requests:
-                self._requests.close(self._why_closed)
+            if self._offer is not None:
+                self._requests.replies.close()
         finally:
-            if os.getpid() == self.process:  # a forked child, such as a DataLoader worker, is not the rank
-                if self.heartbeat and not (self._requests and self._requests.broken_at):
-                    self.heartbeat.stop()  # else it ends a process whose clean-up hangs
-                self._stopping.close()
-                if closes_lane:
-                    self._open.close()
+            if self._heartbeat and not self._requests.watchdog.broken_at:
+                self._heartbeat.stop()  # else it ends a process whose clean-up hangs
+            self._life.end(closes_lane)
 
     def __enter__(self) -> Bridge:
         return self
@@ -336,72 +312,69 @@ class Bridge:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            died = self._requests.blame(error) if self._requests and not self._closed else None
+            died = self._requests.watchdog.blame(error) if self._life.usable else None
             self._fail(died or error)
             self.close()
             if died:
                 raise died from error
         self.close()
 
-    # Within
-
-    def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
-        """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
-        request = CheckedRequest(ids.data.cast("B"), extent, arrays)
-        pending = Pending(self._sending, self._sending.send(request, probe=True))
-        reply = pending.copy(self._open.settings.timeouts.startup_s)
-        if reply.missing:
-            raise TeacherDied("the teacher was lost during the parity check.")
-        return reply, self._sending.last_head.echo
-
-    @property
-    def _sending(self) -> Requests:
-        assert self._requests, "before the barrier"
-        return self._requests
-
-    @property
-    def _session(self) -> TrainerSession:
-        if self._closed:
-            raise Closed(self._why_closed)
-        if os.getpid() != self.process:
-            raise Closed(f"the bridge belongs to pid {self.process}; a forked child cannot use it.")
-        return self._open
-
-    def _barrier(self, timeout: float | None = None) -> Offer:
-        """What the teacher offers, once its model is loaded."""
-        session = self._session
-        if self._offer is None:
-            try:
-                agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
-            except PeerLost:
-                self._stopping.save()
-                raise
-            self._requests = Requests(session, agreed, self._device, self._stopping)
-            self._offer = agreed
-        return self._offer
-
-    def _ready(self) -> Offer:
-        """The offer, once the parity check has passed as well."""
-        if not self._checked or self._offer is None:
-            self.wait_ready()
-            return self._barrier()
-        return self._offer
-
     def _fail(self, error: BaseException) -> bool:
         """Tell the session that this rank ends by an exception. False where that is no failure: a clean SystemExit, and the
         end of a rank in a run that was stopped."""
-        clean_exit = isinstance(error, SystemExit) and error.code in (None, 0)
-        if clean_exit or self._was_stopped(error):
+        if (isinstance(error, SystemExit) and error.code in (None, 0)) or self._was_stopped(error):
             return False
-        if not self._closed and os.getpid() == self.process:
-            if self._requests:
-                self._requests.explain(error)
-                error = self._requests.blame(error) or error
-            self._open.record.fail_with(error)
+        if self.enabled and self._life.usable:
+            if self._offer is not None:
+                self._requests.replies.explain(error)
+            self._life.session.record.fail_with(self._requests.watchdog.blame(error) or error)
         return True
 
     def _was_stopped(self, error: BaseException) -> bool:
         """Whether `error` is how a rank ends in a run that the user, or the scheduler, has stopped."""
-        if isinstance(error, KeyboardInterrupt) and not self._closed and os.getpid() == self.process:
-            return self._open.is_told_to_stop()
-        return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._open.asked_to_stop
+        if isinstance(error, KeyboardInterrupt) and self.enabled and self._life.usable:
+            return self._life.session.is_told_to_stop()
+        return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._life.asked_to_stop
+
+    def _barrier(self, timeout: float | None = None) -> Offer:
+        """What the teacher offers, once its model is loaded."""
+        session = self._life.session
+        if self._offer is None:
+            try:
+                agreed = session.wait_ready(session.settings.timeouts.startup_s if timeout is None else timeout)
+            except PeerLost:
+                self._life.save()
+                raise
+            self._requests.open(agreed, self._device)
+            self._offer = agreed
+        return self._offer
+
+    def _ready(self) -> None:
+        """Wait for the teacher, unless its parity check has passed or the bridge is off."""
+        if not self._checked:
+            self.wait_ready()
+
+    def _check(
+        self,
+        input_ids: torch.Tensor | IntArray,
+        attention_mask: torch.Tensor | IntArray | None = None,
+        **extras: Unpack[Extras],
+    ) -> CheckedRequest:
+        """The arguments of `submit`, once every limit was checked. Where the bridge is off nothing is checked, and nothing is sent."""
+        self._ready()
+        if self._offer is None:
+            return CheckedRequest(memoryview(b""), Extent(0, 0), {}, extras.get("step"))
+        return check_request(input_ids, attention_mask, extras, self._offer, self._life.session.control.shape)
+
+    def _send(self, checked: CheckedRequest, *, probe: bool = False) -> Pending:
+        request = Request(checked)
+        self._requests.send(request, probe=probe)
+        return Pending(self._requests, request)
+
+    def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
+        """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
+        pending = self._send(CheckedRequest(ids.data.cast("B"), extent, arrays), probe=True)
+        reply = pending.copy(self.settings.timeouts.startup_s)
+        if reply.missing:
+            raise TeacherDied("the teacher was lost during the parity check.")
+        return reply, self._requests.last_head.echo

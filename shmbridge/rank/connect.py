@@ -6,7 +6,6 @@ import atexit
 import functools
 import os
 import sys
-import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -15,11 +14,7 @@ import torch
 from shmbridge import log
 from shmbridge.errors import NotLaunched
 from shmbridge.rank.bridge import Bridge
-from shmbridge.rank.disabled import DisabledBridge
-from shmbridge.rank.stuck import Stuck
 from shmbridge.shm import stacks
-from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.process import Identity
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token, TrainerSession
 
 
@@ -49,7 +44,7 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
     if lane is None:
         lane = int(os.environ.get("LOCAL_RANK", "0"))
     if text == OFF:
-        return DisabledBridge(lane)
+        return Bridge(None, rank=lane)
     if not text:
         raise NotLaunched(
             f"{SESSION_VARIABLE} is not set: this script runs without a teacher. Start it with\n"
@@ -57,36 +52,19 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
             f"or, to train without the bridge, set {SESSION_VARIABLE}={OFF} (shmbridge-launch --no-teacher does)."
         )
     token = Token.parse(text)
-    session = _session(token, lane)
+    earlier = _bridges.get((token, lane))
+    session = (earlier.give_way() if earlier else None) or TrainerSession(token, lane)
     log.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
     bridge = Bridge(session, None if device is None else torch.device(device))
-    bridge.heartbeat = _heartbeat(bridge, session)
+    bridge.start_heartbeat()
     _bridges[token, lane] = bridge
     _report_exits()
     return bridge
 
 
-_bridges: dict[
-    tuple[Token, int], Bridge
-] = {}  # the latest of each lane of this process, and of the one that it was forked from
-
-
-def _session(token: Token, lane: int) -> TrainerSession:
-    """The lane of this process, opened again where it had been connected before. Raises AttachError."""
-    earlier = _bridges.get((token, lane))
-    return earlier.give_way() if earlier and earlier.process == os.getpid() else TrainerSession(token, lane)
-
-
-def _heartbeat(bridge: Bridge, session: TrainerSession) -> Heartbeat:
-    """A heartbeat until the bridge is closed."""
-    there = weakref.ref(bridge)
-
-    def gpu_stands_at() -> tuple[Identity, int] | None:
-        found = there()
-        return found.gpu_stands_at() if found else None
-
-    return Heartbeat(session.record, Stuck(session, gpu_stands_at).look)
+# The latest bridge of each lane of this process, and of the one that it was forked from.
+_bridges: dict[tuple[Token, int], Bridge] = {}
 
 
 @functools.cache  # once in a process, however often it connects

@@ -28,7 +28,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from shmbridge.errors import RequestRefused, ShmbridgeError
 from shmbridge.integrations.accelerate import LoaderState, ReadAhead
-from shmbridge.rank.pending import Pending, SendQueue
+from shmbridge.rank.pending import Pending
+from shmbridge.rank.requests import Requests, SendQueue
+from shmbridge.rank.validate import CheckedRequest
 
 T = TypeVar("T")
 
@@ -49,24 +51,23 @@ class _Taken(NamedTuple):
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
     """Made by `Bridge.prefetch`. An iterator, and a context manager that closes it.
 
-    A Prefetch that is dropped is cancelled when the bridge is next used: each Pending notes that it was dropped, in whatever
-    thread that happens, and no cursor moves there."""
+    A Prefetch that is dropped, in whatever thread, is cancelled when the bridge is next used."""
 
     def __init__(
         self,
-        prepare: Callable[..., Pending],
-        fill_ring: Callable[[SendQueue], None],
+        requests: Requests,
+        check: Callable[..., CheckedRequest],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
         state: Callable[[], Any] | None,
     ) -> None:
-        """`prepare` is the bridge's: a queue and the arguments of `submit` to a Pending that the queue sends."""
+        """`check` is the bridge's: from the arguments of `submit` to the request."""
         if ahead < 0:
             raise RequestRefused(f"ahead is {ahead}; 0 takes each batch in its turn.")
-        self._prepare = prepare
-        self._fill_ring = fill_ring
-        self._queue = SendQueue()
+        self._requests = requests
+        self._check = check
+        self._queue = SendQueue(requests)
         self._batches: Iterator[T] | None = iter(batches)
         self._reading = ReadAhead()
         self._tokens = tokens
@@ -78,9 +79,11 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
 
     def __next__(self) -> tuple[T, Pending]:
-        self._fill_ring(self._queue)
+        self._requests.life.heed()
+        self._queue.fill_ring()
         while len(self._taken) <= self._ahead and self._take():
-            self._fill_ring(self._queue)
+            self._requests.life.heed()
+            self._queue.fill_ring()
         first = self._taken[0] if self._taken else None
         if first and first.pending:
             self._taken.popleft()
@@ -109,7 +112,8 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             return False
         pending, refused = None, None
         try:
-            pending = self._prepare(self._queue, **self._request(batch))
+            checked = self._check(**self._request(batch))
+            pending = Pending(self._requests, self._queue.add(checked))
         except Exception as error:
             refused = _without_frames(error)
         self._taken.append(_Taken(batch, state, loaders, pending, refused))

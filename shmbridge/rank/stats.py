@@ -85,6 +85,7 @@ class Meter:
 
     def __init__(self, every: int) -> None:
         self._every = every
+        self.logs = every > 0
         self.reset()
 
     def reset(self) -> None:

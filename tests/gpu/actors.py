@@ -350,7 +350,7 @@ def outlive(device: torch.device, lane: int) -> None:
     except (TeacherDied, TornReply) as error:
         counts["raised"] = f"{type(error).__name__}: {error}"
     except RuntimeError as error:  # CUDA's, outside of the bridge
-        died = bridge._requests.blame(error) if bridge._requests else None
+        died = bridge._requests.watchdog.blame(error)
         if died is None:
             raise
         counts["raised"] = f"TeacherDied: {died}"

@@ -383,7 +383,7 @@ def test_rings_that_nobody_slept_for_do_not_pile_up():
             pending = bridge.submit(ids(1, 3), step=step)
             until(lambda pending=pending: pending.done, "the reply")
             pending.copy()
-        assert bridge._open.bell._semaphore.value <= 1
+        assert bridge._life.session.bell._semaphore.value <= 1
         bridge.close()
 
 

@@ -144,7 +144,7 @@ def test_events_that_come_without_the_stamp_give_nan_and_then_an_error(overrides
         fake.go_on()
         with pytest.raises(TornReply, match="last checkpoint"):
             bridge.exchange(IDS)
-        bridge._requests.plane._reads._pending.clear()  # each torn chunk is told once, the last of them at the close
+        bridge._requests.replies.plane._reads._pending.clear()  # each torn chunk is told once, the last of them at the close
 
     with cuda_bench(1, *overrides) as it:
         it.teacher(triples)

@@ -19,8 +19,7 @@ from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.requests import Requests
-from shmbridge.rank.validate import CheckedRequest
+from shmbridge.rank.requests import Request, Requests
 from shmbridge.teacher import batch, discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
@@ -245,9 +244,10 @@ def test_a_teacher_whose_answers_differ_from_call_to_call_is_told_the_way_out(sa
 def test_garbled_ids_are_noticed_where_the_teacher_reads_them(saved, monkeypatch):  # noqa: F811
     send = Requests.send
 
-    def garbling(self: Requests, request: CheckedRequest, *rest: Any, **more: Any) -> Any:
-        ids = bytes([request.ids[0] ^ 1, *request.ids[1:]])
-        return send(self, request._replace(ids=memoryview(ids)), *rest, **more)
+    def garbling(self: Requests, request: Request, *rest: Any, **more: Any) -> None:
+        ids = request.checked.ids
+        request.checked = request.checked._replace(ids=memoryview(bytes([ids[0] ^ 1, *ids[1:]])))
+        send(self, request, *rest, **more)
 
     monkeypatch.setattr(Requests, "send", garbling)
     with serving(saved(), "parity=true") as it:

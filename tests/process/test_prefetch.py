@@ -20,7 +20,6 @@ from transformers import BatchEncoding
 
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull
 from shmbridge.rank.bridge import Bridge
-from shmbridge.rank.disabled import DisabledBridge
 from shmbridge.rank.pending import Pending
 from shmbridge.teacher.batch import Batch
 from tests.harness import Bench, Echo, bench, until
@@ -678,7 +677,7 @@ def test_reading_out_of_order_is_refused_where_the_ring_is_full():
         right(drawn[1], wanted[1])
         with pytest.raises(
             RingFull,
-            match=r"ring\.depth=2 .*read: sequence 0 .* 2 batches that this prefetch handed out before this one are not read.* in that order",
+            match=r"ring\.depth=2 .*read: sequence 0 .*others that are not read: 2\. .* in that order",
         ):
             drawn[3].wait()
         for place in (0, 2, 3):
@@ -834,7 +833,7 @@ def test_prefetched_replies_are_streamed_in_their_turn(chunks):
 
 def test_a_bridge_that_is_off_runs_the_same_loop():
     given = [{"input_ids": batch, "n": i} for i, batch in enumerate(batches(4))]
-    off = DisabledBridge(0)
+    off = Bridge(None)
     taken = []
     seen = []
     with (
@@ -850,8 +849,8 @@ def test_a_bridge_that_is_off_runs_the_same_loop():
             assert [chunk.missing for _, chunk in pending.chunks()] == [True]
             pending.cancel()
             seen.append(item)
+        assert [pending.done for _, pending in off.prefetch(given, ahead=2)] == [True] * 4
     assert seen == given
-    assert [pending.done for _, pending in off.prefetch(given, ahead=2)] == [True] * 4
 
 
 def test_an_error_that_is_its_own_cause_is_raised_in_its_turn():

@@ -191,7 +191,7 @@ def test_a_teacher_that_ends_in_a_run_that_stops_is_no_death(tmp_path):
             bridge.exchange(IDS)
             (tmp_path / "up").touch()
             with pytest.raises(RunStopped, match="stopped by SIGTERM"):
-                bridge._open.wait(lambda: None, None)
+                bridge._life.session.wait(lambda: None, None)
 
         rank = it.rank(0, train)
         until((tmp_path / "up").exists)
@@ -230,7 +230,7 @@ def test_a_forked_child_is_not_the_rank(tmp_path):
 
         def train(bridge: Bridge) -> None:
             bridge.on_stop(lambda: None)
-            Heartbeat(bridge._open.record)
+            Heartbeat(bridge._life.session.record)
             lease = bridge.submit(IDS).wait()
             pending = bridge.submit(IDS)
             child = os.fork()

@@ -691,7 +691,7 @@ def test_a_request_that_raised_is_told_while_the_next_reply_is_streaming():
         with it.bridge() as bridge:
             bad = bridge.submit(torch.full((1, 4), 13))
             good = bridge.submit(torch.arange(4)[None])
-            until(lambda: bridge._requests._open.ring.streamed == 2, "both chunks of the second reply")
+            until(lambda: bridge._life.session.ring.streamed == 2, "both chunks of the second reply")
             with pytest.raises(TeacherError, match="unlucky"):
                 list(bad.chunks())
             assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]
@@ -703,6 +703,6 @@ def test_a_request_that_chose_no_position_ends_while_the_next_reply_is_streaming
         with it.bridge() as bridge:
             nothing = bridge.submit(torch.arange(4)[None], positions=torch.zeros(1, 4))
             good = bridge.submit(torch.arange(4)[None])
-            until(lambda: bridge._requests._open.ring.streamed == 2, "both chunks of the second reply")
+            until(lambda: bridge._life.session.ring.streamed == 2, "both chunks of the second reply")
             assert list(nothing.chunks()) == []
             assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from shmbridge.errors import TeacherDied
-from shmbridge.rank import stuck
-from shmbridge.rank.stuck import Stuck
+from shmbridge.rank import device
+from shmbridge.rank.device import Watchdog
 from shmbridge.shm import heartbeat
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.process import Identity
@@ -27,12 +27,12 @@ IDS = torch.arange(8).reshape(2, 4)
 def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
     fake = FakeCuda()
     fake.install(monkeypatch)
-    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(device, "PATIENCE_S", 0.0)
     with bench(1, "plane=cuda_ipc") as it:
         teacher = it.teacher(Echo())
 
         def train(bridge):
-            look = Stuck(bridge._open, bridge.gpu_stands_at).look
+            look = bridge._requests.watchdog.look
             bridge.exchange(IDS)
             look()  # the reply has been read
             fake.stands_still = True
@@ -42,7 +42,7 @@ def test_a_rank_leaves_when_its_gpu_waits_for_a_dead_teacher(monkeypatch):
             until(lambda: look() or False)
 
         rank = it.rank(0, train)
-        assert rank.join() == stuck.EXIT_CODE
+        assert rank.join() == device.EXIT_CODE
         failure = it.owner.lanes[0].records[0].failure
         assert failure.consequence and "has waited" in failure.reason
 
@@ -72,9 +72,13 @@ def test_the_watchdogs_thread_makes_no_call_of_cuda(read, monkeypatch):
             looks, fake.stands_still = [], True
             pending = bridge.submit(IDS)
             with pending.wait():
-                plane = bridge._requests.plane
-                watch = Stuck(bridge._open, lambda: looks.append(plane.waits_for()) or bridge.gpu_stands_at())
-                beats = Heartbeat(bridge._open.record, watch.look)
+                plane = bridge._requests.replies.plane
+
+                def look() -> None:
+                    looks.append(plane.waits_for())
+                    bridge._requests.watchdog.look()
+
+                beats = Heartbeat(bridge._life.session.record, look)
                 until(lambda: len(looks) > 3)
             fake.go_on()
             until(lambda: looks[-1] is None)
@@ -91,7 +95,7 @@ SAID = "CUDA error: an illegal memory access was encountered"
 def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_process(surfaces, monkeypatch, promise):
     fake = FakeCuda()
     fake.install(monkeypatch)
-    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(device, "PATIENCE_S", 0.0)
     with bench(1, "plane=cuda_ipc") as it:
         teacher = it.teacher(Echo())
 
@@ -105,11 +109,11 @@ def test_a_cuda_error_after_the_teachers_death_is_the_teachers_and_ends_the_proc
                 os.kill(teacher.pid, signal.SIGKILL)
                 with pending.wait():
                     raises()
-            look = Stuck(bridge._open, bridge.gpu_stands_at).look
+            look = bridge._requests.watchdog.look
             until(lambda: look() or False)
 
         rank = it.rank(0, train)
-        assert rank.join() == stuck.EXIT_CODE
+        assert rank.join() == device.EXIT_CODE
         failure = it.owner.lanes[0].records[0].failure
         assert failure.consequence and SAID in failure.reason
     promise.kept("an error of CUDA after the kill: TeacherDied")
@@ -121,7 +125,7 @@ def raises(*_: object) -> None:
 
 def test_a_cuda_error_while_the_teacher_lives_is_the_loops_own(monkeypatch):
     FakeCuda().install(monkeypatch)
-    monkeypatch.setattr(stuck, "DEATH_S", 0.01)
+    monkeypatch.setattr(device, "DEATH_S", 0.01)
     with bench(1, "plane=cuda_ipc") as it:
         it.teacher(Echo())
         with pytest.raises(RuntimeError, match=f"^{SAID}$"), it.bridge() as bridge:
@@ -130,31 +134,33 @@ def test_a_cuda_error_while_the_teacher_lives_is_the_loops_own(monkeypatch):
 
 
 def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone(monkeypatch):
-    monkeypatch.setattr(stuck, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(device, "PATIENCE_S", 0.0)
     with bench() as it:
         it.teacher(Echo())
         with it.bridge() as bridge:
             bridge.wait_ready()
-            session: TrainerSession = bridge._open
-            Stuck(session, lambda: (session.teacher.identity, 0)).look()
-            Stuck(session, lambda: None).look()
+            session: TrainerSession = bridge._life.session
+            for read in ((session.teacher.identity, 0), None):
+                session.plane = SimpleNamespace(stands_at=lambda read=read: read)
+                Watchdog(session).look()
 
 
 def test_only_one_read_that_stands_still_ends_the_rank(monkeypatch):
     """Not reads that follow one another, nor reads of several teachers, though one is pending at each look."""
     left: list[int] = []
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr(stuck, "time", clock)
-    monkeypatch.setattr(stuck.os, "_exit", left.append)
+    monkeypatch.setattr(device, "time", clock)
+    monkeypatch.setattr(device.os, "_exit", left.append)
     with bench() as it:
         session = TrainerSession(it.token, 0)
         dead, other = Identity(2**22 + 1, 1), Identity(2**22 + 2, 1)
         reads = [(dead, number) for number in range(9)] + [(other, 9), (dead, 9), None, (dead, 9)]
-        watch = Stuck(session, lambda: read)
+        session.plane = SimpleNamespace(stands_at=lambda: read)
+        watch = Watchdog(session)
         for step, read in enumerate(reads):  # noqa: B007
-            now = 10.0 * stuck.PATIENCE_S * step
+            now = 10.0 * device.PATIENCE_S * step
             watch.look()
         assert not left
-        now += stuck.PATIENCE_S
+        now += device.PATIENCE_S
         watch.look()
-        assert left == [stuck.EXIT_CODE]
+        assert left == [device.EXIT_CODE]

@@ -107,7 +107,7 @@ class Pair:
             return torch.cat(parts)
 
     def plane(self, who: str) -> TeacherCudaPlane | RankCudaPlane:
-        return self.server._planes[0] if who == "teacher" else self.bridge._requests.plane
+        return self.server._planes[0] if who == "teacher" else self.bridge._requests.replies.plane
 
     def close(self) -> None:
         self.gpu.run()

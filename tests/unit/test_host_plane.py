@@ -136,7 +136,7 @@ class Pair:
         cuda.side = "rank"
         self.bridge = Bridge(TrainerSession(token, 0))
         self.bridge.wait_ready()
-        self.bridge._requests.plane = RankHostPlane(token, shape, lane, agreed, GPU)
+        self.bridge._requests.replies.plane = RankHostPlane(token, shape, lane, agreed, GPU)
         cuda.calls.clear()
 
     @staticmethod
@@ -314,7 +314,7 @@ def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkey
 def test_each_side_pins_its_own_mapping(cuda):
     with met(cuda) as pair:
         assert len(cuda.registered) == 2
-        assert isinstance(pair.bridge._requests.plane, host.RankHostPlane)
+        assert isinstance(pair.bridge._requests.replies.plane, host.RankHostPlane)
     del pair
     gc.collect()
     assert cuda.registered == []

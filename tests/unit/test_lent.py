@@ -274,7 +274,7 @@ def test_a_reply_whose_lease_was_dropped_keeps_its_slot(bridge):
 
 @over(WHOLE)
 def test_a_lease_that_another_thread_drops_waits_for_the_ranks_own(bridge):
-    leases, ring = [bridge.submit(IDS).wait()], bridge._open.ring
+    leases, ring = [bridge.submit(IDS).wait()], bridge._life.session.ring
     dropping = threading.Thread(target=leases.clear)
     dropping.start()
     dropping.join()
