@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from shmbridge.losses import divergence
 from shmbridge.losses.checks import check_mask, check_settings, check_student, check_weights, check_words, pieces
-from shmbridge.losses.chunked import Piece, Term, run
+from shmbridge.losses.chunked import Term, run
 from shmbridge.losses.divergence import LossAndGradient, Targets, TopK
 from shmbridge.losses.items import IGNORE_INDEX
 from shmbridge.losses.rows import LazyLogits, Source, device_of
 
+F = TypeVar("F", bound=Callable[..., Any])
 Logits = Tensor | LazyLogits
 Stream = Iterable[tuple[slice, Logits]]
 """The teacher's rows as they arrive: consecutive slices over the flattened positions, from 0 to the last."""
@@ -36,6 +37,12 @@ class DistillationLoss(NamedTuple):
     ce: Tensor
 
 
+def _not_compiled(function: F) -> F:
+    """Leave `function` out of torch.compile: the rows that a mask lets in are data."""
+    return torch.compiler.disable(function)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@_not_compiled
 def distillation_loss(
     student: Logits,
     teacher: Logits | TopK | Stream | TopKStream | None,
@@ -80,20 +87,26 @@ def distillation_loss(
     Raises:
         ValueError: shapes, vocabularies, dtypes or a setting do not fit; says which and what to do.
     """
-    return _distillation_loss(
-        student,
-        teacher,
-        loss,
-        temperature,
-        beta,
-        kd_weight,
-        ce_weight,
-        targets,
-        mask,
-        num_items,
-        inplace,
-        chunk_rows,
-    )
+    check_settings(num_items, chunk_rows, temperature=temperature, beta=beta)
+    check_weights(kd_weight, ce_weight, teacher, targets)
+    *lead, vocab = check_student(student, inplace)
+    counted = None if mask is None else check_mask(mask, lead).to(device_of(student))
+    formula = _formula(loss, temperature, beta)
+    terms = []
+    stream: Iterator[tuple[slice, list[Source]]] = iter([(slice(0, prod(lead)), [])])
+    if teacher is not None:
+        terms.append(Term(formula, kd_weight, counted, num_items))
+        kind = TopK if loss == "topk" else Logits
+        stream = ((rows, [piece]) for rows, piece in pieces(teacher, lead, vocab, counted, kind))
+    if targets is not None:
+        words = check_words("the targets", targets, lead, vocab).to(device_of(student))
+        there = words != IGNORE_INDEX
+        same = there.all() if counted is None else torch.equal(there, counted)  # then a chunk has no rows to pick
+        terms.append(Term(divergence.cross_entropy, ce_weight, counted if same else there, num_items))
+        stream = ((rows, [*sources, Targets(words[rows].unsqueeze(-1))]) for rows, sources in stream)
+    total, values = run(student, terms, stream, inplace=inplace, chunk_rows=chunk_rows)
+    zero = torch.zeros_like(values[0])
+    return DistillationLoss(total, zero if teacher is None else values[0], zero if targets is None else values[-1])
 
 
 def cross_entropy(
@@ -216,46 +229,6 @@ def topk_kl(
         inplace=inplace,
         chunk_rows=chunk_rows,
     ).loss
-
-
-def _compute(
-    student: Logits,
-    teacher: Source | Iterable[Piece] | None,
-    loss: str,
-    temperature: float,
-    beta: float,
-    kd_weight: float,
-    ce_weight: float,
-    targets: Tensor | None,
-    mask: Tensor | None,
-    num_items: float | Tensor | None,
-    inplace: bool,
-    chunk_rows: int | None,
-) -> DistillationLoss:
-    """Check everything, then run. Left out of torch.compile: the rows that a mask lets in are data."""
-    check_settings(num_items, chunk_rows, temperature=temperature, beta=beta)
-    check_weights(kd_weight, ce_weight, teacher, targets)
-    *lead, vocab = check_student(student, inplace)
-    counted = None if mask is None else check_mask(mask, lead).to(device_of(student))
-    formula = _formula(loss, temperature, beta)
-    terms = []
-    stream: Iterator[tuple[slice, list[Source]]] = iter([(slice(0, prod(lead)), [])])
-    if teacher is not None:
-        terms.append(Term(formula, kd_weight, counted, num_items))
-        kind = TopK if loss == "topk" else Logits
-        stream = ((rows, [piece]) for rows, piece in pieces(teacher, lead, vocab, counted, kind))
-    if targets is not None:
-        words = check_words("the targets", targets, lead, vocab).to(device_of(student))
-        there = words != IGNORE_INDEX
-        same = there.all() if counted is None else torch.equal(there, counted)  # then a chunk has no rows to pick
-        terms.append(Term(divergence.cross_entropy, ce_weight, counted if same else there, num_items))
-        stream = ((rows, [*sources, Targets(words[rows].unsqueeze(-1))]) for rows, sources in stream)
-    total, values = run(student, terms, stream, inplace=inplace, chunk_rows=chunk_rows)
-    zero = torch.zeros_like(values[0])
-    return DistillationLoss(total, zero if teacher is None else values[0], zero if targets is None else values[-1])
-
-
-_distillation_loss: Callable[..., DistillationLoss] = torch.compiler.disable(_compute)  # type: ignore[no-untyped-call]
 
 
 def _formula(loss: str, temperature: float, beta: float) -> Callable[..., LossAndGradient]:
