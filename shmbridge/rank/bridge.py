@@ -78,12 +78,14 @@ class Bridge:
 
     @property
     def head(self) -> Head:
-        """The teacher's output head, on this rank's device: head(reply.hidden) are its logits. Waits for the teacher.
+        """The teacher's output head, on this rank's device and in the model's dtype: head(reply.hidden), of (..., width), are the
+        logits (..., words). Waits for the teacher.
 
         On the CPU its weight (words, width) is shared with the other ranks and not to be written.
 
         Raises:
             RequestRefused: the payload is not hidden.
+            Closed, TeacherDied, DeadlineExceeded: see `teacher`.
         """
         agreed = self._barrier()
         if agreed.head is None:
@@ -101,7 +103,8 @@ class Bridge:
         loss: Callable[[torch.Tensor, Reply], torch.Tensor] | None = None,
     ) -> None:
         """The startup barrier: sleep until the teacher's model is loaded, then check that what comes over the bridge equals
-        what the model gives in its own process (`parity` of the config). Rank 0 logs the result in one line.
+        what the model gives in its own process (`parity` of the config). Rank 0 logs the result in one line. Where the bridge is
+        off it returns at once.
 
         Args:
             timeout: seconds. None: timeouts.startup_s of the config.
@@ -114,6 +117,8 @@ class Bridge:
             ParityError: names the check that failed.
             TeacherDied: it failed while loading; carries its traceback.
             DeadlineExceeded: it is still loading; says how far it is.
+            RunStopped, TrainerDied, LauncherDied: the run has ended meanwhile.
+            Closed: the bridge is closed.
         """
         if not self.enabled:
             return
@@ -153,6 +158,9 @@ class Bridge:
                 come back as `candidate_logprobs`.
             step: the training loop's own counter, for logs and reports; never a key.
 
+        Returns:
+            A Pending; where the bridge is off, or the teacher is lost and the run goes on without it, one whose reply is `missing`.
+
         Raises:
             RequestRefused (a ValueError): shape, dtype, device or an ID that the teacher cannot take; nothing was sent.
             RingFull: ring.depth requests are in flight.
@@ -170,7 +178,14 @@ class Bridge:
         timeout: float | None = None,
         **extras: Unpack[Extras],
     ) -> Reply:
-        """submit and copy in one call: a reply of owned tensors. Raises what both raise."""
+        """`submit` and `Pending.copy` in one call: a reply whose tensors the caller owns, on this rank's device.
+
+        Args:
+            timeout: seconds for the reply. None: timeouts.request_s of the config.
+            Others: see `submit`.
+
+        Raises what both raise.
+        """
         sequence = self._requests.next_sequence
         try:
             return self.submit(input_ids, attention_mask, **extras).copy(timeout)
@@ -249,12 +264,12 @@ class Bridge:
     @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
         """Say what the script does in the block, such as `with bridge.phase("eval", timeout=900):`. For `timeout` seconds it is no
-        fault that this rank's loop stands still; hang reports name the phase."""
+        fault that this rank's loop stands still; hang reports name the phase. Raises Closed."""
         with self._life.session.record.declaring(name, timeout) if self.enabled else nullcontext():
             yield
 
     def stats(self) -> Stats:
-        """What this rank's replies took so far, since `wait_ready`.
+        """What this rank's replies took so far, in seconds, since `wait_ready`. Raises what `wait_ready` raises.
 
         How long a GPU stood still for replies is measured on rank 0 where log.stats_every is not 0, and on any rank from its
         first call of this on.
