@@ -708,21 +708,6 @@ def test_a_forward_that_changes_its_mind_is_told_to_its_rank():
             assert bridge.exchange(ids(1, 6))["topk_ids"].shape == (1, 6, 2)
 
 
-def test_what_a_session_cannot_take_never_reaches_its_teacher(saved):
-    with serving(saved()) as it, it.bridge() as bridge:
-        sent = ids(2, 4)
-        for given, message in (
-            ({"targets": sent}, r"need the payload logprobs; set payload\.logprobs=\{\}"),
-            ({"candidates": sent[..., None]}, "need the payload logprobs"),
-            ({"positions": sent[:, 1:] > 0}, r"positions has shape \(2, 3\)"),
-            ({"positions": sent.float()}, "positions holds values other than 0 and 1"),
-        ):
-            with pytest.raises(RequestRefused, match=message):
-                bridge.submit(sent, **given)
-        assert it.owner.lanes[0].ring.requested == 0
-        bridge.exchange(sent)
-
-
 @pytest.mark.parametrize(
     ("tensors", "asked", "told"),
     [

@@ -252,12 +252,6 @@ def leave_by_exception(ahead) -> None:
                 raise KeyError("in the loop")
 
 
-def leave_by_exception_before_wait(ahead) -> None:
-    with pytest.raises(KeyError, match="in the loop"):
-        for _batch, _pending in ahead:
-            raise KeyError("in the loop")
-
-
 def leave_by_close(ahead) -> None:
     batch, pending = next(ahead)
     ahead.close()
@@ -280,7 +274,6 @@ def never_begin(ahead) -> None:
 LEAVING = [
     leave_by_break,
     leave_by_exception,
-    leave_by_exception_before_wait,
     leave_by_close,
     leave_by_with,
     never_begin,
@@ -509,19 +502,6 @@ def test_a_full_ring_tells_who_holds_it():
         nothing_in_flight(bridge)
 
 
-def test_gradient_accumulation_over_micro_batches():
-    with running("ring.depth=2", teacher=lambda batch: {"x": batch.input_ids.double()}) as (_, bridge):
-        wanted = batches(6)
-        weight = torch.ones(5, dtype=torch.float64, requires_grad=True)
-        for micro, (_batch, pending) in enumerate(bridge.prefetch(wanted)):
-            with pending.wait() as reply:
-                (reply["x"] * weight).sum().backward()
-            if micro % 3 == 2:
-                want = torch.stack(wanted[micro - 2 : micro + 1]).double().sum((0, 1))
-                assert torch.equal(weight.grad, want)
-                weight.grad = None
-
-
 def test_leases_held_in_the_loop_leave_the_teacher_less_ahead_until_the_ring_is_full():
     with running("ring.depth=3") as (it, bridge):
         ring = it.owner.lanes[0].ring
@@ -710,19 +690,6 @@ def test_a_loader_that_fills_one_buffer_again_and_again():
             right(pending, batch)
 
 
-def test_two_leases_at_a_time_never_fill_a_ring_of_three():
-    with running("ring.depth=3") as (_, bridge):
-        held = None
-        for batch, pending in bridge.prefetch(batches(9)):
-            lease = pending.wait()
-            if held:
-                held.release()
-            held = lease
-            assert torch.equal(held.reply["ids"], batch)
-        held.release()
-        nothing_in_flight(bridge)
-
-
 # Where a batch has its tokens
 
 
@@ -752,18 +719,6 @@ def test_tokens_are_found_in_every_kind_of_batch():
             assert torch.equal(reply["ids"], sent)
             assert torch.equal(reply["mask"], wanted_mask), given
             assert torch.equal(reply["places"], wanted_places), given
-
-
-def test_a_generator_of_batch_and_state_goes_through_unchanged():
-    """As lingua's loader, which yields (NumPy batch of inputs and labels, its own state)."""
-    given = [(np.stack([ids(2, 5, i).numpy() % WAITS, ids(2, 5, i + 1).numpy()], -1), {"it": i}) for i in range(5)]
-    with running("ring.depth=3") as (_, bridge):
-        seen = []
-        for item, pending in bridge.prefetch((each for each in given), tokens=lambda item: item[0][:, :, 0]):
-            right(pending, torch.from_numpy(item[0][:, :, 0]))
-            seen.append(item)
-        assert len(seen) == 5
-        assert all(a is b for a, b in zip(seen, given, strict=True))
 
 
 def test_batches_on_a_gpu_are_copied_when_they_are_taken(monkeypatch):
@@ -814,21 +769,6 @@ def test_a_closed_bridge_ends_the_loop_with_a_word():
             for _ in ahead:
                 pass
         assert child.join() == 0
-
-
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_prefetched_replies_are_streamed_in_their_turn(chunks):
-    with running("ring.depth=3", f"payload.stream={{chunk_positions: 3, chunks: {chunks}}}", teacher=lambda batch: {"ids": batch.input_ids}) as (_, bridge):  # fmt: skip
-        for step, (batch, pending) in enumerate(bridge.prefetch(batches(8))):
-            if step == 3:
-                continue  # dropped, unread
-            found = [chunk["ids"].clone() for _, chunk in pending.chunks()]
-            assert torch.equal(torch.cat(found), batch.flatten())
-        for batch, pending in bridge.prefetch(batches(8)):
-            assert torch.equal(pending.copy()["ids"], batch)
-            break
-        del pending
-        nothing_in_flight(bridge)
 
 
 def test_a_bridge_that_is_off_runs_the_same_loop():

@@ -386,30 +386,6 @@ def test_a_stopped_rank_keeps_nobody_waiting_and_reads_its_chunks_later():
         bridge.close()
 
 
-def test_an_evaluation_on_one_rank_while_the_other_waits_in_a_barrier_with_a_prefetched_batch():
-    into, out = os.pipe()
-    first = [safe(2, 15, seed=i) for i in range(3)]
-
-    def evaluates(bridge):
-        for i, (batch, pending) in enumerate(bridge.prefetch(first)):
-            right(pending.copy().logits, batch)
-            if i == 0:
-                ahead.set()
-        for step in range(10):
-            answers(bridge, step)
-        os.write(out, b"x")
-
-    def waits(bridge):
-        for i, (batch, pending) in enumerate(bridge.prefetch(first)):
-            if i == 0:
-                os.read(into, 1)  # the barrier: its own chunks lie unread, and the next batch waits behind them
-            right(pending.copy().logits, batch)
-
-    ahead = Flag()
-    with serving(lanes=2) as it:
-        assert [child.join() for child in (it.rank(0, evaluates), it.rank(1, waits))] == [0, 0]
-
-
 class Flag:
     """A byte that parent and children share."""
 
