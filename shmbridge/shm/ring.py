@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from shmbridge.errors import AttachError, RingFull
 from shmbridge.output_spec import Extent
@@ -44,13 +44,6 @@ from shmbridge.shm.layout import (
 
 _REQUESTED, _CLOSED, _REPLIED, _STREAMED = LaneWord.REQUESTED, LaneWord.CLOSED, LaneWord.REPLIED, LaneWord.STREAMED
 _RELEASED, _CONSUMED, _ABANDONED = LaneWord.RELEASED, LaneWord.CONSUMED, LaneWord.ABANDONED
-
-
-class Words(Protocol):
-    """64-bit words, each loaded and stored whole: memoryview.cast("Q")."""
-
-    def __getitem__(self, index: int, /) -> int: ...
-    def __setitem__(self, index: int, value: int, /) -> None: ...
 
 
 class Request(NamedTuple):
@@ -104,7 +97,8 @@ class Chunk(NamedTuple):
 class Ring:
     """The ring of one lane of one generation, over the lane segment's memory."""
 
-    def __init__(self, memory: memoryview, words: Words, layout: LaneLayout, generation: int) -> None:
+    def __init__(self, memory: memoryview, words: memoryview, layout: LaneLayout, generation: int) -> None:
+        """`words` is `memory` as 64-bit words, each loaded and stored whole: memoryview.cast("Q")."""
         self.memory = memory
         self.words = words
         self.layout = layout
@@ -195,19 +189,8 @@ class Ring:
                     end = at + len(arrays[name])
                     self.memory[at:end] = arrays[name]
                     at = align(end, WORD)
-        REQUEST.pack_into(
-            self.memory,
-            slot,
-            self.generation,
-            sequence,
-            NO_STEP if step is None else step,
-            extent.batch,
-            extent.seq,
-            nbytes // tokens,
-            carried,
-            extent.positions,
-            time.monotonic_ns(),
-        )
+        head = self.generation, sequence, NO_STEP if step is None else step, extent.batch, extent.seq, nbytes // tokens
+        REQUEST.pack_into(self.memory, slot, *head, carried, extent.positions, time.monotonic_ns())
 
     def publish_request(self, sequence: int) -> None:
         self.words[_REQUESTED] = sequence + 1

@@ -78,12 +78,7 @@ class Segment:
             AttachError: says what was found, what was expected and what to do.
         """
         require_x86()
-        try:
-            shm = posix_ipc.SharedMemory(name)
-        except posix_ipc.ExistentialError:
-            raise AttachError(f"segment {name} does not exist: the session has ended. Start a new one.") from None
-        except (posix_ipc.PermissionsError, PermissionError):
-            raise AttachError(f"segment {name} belongs to another user; a session is private to its user.") from None
+        shm = _open(name)
         try:
             status = os.fstat(shm.fd)
             _check_ownership(name, status)
@@ -102,10 +97,7 @@ class Segment:
     def lock(self) -> Iterator[bool]:
         """Hold the segment's file lock for the block. Gives False, at once, where another process holds it. The kernel takes it
         back from a process that is killed. Raises AttachError."""
-        try:
-            shm = posix_ipc.SharedMemory(self.name)
-        except posix_ipc.ExistentialError:
-            raise AttachError(f"segment {self.name} does not exist: the session has ended. Start a new one.") from None
+        shm = _open(self.name)
         try:
             fcntl.flock(shm.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -147,6 +139,15 @@ def require_x86() -> None:
             f"this processor is {platform.machine()}; shmbridge needs x86-64, whose stores stay in order: "
             "its cursors carry no memory fence for other processors."
         )
+
+
+def _open(name: str) -> posix_ipc.SharedMemory:
+    try:
+        return posix_ipc.SharedMemory(name)
+    except posix_ipc.ExistentialError:
+        raise AttachError(f"segment {name} does not exist: the session has ended. Start a new one.") from None
+    except (posix_ipc.PermissionsError, PermissionError):
+        raise AttachError(f"segment {name} belongs to another user; a session is private to its user.") from None
 
 
 def _session_words(session_id: str) -> tuple[int, int]:
