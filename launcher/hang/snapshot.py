@@ -8,15 +8,14 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
 
 from launcher.console.text import ranges, seconds
-from launcher.hang.stacks import COLLECTIVE, Stacks
+from launcher.hang.stacks import COLLECTIVE, GONE, Stacks
 from launcher.plan import gpus, replicas
-from launcher.process import lookup
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import process
@@ -75,7 +74,7 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def alive(self) -> bool:
-        return self.process not in lookup.GONE
+        return self.process not in GONE
 
     @property
     def excused(self) -> bool:
@@ -233,7 +232,7 @@ def _participant(
         phase_s=record.seconds_in_phase,
         still_s=min(record.seconds_in_phase, since_request_s),
         heartbeat_s=record.heartbeat_age_s,
-        process=lookup.state(identity),
+        process=process.state_of(identity),
         ready=not teaches or record.lost or opened,
         lost=record.lost,
         done=done,
@@ -308,8 +307,25 @@ def processes_of(view: View) -> dict[int, int]:
     """Pids by rank, also of ranks that have not attached, whoever has started them. Their environment tells the
     session and its generation, and torchrun's LOCAL_RANK."""
     everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    found = lookup.ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
+    found = ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
     return {rank: who.pid for rank, who in found.items() if rank < len(view.lanes)}
+
+
+def ranks_among(pids: Iterable[int], having: str = "") -> dict[int, Identity]:
+    """Those of `pids` that torchrun has started, by their LOCAL_RANK; `having`: an assignment that must stand in their
+    environment too. A rank's workers inherit its environment: the rank is who started first."""
+    found: dict[int, Identity] = {}
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = file.read().split(b"\0")
+        except OSError:  # it has ended, or is another user's
+            continue
+        rank = next((entry[11:] for entry in environment if entry.startswith(b"LOCAL_RANK=")), b"")
+        who = process.identity(pid) if rank.isdigit() and (not having or having.encode() in environment) else None
+        if who:
+            found[int(rank)] = min(found.get(int(rank), who), who, key=lambda other: (other.start, other.pid))
+    return found
 
 
 def names(participants: Sequence[Participant]) -> str:

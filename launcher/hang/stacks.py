@@ -21,11 +21,12 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.process import lookup, signals
+from launcher.process import signals
 from shmbridge.shm import process, stacks
 from shmbridge.shm.process import Identity
 
 PATIENCE_S = 2.0
+GONE = ("gone", "zombie")  # states of a process that has ended
 COLLECTIVE, WAIT, CODE = "collective", "wait", "code"  # kinds of place: a wait for other ranks, for data or a GPU, none
 
 _LOOK_EVERY_S = 0.02
@@ -183,14 +184,14 @@ def collect(processes: Iterable[Identity], run: Path | None) -> dict[int, Stacks
     asked: dict[int, tuple[Path, int]] = {}  # pid -> the file that it answers in, and how long that was
     outside: dict[int, str] = {}  # pid -> why it cannot answer by itself
     for who in processes:
-        if lookup.state(who) in lookup.GONE:
+        if process.state_of(who) in GONE:
             found[who.pid] = Stacks(missing="the process has ended")
         elif reason := _cannot_answer(who.pid, run):
             outside[who.pid] = reason
         elif run:
             file = stacks.path(run, who.pid)
             asked[who.pid] = (file, file.stat().st_size)
-            lookup.send(who, stacks.SIGNAL)
+            process.send(who, stacks.SIGNAL)
     readers = {pid: _start_py_spy(pid) for pid in outside}
     for pid, text in _await(asked).items():
         found[pid] = parse(text)

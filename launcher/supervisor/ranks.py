@@ -7,9 +7,11 @@ import signal
 import time
 from collections.abc import Iterable
 
-from launcher.process import lookup, signals
+from launcher.hang.snapshot import ranks_among
+from launcher.process import signals
 from launcher.process.job import Job
 from launcher.supervisor.steering import Steering
+from shmbridge.shm import process
 from shmbridge.shm.process import Identity
 
 
@@ -48,7 +50,7 @@ class Ranks:
     def _is_gone(self, rank: int) -> bool:
         """Looked up now: its teacher, which ends right after it, may be seen first."""
         who = self.identity(rank)
-        return who is None or lookup.state(who) in lookup.GONE
+        return who is None or process.state_of(who) in ("gone", "zombie")
 
     @property
     def with_save_hook(self) -> list[int]:
@@ -70,7 +72,7 @@ class Ranks:
         for rank in range(self.count):
             who = self.identity(rank)
             if who and rank not in self._watched and rank not in self.ended_ns:
-                fd = lookup.pidfd(who)
+                fd = process.open_pidfd(who)
                 if fd is None:
                     self.ended_ns[rank] = time.monotonic_ns()
                 else:
@@ -89,7 +91,7 @@ class Ranks:
         found = sorted(self._processes(training).items())
         handling = {rank for rank, who in found if signals.handles(who.pid, number)}
         # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
-        sent = [str(rank) for rank, who in found if rank in handling and lookup.send(who, number)]
+        sent = [str(rank) for rank, who in found if rank in handling and process.send(who, number)]
         spared = [str(rank) for rank, _ in found if str(rank) not in sent]
         if not sent:
             return f"{number.name} was sent to no rank: none has a handler for it"
@@ -98,7 +100,7 @@ class Ranks:
 
     def _processes(self, training: Job | None) -> dict[int, Identity]:
         """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
-        found = lookup.ranks_among(training.children() if training else ())
+        found = ranks_among(training.children() if training else ())
         for rank in range(self.count):
             who = self.identity(rank)
             if who:
