@@ -40,7 +40,9 @@ from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import Lane, TeacherSession, Token, TrainerSession
+from shmbridge.shm.session import Lane, Token
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher.main import serve
 from tests.harness import Child, until
 

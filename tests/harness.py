@@ -17,7 +17,9 @@ from shmbridge import config
 from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, Token, TrainerSession
+from shmbridge.shm.session import Token
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher.batch import Batch, Forward
 from shmbridge.teacher.main import serve
 

@@ -7,7 +7,8 @@ import torch
 from shmbridge import config
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, Token
+from shmbridge.shm.session import Token
+from shmbridge.shm.teacher import TeacherSession
 from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.payload import Verbatim
 from shmbridge.teacher.server import Server

@@ -29,7 +29,8 @@ from benchmarks.processes import Failed
 from benchmarks.tables import Target, size_text
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm.session import Token, TrainerSession
+from shmbridge.shm.session import Token
+from shmbridge.shm.trainer import TrainerSession
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20

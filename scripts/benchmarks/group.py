@@ -32,7 +32,8 @@ from benchmarks.processes import Failed, Processes, precise_sleeps, sleep_until,
 from shmbridge import config
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import serve
 

@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from benchmarks.bridge import open_session, teach
 from shmbridge.output_spec import OutputSpec
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher.batch import Batch
 
 TOKENS = 8192  # int64: 64 KB of IDs for each request of each rank

@@ -10,7 +10,9 @@ from shmbridge.plane.base import RankPlane, TeacherPlane
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
-from shmbridge.shm.session import Lane, TeacherSession, TrainerSession
+from shmbridge.shm.session import Lane
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 
 
 def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device, slabs: Slabs) -> TeacherPlane:

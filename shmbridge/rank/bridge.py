@@ -38,7 +38,7 @@ from shmbridge.rank.requests import Request, Requests
 from shmbridge.rank.stats import Stats
 from shmbridge.rank.validate import CheckedRequest, Extras, IntArray, check_request
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
 

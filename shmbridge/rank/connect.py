@@ -15,7 +15,8 @@ from shmbridge import log
 from shmbridge.errors import NotLaunched
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import stacks
-from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token, TrainerSession
+from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
+from shmbridge.shm.trainer import TrainerSession
 
 
 def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:

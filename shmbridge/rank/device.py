@@ -16,7 +16,7 @@ from shmbridge import log
 from shmbridge.errors import TeacherDied
 from shmbridge.plane import cuda_runtime
 from shmbridge.shm.process import Identity, Peer
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 
 PATIENCE_S = 5.0
 EXIT_CODE = 75

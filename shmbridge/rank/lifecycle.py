@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from shmbridge import log
 from shmbridge.errors import Closed, DeadlineExceeded, PeerLost, RunStopped, TeacherDied
-from shmbridge.shm.session import TrainerSession
 from shmbridge.shm.status import Phase
+from shmbridge.shm.trainer import TrainerSession
 
 Hook = Callable[[], object]
 

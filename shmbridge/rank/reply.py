@@ -15,7 +15,7 @@ from shmbridge.plane import select
 from shmbridge.plane.base import RankPlane
 from shmbridge.rank.device import Watchdog, choose
 from shmbridge.shm.ring import Composition
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 
 _GPU_LOOK_S = 0.001
 _EXPLAINED = 256  # ended leases and chunks of which an error can tell the sequence

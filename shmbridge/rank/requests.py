@@ -25,8 +25,8 @@ from shmbridge.rank.reply import Lent, Replies, Reply
 from shmbridge.rank.stats import Meter
 from shmbridge.rank.validate import CheckedRequest
 from shmbridge.shm.ring import ReplyHead
-from shmbridge.shm.session import TrainerSession
 from shmbridge.shm.status import Phase
+from shmbridge.shm.trainer import TrainerSession
 
 UNSENT = -1  # the sequence of a request that is not in the ring
 

@@ -8,6 +8,8 @@ process     which process is alive: pid and start time
 status      one record per participant: where it is, and why it failed
 heartbeat   a thread that shows that its process lives
 stacks      Python stacks of a live process, on demand
-session     what participants find: token, names, control segment, lanes; the startup barrier
+session     token, names, control segment, lanes: what every process of a session reads
+teacher     a teacher's side of a session, and of each generation; the startup barrier
+trainer     a training rank's side
 owner       what only the owner of a session does: create, begin a generation, remove
 """

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from shmbridge.log import logger
-from shmbridge.shm.session import Lane, TeacherSession
+from shmbridge.shm.session import Lane
+from shmbridge.shm.teacher import TeacherSession
 from shmbridge.teacher.batch import Answer
 from shmbridge.teacher.stream import Streams
 

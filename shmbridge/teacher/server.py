@@ -24,8 +24,9 @@ from shmbridge.plane import cuda_runtime, select
 from shmbridge.plane.base import TeacherPlane
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm.ring import Composition
-from shmbridge.shm.session import Lane, TeacherSession
+from shmbridge.shm.session import Lane
 from shmbridge.shm.status import Phase
+from shmbridge.shm.teacher import TeacherSession
 from shmbridge.teacher import payload
 from shmbridge.teacher.batch import (
     Answer,

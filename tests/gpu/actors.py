@@ -24,7 +24,9 @@ from shmbridge.plane.cuda import TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
 from shmbridge.shm.ring import Ring
-from shmbridge.shm.session import SESSION_VARIABLE, TeacherSession, Token, TrainerSession
+from shmbridge.shm.session import SESSION_VARIABLE, Token
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher import payload
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import build, serve

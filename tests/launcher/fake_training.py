@@ -18,7 +18,8 @@ from launcher.process import shim
 from shmbridge.errors import PeerLost
 from shmbridge.output_spec import Extent
 from shmbridge.shm import process
-from shmbridge.shm.session import SESSION_VARIABLE, Token, TrainerSession
+from shmbridge.shm.session import SESSION_VARIABLE, Token
+from shmbridge.shm.trainer import TrainerSession
 
 RANKS = int(os.environ.get("FAKE_RANKS", "2"))
 

@@ -17,8 +17,9 @@ from launcher.hang.report import Report, make, write
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.session import TeacherSession, TrainerSession
 from shmbridge.shm.status import Phase
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.main import serve
 from tests.harness import Bench, Child, Echo, bench, until

@@ -22,7 +22,8 @@ from launcher.daemon import reception
 from shmbridge.errors import SessionInUse
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.harness import until
 from tests.launcher.test_sessions import SETTINGS, dead_session, own_world
 

@@ -18,8 +18,9 @@ from shmbridge.output_spec import Extent
 from shmbridge.shm import process
 from shmbridge.shm.layout import RecordWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
 from shmbridge.shm.status import Phase
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.harness import Child, until
 
 REPORT_S, STARTUP_S = 20.0, 60.0

@@ -14,7 +14,7 @@ from shmbridge.errors import ConfigError
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 
 SETTINGS = config.load(overrides=["teacher.model=a:b", "ring.max_tokens=64", "run_dir=/runs/one"])
 

@@ -18,8 +18,9 @@ from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.layout import LaneWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
 from shmbridge.shm.status import Failure, Phase
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher import main as teacher_main
 from tests import harness
 from tests.harness import Bench, Child, until

@@ -17,7 +17,7 @@ from shmbridge.rank.device import Watchdog
 from shmbridge.shm import heartbeat
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.process import Identity
-from shmbridge.shm.session import TrainerSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.fake_cuda import FakeCuda, FakeEvent, FakeStream
 from tests.harness import Echo, bench, until
 

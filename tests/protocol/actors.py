@@ -21,8 +21,10 @@ from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.ring import Chunk, Composition, ReplyHead, Ring
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Names, TeacherSession, Token, TrainerSession
+from shmbridge.shm.session import Names, Token
 from shmbridge.shm.status import Phase
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 
 TOKENS = 8
 NBYTES = 64  # of the IDs, of a reply and of a chunk

@@ -23,8 +23,9 @@ from shmbridge.errors import ShmbridgeError
 from shmbridge.shm import doorbell, layout
 from shmbridge.shm.layout import RECORD_BYTES, RECORDS_OFFSET, SETTINGS_OFFSET
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
 from shmbridge.shm.status import Failure
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.protocol import actors
 from tests.protocol.actors import FAILS, OFFER, TOKENS, Broken, TinyRank, TinyTeacher, content, require
 

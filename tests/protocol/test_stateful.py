@@ -9,7 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from shmbridge.errors import AttachError, RingFull
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.protocol import actors
 from tests.protocol.actors import (
     CHUNKS_OF_A_REPLY,

@@ -24,7 +24,9 @@ from shmbridge.shm import layout
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Names, TeacherSession, TrainerSession
+from shmbridge.shm.session import Names
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher import discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.server import Server

@@ -21,7 +21,8 @@ from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.ring import Ring
-from shmbridge.shm.session import TeacherSession, TrainerSession
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from shmbridge.teacher import discovery
 from shmbridge.teacher.server import Server
 from tests.harness import PATIENCE_S, until

@@ -29,8 +29,10 @@ from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Lane, MappedSession, Names, TeacherSession, Token, TrainerSession, lost
+from shmbridge.shm.session import Lane, MappedSession, Names, Token, lost
 from shmbridge.shm.status import Failure, Phase, Record
+from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.trainer import TrainerSession
 from tests.harness import Echo, bench, until
 
 OFFER = Offer((OutputSpec("out", "float32", ("seq", 8)),), "m")

@@ -1,0 +1,157 @@
+"""One teacher's side of a session, and of each generation that it serves.
+
+The teacher signs in once and writes its offer into its record once. The startup barrier of each generation: the owner creates
+reply memory of the offered size and announces it; the teacher maps it and marks itself ready for the generation; every rank that
+waits is rung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from shmbridge.errors import AttachError
+from shmbridge.output_spec import Offer
+from shmbridge.shm.doorbell import Doorbell
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.process import Peer
+from shmbridge.shm.session import Control, Lane, Participant, Token
+from shmbridge.shm.status import Phase
+
+T = TypeVar("T")
+
+
+class TeacherSession(Participant):
+    """One teacher's process. It signs in once; `lanes` and `token` are those of the generation that it is attached to."""
+
+    def __init__(self, token: Token, index: int = 0) -> None:
+        """Sign in; the generation of `token` is not looked at. Raises AttachError."""
+        super().__init__(token)
+        self.index = index
+        self.record = self.control.teachers[index]
+        self.record.sign_in()
+        self.bell = Doorbell(self.names.teacher_bell(index))
+        self.lanes: list[Lane] = []
+        self.own: list[Lane] = []  # whoever serves them now
+        self.member_bells: list[list[Doorbell]] = []
+        self._every: list[Lane] = []
+        self._ranks: dict[int, Peer] = {}
+        self._published: Offer | None = None
+        self._latest = 0  # generation that it has attached to
+
+    def publish(self, made: Offer) -> None:
+        """Tell what the model returns, once for all generations."""
+        self._published = made
+        self.record.write_offer(made.encode())
+
+    def next_generation(self) -> bool:
+        """Sleep until a generation can be served, and attach to it. False where none follows.
+
+        A generation that ends before this teacher has attached to it is skipped.
+
+        Raises:
+            AttachError: its objects are not what they should be.
+            PeerLost: the session has failed, or its launcher is gone.
+        """
+        while generation := self.wait(self._to_be_served, None):
+            try:
+                self.attach(generation)
+            except AttachError:
+                self.leave()
+                if self._is_open(generation):
+                    raise
+            else:
+                return True
+        return False
+
+    def _to_be_served(self) -> int | None:
+        """The generation whose replies have memory; 0 where none follows, None where it is waited for."""
+        words = self.control.words
+        if words[ControlWord.SESSION_ENDING]:
+            return 0
+        generation = words[ControlWord.CURRENT_GENERATION]
+        is_open = self._is_open(generation) and generation > self._latest
+        phase = Phase.OFFERED if is_open else Phase.IDLE
+        if self.record.phase is not phase:
+            self.record.enter(phase)
+        return generation if is_open and words[ControlWord.REPLIES_READY] == generation and self._agrees() else None
+
+    def _is_open(self, generation: int) -> bool:
+        words = self.control.words
+        return words[ControlWord.CURRENT_GENERATION] == generation > words[ControlWord.TRAINING_DONE]
+
+    def _agrees(self) -> bool:
+        """What differs from the session's first offer waits for the owner to refuse it."""
+        agreed = self.control.owner.offer
+        return self._published is None or agreed is None or self._published.agrees(Offer.decode(agreed))
+
+    def attach(self, generation: int) -> None:
+        """Map the lanes and open the doorbells of a generation, with the settings that its ranks have. Raises AttachError."""
+        self._latest = generation
+        self.token = self.token._replace(generation=generation)
+        self.control = Control(self.control.segment)  # the number of lanes may be another now
+        self.settings = self.control.settings()
+        shape = self.control.shape
+        self._every = [Lane.attach(self.token, shape, i) for i in range(shape.lanes)]
+        self.lanes = [lane for lane in self._every if lane.teacher == self.index]
+        self.own = [lane for lane in self._every if lane.index % shape.teachers == self.index]
+        for lane in self._every:
+            names = [self.names.member_bell(generation, lane.index, member) for member in range(shape.members)]
+            self.member_bells.append([Doorbell(name) for name in names])
+
+    def leave(self) -> None:
+        """Close the generation's doorbells, and keep none of its lanes."""
+        for bell in (bell for bells in self.member_bells for bell in bells):
+            bell.close()
+        self._every, self.lanes, self.own, self.member_bells = [], [], [], []
+        self._ranks = {}
+
+    def open_barrier(self) -> None:
+        """Let every rank that waits at the startup barrier go on."""
+        self.record.set_ready(self.token.generation)
+        self.wake_ranks()
+
+    def wake_ranks(self) -> None:
+        """Ring every rank, so that it looks at the board now."""
+        for lane in self.lanes:
+            self.ring_members(lane)
+
+    def ring_members(self, lane: Lane) -> None:
+        for bell in self.member_bells[lane.index]:
+            bell.ring()
+
+    def wait(
+        self, ready: Callable[[], T | None], deadline: float | None, check: Callable[[], None] | None = None
+    ) -> T | None:
+        """The project's one wait, on this teacher's doorbell; `check` in place of the session's own."""
+        return self.bell.wait(ready, check or self.check, deadline, self._spin_s)
+
+    def adopt(self) -> list[Lane]:
+        """Lanes of other teachers that are this one's from now on."""
+        adopted = [lane for lane in self._every if lane.teacher == self.index and lane not in self.lanes]
+        for lane in adopted:
+            lane.ring.take_over()
+        self.lanes += adopted
+        return adopted
+
+    def yield_lane(self, lane: Lane) -> None:
+        """Hand a lane over to the teacher that is to serve it; nothing of it is in this one's hands."""
+        self.lanes.remove(lane)
+        lane.hand_over(lane.wanted_teacher)
+        bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
+        bell.ring()
+        bell.close()
+
+    def gone(self, lane: Lane) -> bool:
+        """True once the lane's rank has ended, whether or not it had closed."""
+        peer = self._ranks.get(lane.index)
+        if peer is None:
+            who = lane.records[0].identity
+            if who is None:
+                return False
+            peer = self._ranks[lane.index] = Peer(who)
+        return not peer.alive()
+
+    @property
+    def training_done(self) -> bool:
+        return self.control.words[ControlWord.TRAINING_DONE] >= self.token.generation

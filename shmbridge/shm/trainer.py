@@ -1,0 +1,239 @@
+"""One training rank's side of a session."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from shmbridge import log
+from shmbridge.errors import AttachError, DeadlineExceeded, LauncherDied, RunStopped, TeacherDied
+from shmbridge.output_spec import Offer
+from shmbridge.shm.doorbell import Doorbell
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.process import Identity, Peer
+from shmbridge.shm.session import Lane, Participant, Token, lost
+from shmbridge.shm.status import Failure, Phase, Record
+
+_OWNER_SPEAKS_S = 2.0
+_STOP_IS_TOLD_S = 0.5
+
+T = TypeVar("T")
+
+
+class TrainerSession(Participant):
+    """One training rank's side of a session: its lane, its doorbell, its teacher's."""
+
+    def __init__(self, token: Token, lane: int) -> None:
+        """Attach and sign in.
+
+        Raises:
+            AttachError: the session is gone, or has no such lane, or another live process holds it.
+        """
+        super().__init__(token)
+        self._check_generation()
+        lanes = self.control.shape.lanes
+        if not 0 <= lane < lanes:
+            raise AttachError(
+                f"this rank asks for lane {lane}, the session has lanes 0 to {lanes - 1}: "
+                "start as many ranks as --train-gpus (or --cpu) says."
+            )
+        self.lane = Lane.attach(token, self.control.shape, lane)
+        self.ring = self.lane.ring
+        self.record = self.lane.records[0]
+        self._sign_in()
+        self._open_bells()
+        self._is_open = True
+        self._reopened = False
+        self.plane: Any = None  # a planes.RankPlane: memory and events are opened once in the life of a process
+        self.plane_device: object = None
+        self._teacher_peer: Peer | None = None
+        self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
+        self._missed: Identity | None = None  # the teacher whose end was told
+        self._stopped_since: float | None = None  # the teacher has ended in a run that stops
+        self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
+
+    def _check_generation(self) -> None:
+        current = self.control.words[ControlWord.CURRENT_GENERATION]
+        if self.token.generation != current:
+            raise AttachError(
+                f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
+                "it was left behind by a restart and must end."
+            )
+
+    def _sign_in(self) -> None:
+        with self.lane.segment.lock() as locked:
+            holder = self.record.identity
+            if holder or not locked:
+                who = f"pid {holder.pid}" if holder else "another process at this moment"
+                raise AttachError(
+                    f"lane {self.lane.index} was taken by {who}, this process is pid {os.getpid()}: two processes have the same "
+                    "LOCAL_RANK. A lane belongs to one process, also after that has closed its bridge or has ended: connect in one "
+                    "process of each rank, or give connect(lane=...)."
+                )
+            self.record.sign_in()
+        self.record.set_ready(self.token.generation)
+
+    def _open_bells(self) -> None:
+        self.bell = Doorbell(self.names.member_bell(self.token.generation, self.lane.index))
+        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
+
+    def reopen(self) -> None:
+        """Begin anew on the lane that this process has, closed or not. `Requests` cancels what it had submitted.
+
+        Raises:
+            AttachError: the session has ended, or the teacher has, because every rank had closed.
+            PeerLost: see `check`.
+        """
+        self._check_generation()
+        self._reopened = True
+        self.stop = lambda: False
+        if not self._is_open:
+            self._open_bells()
+        try:
+            self.check()
+        except BaseException:
+            if not self._is_open:
+                self._close_bells()
+            raise
+        self._is_open = True
+        self.record.reset()
+        self.ring.open_requests()
+
+    @property
+    def teacher_index(self) -> int:
+        """The teacher that serves this lane now. Raises AttachError."""
+        index = self.lane.teacher
+        if index >= len(self.control.teachers):
+            raise AttachError(f"segment {self.lane.segment.name} names teacher {index}: garbled.")
+        return index
+
+    @property
+    def teacher(self) -> Record:
+        return self.control.teachers[self.teacher_index]
+
+    def ring_teacher(self) -> None:
+        self._teacher_bells[self.teacher_index].ring()
+
+    @property
+    def asked_to_stop(self) -> bool:
+        """The user, or the scheduler, has stopped the run."""
+        return self.control.words[ControlWord.STOPPING] != 0
+
+    def is_told_to_stop(self) -> bool:
+        """`asked_to_stop`, which this rank's own signal may be ahead of by a moment."""
+        told = self.bell.wait(lambda: self.asked_to_stop or None, lambda: None, time.monotonic() + _STOP_IS_TOLD_S)
+        return told is not None
+
+    def check(self) -> None:
+        """Raise a PeerLost if the session has failed, or its owner or this lane's teacher is gone.
+
+        Where a teacher may be started again, its end is told and waited out: whether one comes is the owner's word."""
+        if self.stop():
+            raise RunStopped("the run is to stop.")
+        teacher = self.teacher
+        failure = teacher.failure
+        if failure and not failure.consequence and not self._outlives_teacher:
+            raise lost(failure, self.settings.run_dir)
+        try:
+            super().check()
+        except LauncherDied as error:
+            if self.asked_to_stop and self._owner.alive():
+                raise RunStopped(str(error)) from None
+            raise
+        if self._reopened and self._has_ended(teacher):
+            raise AttachError(
+                f"{self.teacher_name(self.teacher_index)} has ended, because every rank had closed its bridge; this one connects "
+                "again. Set teacher.serve_until=exited: the teacher then stays until the ranks' processes have ended."
+            )
+        who = teacher.identity
+        if teacher.lost and teacher is self.teacher:  # the lane may have gone to another before
+            raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
+        if who is None:
+            return
+        if self._teacher_peer is None or self._teacher_peer.identity != who:
+            self._teacher_peer = Peer(who)
+        if self._teacher_peer.alive():
+            return
+        gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
+        if self.asked_to_stop and self._owner_is_to_speak():
+            return
+        if not self._outlives_teacher:
+            raise TeacherDied(gone)
+        if self._missed != who:
+            self._missed = who
+            log.logger.warning("rank %d: %s Waiting for a new one.", self.lane.index, gone)
+
+    def _has_ended(self, teacher: Record) -> bool:
+        """It has served this generation to the end, and training has not ended."""
+        over = teacher.ready == self.token.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
+        return over and not self.asked_to_stop
+
+    def _ended_by(self, failure: Failure) -> bool:
+        return failure.generation in (0, self.token.generation)
+
+    def _owner_is_to_speak(self) -> bool:
+        """In a run that stops, teachers end; for a moment the owner's word on it is waited for."""
+        now = time.monotonic()
+        self._stopped_since = self._stopped_since or now
+        return now - self._stopped_since < _OWNER_SPEAKS_S
+
+    def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
+        """The project's one wait, on this rank's doorbell."""
+        return self.bell.wait(ready, self.check, deadline, self._spin_s)
+
+    def wait_ready(self, timeout_s: float) -> Offer:
+        """Sleep until the teacher's model is loaded; what it offers.
+
+        Raises:
+            DeadlineExceeded: it is still loading; says how far it is.
+            RunStopped: the run was stopped while it loaded.
+            TeacherDied, LauncherDied, TrainerDied: see `check`.
+        """
+        generation = self.token.generation
+        self.record.enter(Phase.BARRIER)
+        teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
+
+        def ready_or_stopped() -> bool | None:
+            if all(teacher.ready == generation or teacher.lost for teacher in teachers):
+                return True
+            return False if self.asked_to_stop else None
+
+        try:
+            ready = self.wait(ready_or_stopped, time.monotonic() + timeout_s)
+        finally:
+            self.record.enter(Phase.TRAINING)
+        if ready is None:
+            raise DeadlineExceeded(self._late_teacher(timeout_s)).within(str(Phase.BARRIER))
+        if not ready:
+            raise RunStopped("the run was stopped while the teacher was loading.")
+        text = self.teacher.offer
+        if text is None:
+            raise AttachError(f"{self.teacher_name(self.teacher_index)} is ready but made no offer: garbled.")
+        return Offer.decode(text)
+
+    def _late_teacher(self, timeout_s: float) -> str:
+        teacher = next((t for t in self.control.teachers if t.ready != self.token.generation), self.teacher)
+        name = self.teacher_name(teacher.rank)
+        if teacher.identity is None:
+            where = "has not attached to the session"
+        else:
+            done, total = teacher.progressed
+            share = f" ({done} of {total})" if total else ""
+            where = (
+                f"(pid {teacher.identity.pid}) is in phase {teacher.phase}{share} for {teacher.seconds_in_phase:.0f} s"
+            )
+        return f"at the startup barrier {name} {where} after {timeout_s:g} s; see its log, or raise timeouts.startup_s."
+
+    def close(self) -> None:
+        """Tell that no request follows. Memory stays mapped while tensors of the caller look into it."""
+        self.ring.close_requests()
+        self.record.enter(Phase.CLOSED)
+        self.ring_teacher()
+        self._close_bells()
+        self._is_open = False
+
+    def _close_bells(self) -> None:
+        for bell in (*self._teacher_bells, self.bell):
+            bell.close()
