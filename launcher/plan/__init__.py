@@ -6,8 +6,7 @@ replicas     how many copies of the teacher, and which GPUs and lanes each of th
 plane        which plane a run uses, and why
 memory       what a run needs, where, and whether it fits
 remedy       what to change where memory is too small
-expected     what the teacher will offer, as far as it is known before it has loaded
-model_card   the sizes of a model, read before it is loaded
+model_card   what is known of a model before it is loaded: sizes, weights, what it will offer
 machine      the facts of this machine that a plan depends on
 gpus         which GPUs there are, and which of them each job sees
 allocator    options of torch's CUDA allocator that CUDA IPC excludes

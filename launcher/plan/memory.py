@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,30 +10,16 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.console.text import size, table
-from launcher.plan import expected, plane, remedy, replicas
+from launcher.plan import plane, remedy, replicas
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
 from launcher.plan.model_card import ModelCard
+from launcher.plan.remedy import CONTEXT_BYTES, GPU, RAM, SHM, Kind
 from shmbridge.config import Config, HiddenConfig, TopkConfig, is_builder
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.session import Shape
-
-SHM, RAM = "/dev/shm", "RAM"
-_GPU = "GPU "
-CONTEXT_BYTES = 500 * 2**20  # of CUDA, for each process on each GPU that it touches; it depends on GPU and driver
-
-
-class Kind(enum.Enum):
-    """What a row counts, which decides the remedy if it does not fit."""
-
-    REQUESTS = enum.auto()
-    HEAD = enum.auto()
-    REPLIES = enum.auto()
-    COPIES = enum.auto()
-    WEIGHTS = enum.auto()
-    CONTEXTS = enum.auto()
 
 
 class Item(NamedTuple):
@@ -68,64 +53,17 @@ class MemoryPlan(NamedTuple):
             needed = self.needed(place)
             if needed > free:
                 raise PlanError(
-                    f"the run needs {size(needed)} of {place}, and {size(free)} are free.\n\n{self}\n\n{self._remedy(place)}"
+                    f"the run needs {size(needed)} of {place}, and {size(free)} are free.\n\n{self}\n\n"
+                    f"{remedy.suggest(self, place)}"
                 )
-
-    def _remedy(self, place: str) -> str:
-        smaller = self._smaller_payloads(place)
-        return f"{smaller} {self._other_remedy(place)}" if smaller else self._other_remedy(place)
-
-    def _smaller_payloads(self, place: str) -> str:
-        """If the logits do not fit: the payloads that need less of `place`, smallest first."""
-        if "logits" not in self.config.payload.named or self.needed(place, without=[Kind.REPLIES]) > self.free[place]:
-            return ""
-        if is_builder(self.config.teacher.model):
-            return ""
-        if not self.instead:  # the teacher has loaded, and only what it offers is known
-            return remedy.payloads({"payload.logits=null payload.hidden={}": "many times smaller"})
-        sizes = sorted((planned.needed(place), override) for override, planned in self.instead)
-        return remedy.payloads({override: size(needed) for needed, override in sizes if needed < self.needed(place)})
-
-    def _other_remedy(self, place: str) -> str:
-        if place.startswith(_GPU):
-            return self._gpu_remedy(place)
-        on_gpu = self.config.plane == "cuda_ipc"
-        if place == RAM:
-            return (
-                remedy.ram_beside_gpus(self.config) if on_gpu else remedy.ram(self.config, self.outputs, self.replicas)
-            )
-        if self.needed(SHM, without=[Kind.HEAD, Kind.REPLIES]) > self.free[SHM]:
-            return remedy.lanes(self.config)
-        if self.needed(SHM, without=[Kind.REPLIES]) > self.free[SHM]:
-            return remedy.head(self._head_size(SHM))
-        return remedy.replies(self.config, self.outputs)
-
-    def _gpu_remedy(self, place: str) -> str:
-        free = self.free[place]
-        if self.needed(place, without=[Kind.HEAD, Kind.COPIES, Kind.REPLIES]) > free:
-            if not any(item.kind is Kind.WEIGHTS and item.where == place for item in self.items):
-                return remedy.context(size(CONTEXT_BYTES))
-            gpus = sum(item.kind is Kind.WEIGHTS for item in self.items)
-            return remedy.gpu(self.config, gpus, self.replicas)
-        if self.needed(place, without=[Kind.COPIES, Kind.REPLIES]) > free:
-            return remedy.head_on_gpu(self._head_size(place))
-        if self.needed(place, without=[Kind.REPLIES]) > free:
-            return remedy.copies(self.config, self.outputs)
-        return remedy.slabs(self.config, self.outputs)
-
-    def _head_size(self, place: str) -> str:
-        return next(size(item.nbytes or 0) for item in self.items if (item.kind, item.where) == (Kind.HEAD, place))
 
     def __str__(self) -> str:
         rows = [_merged(list(same)) for _, same in itertools.groupby(self.items, lambda item: (item.what, item.nbytes))]
-        totals = [
-            (place, f"needs {size(self.needed(place))}{self._besides(place)}", f"{size(free)} free")
-            for place, free in self.free.items()
-        ]
+        totals = []
+        for place, free in self.free.items():
+            besides = " (training itself is not counted)" if place in self.trained else ""
+            totals.append((place, f"needs {size(self.needed(place))}{besides}", f"{size(free)} free"))
         return table(rows) + "\n\n" + table(totals)
-
-    def _besides(self, place: str) -> str:
-        return " (training itself is not counted)" if place in self.trained else ""
 
 
 def _merged(items: Sequence[Item]) -> tuple[str, str, str]:
@@ -134,7 +72,7 @@ def _merged(items: Sequence[Item]) -> tuple[str, str, str]:
     amount = "known once it has loaded" if first.nbytes is None else size(first.nbytes)
     if len(items) == 1:
         return first.what, first.where, amount
-    numbers = [int(item.where.removeprefix(_GPU)) for item in items]
+    numbers = [int(item.where.removeprefix(GPU)) for item in items]
     return first.what, plane.called(numbers), amount if first.nbytes is None else f"{amount} each"
 
 
@@ -183,7 +121,7 @@ def _plan(
     train: Sequence[Gpu],
 ) -> MemoryPlan:
     shape = Shape.of(config, ranks, len(teachers))
-    outputs, head = expected.outputs(config, card), expected.head(config, card)
+    outputs, head = card.outputs(config), card.head(config)
     slot = None if outputs is None else shape.slot_bytes(outputs)
     lane = shape.lane_layout.nbytes
     items = (
@@ -300,4 +238,4 @@ def _weights(nbytes: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[
 
 
 def _place(gpu: Gpu) -> str:
-    return f"{_GPU}{gpu.number}"
+    return f"{GPU}{gpu.number}"

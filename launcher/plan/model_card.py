@@ -1,7 +1,7 @@
-"""The sizes of a teacher's model, and the bytes of its weights, read before it is loaded. Without torch.
+"""What is known of a teacher's model before it is loaded: its sizes, its weights, and what it will offer. Without torch.
 
-The launcher plans memory with them and refuses what cannot fit. They do not decide how a model is loaded. A size that
-is not known is None.
+The launcher plans memory with it and refuses what cannot fit. It does not decide how a model is loaded. What is not
+known is None.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from shmbridge import model_path
-from shmbridge.config import TeacherConfig, TorchDtype, is_builder
-from shmbridge.errors import ConfigError
+from shmbridge.config import Config, TeacherConfig, TorchDtype, is_builder
+from shmbridge.errors import ConfigError, PlanError
+from shmbridge.output_spec import HeadSpec, OutputSpec, payload_outputs
 
 _WEIGHTS = (".safetensors", ".bin")
 _DTYPE_BYTES: dict[TorchDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -37,6 +38,45 @@ class ModelCard(NamedTuple):
     hidden_size: int | None = None
     dtype: TorchDtype | None = None  # that the model will compute in, and its hidden states have
 
+    def outputs(self, config: Config) -> tuple[OutputSpec, ...] | None:
+        """The outputs of a reply: as the config declares them for a custom teacher without a payload section, else as the
+        payload of a language model has them.
+
+        Raises:
+            PlanError: this model cannot give the payload.
+        """
+        payload = config.payload
+        if not payload.named:
+            specs = tuple(OutputSpec(name, out.dtype, out.shape) for name, out in config.teacher.outputs.items())
+            whole = [spec.name for spec in specs if not spec.per_token]
+            if payload.stream and whole:
+                raise PlanError(
+                    f"output {whole[0]!r} has no sequence axis and cannot be streamed; leave payload.stream out."
+                )
+            return specs or None
+        words = self._words(config)
+        if words is None or (payload.hidden is not None and (self.hidden_size is None or self.dtype is None)):
+            return None
+        return payload_outputs(payload, words, self.hidden_size, self.dtype or "float32")
+
+    def head(self, config: Config) -> HeadSpec | None:
+        """The output head, if the payload is hidden. A bias, which few models have, is not counted."""
+        words = self._words(config)
+        if config.payload.hidden is None or words is None or self.hidden_size is None or self.dtype is None:
+            return None
+        return HeadSpec(self.dtype, config.payload.vocab or words, self.hidden_size)
+
+    def _words(self, config: Config) -> int | None:
+        """The size of the distribution, or a number for which outputs have the same size."""
+        payload = config.payload
+        if self.vocab_size is not None and not is_builder(config.teacher.model):
+            return self.vocab_size
+        if payload.vocab is not None:
+            return payload.vocab
+        if payload.logits is None and payload.hidden is None:  # then no output is as wide as the distribution
+            return payload.topk.k if payload.topk else 1
+        return None
+
 
 def read(teacher: TeacherConfig) -> ModelCard:
     """The card of `teacher.model` from local files; empty if they do not have its sizes.
@@ -50,29 +90,27 @@ def read(teacher: TeacherConfig) -> ModelCard:
     if is_builder(model):
         return ModelCard(teacher.vocab_size)
     path = model_path.local(model) or model_path.cached(model, teacher.revision)
-    if path is None:
-        return ModelCard()
-    if path.is_dir():
+    if path and path.is_dir():
         return _of_directory(path, teacher.dtype)
-    return _of_gguf(path, teacher.dtype) if path.suffix == ".gguf" else ModelCard()
+    if path and path.suffix == ".gguf":
+        sizes = _gguf_sizes(path)
+        dtype = _dtype(teacher.dtype) or "float32"  # what dequantising gives
+        return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)
+    return ModelCard()
 
 
 def _of_directory(path: Path, wanted: str) -> ModelCard:
-    tree = _read_config(path)
+    try:
+        tree = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError):
+        tree = {}
+    tree = tree if isinstance(tree, dict) else {}
     text = tree["text_config"] if isinstance(tree.get("text_config"), dict) else {}
     both = {**tree, **text}
     stored = _dtype(tree.get("dtype") or tree.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"))
     width = next((both[name] for name in _WIDTH if name in both), None)
     loaded = _dtype(wanted) or stored
     return ModelCard(_size(both.get("vocab_size")), _weight_bytes(path, stored, loaded), _size(width), loaded)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return tree if isinstance(tree, dict) else {}
 
 
 def _dtype(name: object) -> TorchDtype | None:
@@ -89,12 +127,6 @@ def _weight_bytes(path: Path, stored: TorchDtype | None, loaded: TorchDtype | No
         if size:
             return size * _DTYPE_BYTES[loaded] // _DTYPE_BYTES[stored] if stored and loaded else size
     return None
-
-
-def _of_gguf(path: Path, wanted: str) -> ModelCard:
-    sizes = _gguf_sizes(path)
-    dtype = _dtype(wanted) or "float32"  # what dequantising gives
-    return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)
 
 
 def _gguf_sizes(path: Path) -> dict[str, int]:

@@ -8,8 +8,8 @@ import pytest
 
 from launcher.console.text import size
 from launcher.plan import memory, plan
-from launcher.plan.memory import SHM
 from launcher.plan.model_card import ModelCard
+from launcher.plan.remedy import SHM
 from shmbridge import config
 from tests.launcher.test_plan import MACHINE
 

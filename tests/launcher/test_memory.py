@@ -13,8 +13,8 @@ from launcher.console.text import seconds, size
 from launcher.plan import memory, model_card
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
-from launcher.plan.memory import RAM, SHM
 from launcher.plan.model_card import ModelCard
+from launcher.plan.remedy import CONTEXT_BYTES, RAM, SHM, Kind
 from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
@@ -168,7 +168,7 @@ TWO = (Gpu(6, "6", 80 * GIB, 79 * GIB), Gpu(7, "7", 80 * GIB, 79 * GIB))
 
 
 def weights(planned: memory.MemoryPlan) -> list[tuple[str, str, int | None]]:
-    return [(item.what, item.where, item.nbytes) for item in planned.items if item.kind is memory.Kind.WEIGHTS]
+    return [(item.what, item.where, item.nbytes) for item in planned.items if item.kind is Kind.WEIGHTS]
 
 
 def test_each_replica_has_the_weights_on_a_gpu_of_its_own():
@@ -237,7 +237,7 @@ def test_hidden_states_come_with_the_head_once():
 @pytest.mark.parametrize("card", [ModelCard(), LLAMA._replace(hidden_size=None), LLAMA._replace(dtype=None)])
 def test_hidden_states_of_an_unknown_size_are_told(card):
     planned = plan(card, HIDDEN)
-    assert row(planned, "output head") == (memory.Kind.HEAD, "output head", SHM, None)
+    assert row(planned, "output head") == (Kind.HEAD, "output head", SHM, None)
     assert row(planned, "replies").nbytes is None
     planned.check()
 
@@ -399,8 +399,8 @@ def test_replies_on_gpus_are_counted_where_they_lie():
     assert planned.needed(RAM) == planned.needed(SHM), "weights and replies are on the GPU"
     assert row(planned, "replies: 2 ranks x 2 slots x 2.0 GiB").where == "GPU 7"
     slabs = 2 * slab_bytes(2, SLOT)
-    assert planned.needed("GPU 7") == 16 * GIB + slabs + memory.CONTEXT_BYTES
-    assert planned.needed("GPU 0") == planned.needed("GPU 1") == 3 * SLOT + memory.CONTEXT_BYTES
+    assert planned.needed("GPU 7") == 16 * GIB + slabs + CONTEXT_BYTES
+    assert planned.needed("GPU 0") == planned.needed("GPU 1") == 3 * SLOT + CONTEXT_BYTES
     planned.check()
 
 
@@ -408,17 +408,17 @@ def test_each_replica_has_the_replies_of_its_lanes_on_its_first_gpu():
     settings = config.load(overrides=["teacher.model=m", ON_GPU])
     shares = [EIGHT[4:6], EIGHT[6:]]
     planned = memory.plan(settings, 3, LLAMA, shares, MACHINE, EIGHT[:3])
-    slabs = [item for item in planned.items if item.kind is memory.Kind.REPLIES]
+    slabs = [item for item in planned.items if item.kind is Kind.REPLIES]
     assert [(item.where, item.nbytes) for item in slabs] == [
         ("GPU 4", 2 * slab_bytes(2, SLOT)),
         ("GPU 6", slab_bytes(2, SLOT)),
     ]
-    assert planned.needed("GPU 5") == 8 * GIB + memory.CONTEXT_BYTES
+    assert planned.needed("GPU 5") == 8 * GIB + CONTEXT_BYTES
 
 
 def test_replies_read_in_place_are_not_copied():
     planned = on_gpus("cuda.read=in_place")
-    assert planned.needed("GPU 0") == memory.CONTEXT_BYTES
+    assert planned.needed("GPU 0") == CONTEXT_BYTES
 
 
 def test_chunks_are_copied_as_they_come():
@@ -426,7 +426,7 @@ def test_chunks_are_copied_as_they_come():
     chunk = 256 * 128_256 * 2
     planned = on_gpus(stream)
     assert row(planned, "replies: 2 ranks x 3 chunks").nbytes == 2 * slab_bytes(3, chunk)
-    assert planned.needed("GPU 0") == 4 * chunk + memory.CONTEXT_BYTES
+    assert planned.needed("GPU 0") == 4 * chunk + CONTEXT_BYTES
 
 
 def test_each_rank_copies_the_head_to_its_gpu():
@@ -435,20 +435,20 @@ def test_each_rank_copies_the_head_to_its_gpu():
     assert row(planned, "output head, copied for 2 ranks")[2:] == ("GPU 0", 2 * head)
     assert row(planned, "output head, copied for 1 rank")[2:] == ("GPU 1", head)
     assert row(planned, "output head: 128256").where == SHM
-    assert row(planned, "CUDA contexts of 2 processes")[2:] == ("GPU 0", 2 * memory.CONTEXT_BYTES)
+    assert row(planned, "CUDA contexts of 2 processes")[2:] == ("GPU 0", 2 * CONTEXT_BYTES)
 
 
 def test_on_the_host_plane_ranks_have_their_head_and_context_alone():
     settings = config.load(overrides=["teacher.model=m", "plane=host", HIDDEN])
     planned = memory.plan(settings, 2, LLAMA, [EIGHT[7:]], MACHINE._replace(shm_free=64 * GIB), EIGHT[:2])
-    assert planned.needed("GPU 0") == HeadSpec("bfloat16", 128_256, 4096).nbytes + memory.CONTEXT_BYTES
+    assert planned.needed("GPU 0") == HeadSpec("bfloat16", 128_256, 4096).nbytes + CONTEXT_BYTES
     assert row(planned, "replies").where == SHM
 
 
 def test_a_gpu_for_both_holds_all_of_it():
     planned = on_gpus(train=(EIGHT[0], EIGHT[0]), teachers=EIGHT[:1])
     slabs = 2 * slab_bytes(2, SLOT)
-    assert planned.needed("GPU 0") == 16 * GIB + slabs + 2 * 3 * SLOT + 3 * memory.CONTEXT_BYTES
+    assert planned.needed("GPU 0") == 16 * GIB + slabs + 2 * 3 * SLOT + 3 * CONTEXT_BYTES
 
 
 def test_what_gpus_have_alike_is_one_row_and_training_is_not_counted():
