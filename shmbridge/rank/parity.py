@@ -44,8 +44,8 @@ def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -
     passed: list[str] = []
     vocabulary = _vocabulary(agreed, student)
     if agreed.probe:
-        reply, echo = _reply_to_probe(agreed, agreed.probe, ask)
-        passed += _ids(agreed.probe, echo)
+        reply = _reply_to_probe(agreed, agreed.probe, ask)
+        passed.append("token IDs")
         passed += _payload(agreed, agreed.probe, reply, head)
         if student.loss:
             passed += _loss(agreed, student.loss, reply, head)
@@ -53,21 +53,19 @@ def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -
     return ", ".join(passed)
 
 
-def _reply_to_probe(agreed: Offer, probe: Probe, ask: Ask) -> tuple[Reply, int]:
-    ids = _ids_of(probe)
+def _reply_to_probe(agreed: Offer, probe: Probe, ask: Ask) -> Reply:
+    """The reply to the probe, once the teacher has read the IDs that were sent. Raises ParityError."""
+    ids: IntArray = np.array(probe.input_ids, np.int64)
     arrays: dict[str, memoryview] = {}
     candidates = next((spec.shape[-1] for spec in agreed.outputs if spec.name == "candidate_logprobs"), 0)
     if candidates:
         zeros: IntArray = np.zeros((*ids.shape, int(candidates)), np.int32)
         arrays["candidates"] = zeros.data.cast("B")
-    return ask(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
-
-
-def _ids(probe: Probe, echo: int) -> list[str]:
-    sent = zlib.crc32(_ids_of(probe).tobytes())
+    reply, echo = ask(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
+    sent = zlib.crc32(ids.tobytes())
     if echo != sent:
         raise ParityError(f"parity check, token IDs: the teacher read IDs with CRC {echo:#x}, {sent:#x} were sent.")
-    return ["token IDs"]
+    return reply
 
 
 def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]) -> list[str]:
@@ -75,19 +73,14 @@ def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]
     if agreed.head:
         found.append((by_head(agreed.head.words), head()(reply.hidden)))
     for spec, tensor in found:
-        wrong = fingerprint.differ(
-            fingerprint.of(spec, tensor), probe.outputs[spec.name], _tolerance(spec.dtype, probe)
-        )
+        tolerance = probe.tolerance if "float" in spec.dtype else float("inf")
+        wrong = fingerprint.differ(fingerprint.of(spec, tensor), probe.outputs[spec.name], tolerance)
         if wrong:
             raise ParityError(
                 f"parity check, payload {spec.name}: the reply is not what the model gives in its own process: {wrong}. If "
                 "the teacher's answers differ from call to call (dropout, sampling), set parity=false."
             )
     return [spec.name for spec, _ in found]
-
-
-def _tolerance(dtype: str, probe: Probe) -> float:
-    return probe.tolerance if "float" in dtype else float("inf")
 
 
 def _vocabulary(agreed: Offer, student: Student) -> list[str]:
@@ -149,7 +142,3 @@ def _own_logits(agreed: Offer, reply: Reply, head: Callable[[], Head]) -> torch.
     each = reply["tail_logmass"] - float(np.log(max(1, agreed.words - k)))
     whole = each.expand(*each.shape[:-1], agreed.words).contiguous()
     return whole.scatter(-1, reply["topk_ids"].long(), reply["topk_logprobs"])
-
-
-def _ids_of(probe: Probe) -> IntArray:
-    return np.array(probe.input_ids, np.int64)
