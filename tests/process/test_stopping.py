@@ -360,9 +360,6 @@ def draw_and_exchange(bridge: Bridge) -> None:
 
 
 @pytest.mark.parametrize("calls", [exchange, draw_and_exchange])
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # what is raised in a finaliser goes nowhere
 def test_calls_that_are_interrupted_anywhere_give_their_slots_back(calls):
     """A KeyboardInterrupt at the n-th line for n = 1, 2, 3, ... until the calls run through. The handler, in which the exception
     still refers to all frames, asks for more replies than the ring has slots."""
