@@ -166,9 +166,10 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        checked = self._check(input_ids, attention_mask, **extras)
+        request = Request(self._check(input_ids, attention_mask, **extras))
         self._life.heed()
-        return self._send(checked)
+        self._requests.send(request)
+        return Pending(self._requests, request)
 
     def exchange(
         self,
@@ -376,20 +377,17 @@ class Bridge:
         **extras: Unpack[Extras],
     ) -> CheckedRequest:
         """The arguments of `submit`, once every limit was checked. Where the bridge is off nothing is checked, and nothing is sent."""
-        self._ready()
+        if not self._checked:
+            self.wait_ready()
         if self._offer is None:
             return CheckedRequest(memoryview(b""), Extent(0, 0), {}, extras.get("step"))
         return check_request(input_ids, attention_mask, extras, self._offer, self._life.session.control.shape)
 
-    def _send(self, checked: CheckedRequest, *, probe: bool = False) -> Pending:
-        request = Request(checked)
-        self._requests.send(request, probe=probe)
-        return Pending(self._requests, request)
-
     def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
-        pending = self._send(CheckedRequest(ids.data.cast("B"), extent, arrays), probe=True)
-        reply = pending.copy(self.settings.timeouts.startup_s)
+        request = Request(CheckedRequest(ids.data.cast("B"), extent, arrays))
+        self._requests.send(request, probe=True)
+        reply = Pending(self._requests, request).copy(self.settings.timeouts.startup_s)
         if reply.missing:
             raise TeacherDied("the teacher was lost during the parity check.")
         return reply, self._requests.last_head.echo

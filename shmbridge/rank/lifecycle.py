@@ -47,8 +47,8 @@ class Lifecycle:
     @property
     def session(self) -> TrainerSession:
         """The session of a usable bridge. Raises Closed."""
-        self.check()
-        if self._session is None:
+        if self._session is None or self._why_closed or os.getpid() != self.process:
+            self.check()
             raise Closed("the bridge is off; there is no teacher.")
         return self._session
 

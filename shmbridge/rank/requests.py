@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from itertools import filterfalse
 
 import torch
 
@@ -125,7 +126,7 @@ class Requests:
                 self._hand_over("submit", request, checked.ids.nbytes, started)
         except BaseException:
             request.sequence = UNSENT
-            self.free_unwanted(wait=False)
+            self.cancel(sequence)
             raise
         if request.queue is None:
             request.checked = None  # its buffers may be the caller's
@@ -166,12 +167,12 @@ class Requests:
         if request.missing:
             return False
         session = self.life.session
-        self.free_unwanted(wait=False)
         if self.streams:
             raise RequestRefused("this session streams its replies; use pending.chunks(), or pending.copy().")
         if self._ring.answered(request.sequence):
             session.bell.drain()
             return True
+        self.free_unwanted(wait=False)  # what nobody wants is not computed before it
         return self.await_reply(lambda: self._ring.answered(request.sequence), request, timeout)
 
     def await_reply(self, ready: Callable[[], bool | None], request: Request, timeout: float | None) -> bool:
@@ -251,8 +252,8 @@ class Requests:
     def free_unwanted(self, wait: bool, timeout: float | None = None) -> None:
         """Give back what nobody wants: the slot of a reply at once, that of a request once the teacher is done with it. With `wait`,
         sleep for the oldest slot of a full ring where it is such a request's: only the teacher can free it. Raises TornReply."""
-        session, ring = self.life.session, self._ring
-        unwanted = [each for each in range(self._released, ring.requested) if not self._wanted(each)]
+        ring = self._ring
+        unwanted = list(filterfalse(self._wanted, range(self._released, ring.requested)))
         if not unwanted:
             return
         for sequence in unwanted:
@@ -261,7 +262,7 @@ class Requests:
         first = self.first_wanted()
         if first > ring.abandoned:
             ring.abandon(first - 1)
-            session.ring_teacher()
+            self._session.ring_teacher()
         oldest = self._released
         if wait and ring.free_slots < 1 and oldest in unwanted:
             self._sleep(lambda: ring.answered(oldest), oldest, None, timeout)
