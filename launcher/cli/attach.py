@@ -9,52 +9,67 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import msgspec
-
 from launcher import registry
-from launcher.cli.run import make_directory, run_path, values
-from launcher.console import header
+from launcher.cli.run import announce, make_directory, run_path, values
+from launcher.console.logs import Logs
 from launcher.console.terminal import Console
-from launcher.daemon import attached
-from launcher.daemon.attached import Attachment, KeptTeachers, Line
+from launcher.daemon import client
+from launcher.daemon.client import Connection, RemoteSession
 from launcher.plan import machine, plan, replicas, torchrun
 from launcher.plan.plan import Plan
 from launcher.plan.plane import Choice
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
-from launcher.supervisor.supervise import Supervisor
+from launcher.supervisor.loop import EventLoop
+from launcher.supervisor.training import TrainingJob, settings_of
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError
+from shmbridge.shm.session import Token
 
 
 def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> int:
-    """Plan the run, take the lease, run the training job. Raises ShmbridgeError where it is refused."""
+    """Plan the run, begin a generation of the kept teacher's session, run the training job. Raises ShmbridgeError where it is refused."""
     if args.no_teacher:
         raise ConfigError("--attach and --no-teacher contradict each other: leave one out.")
     given = config.given(args.config, args.overrides, values(args))
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        line = Line(args.attach)
-        stack.callback(line.close)
-        settings, mine = attached.agree(line, given)
+        connection = Connection(args.attach)
+        stack.callback(connection.close)
+        settings, mine = client.agree(connection, given)
         planned = _plan(settings, script, args.attach)
         torchrun.check_module(script)
         if args.dry_run:
-            jobs = _training(planned, run_path(settings, args.attach), "SESSION@1")
-            print(plan.describe(planned, jobs, os.environ), end="")
+            job = _training(planned, run_path(settings, args.attach), "SESSION@1")
+            print(plan.describe(planned, [job], os.environ), end="")
             return 0
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
+        session = RemoteSession(connection, mine, console, signals)
+        directory = make_directory(run_path(settings, args.attach))
         try:
-            attachment = stack.enter_context(attached.attach(line, settings, mine, console, signals))
+            token = _begin(session, planned, directory)
         except Stopped as stopped:
             console.say(str(stopped))
             return 128 + stopped.number
-        directory = make_directory(run_path(settings, args.attach))
-        session = _begin(attachment, planned, directory)
         if registration:
-            registration.describe(session, str(directory.resolve()))
-        return _supervise(planned, attachment, session, directory, console, signals)
+            registration.describe(str(token), str(directory.resolve()))
+        training = _training(planned, directory, str(token))
+        announce(planned, [training], str(token), directory, console)
+        logs = Logs(console, directory / "train", planned.ranks)
+        for replica, log in enumerate(session.logs):
+            logs.follow(replicas.called(replica, len(session.logs)), log, from_end=True)
+        loop = EventLoop(os.environ, logs, console, signals, settings.timeouts.shutdown_s)
+        return loop.run(session, TrainingJob(planned, training, session, token, directory, loop))
+
+
+def _begin(session: RemoteSession, planned: Plan, directory: Path) -> Token:
+    """The first generation; its participants are told the run's directory, of which nothing is left where it is refused."""
+    try:
+        return session.begin(settings_of(planned, directory), planned.ranks)
+    except BaseException:
+        directory.rmdir()
+        raise
 
 
 def _plan(settings: Config, script: Sequence[str], name: str) -> Plan:
@@ -67,32 +82,5 @@ def _plan(settings: Config, script: Sequence[str], name: str) -> Plan:
     return dataclasses.replace(planned, memory=None)
 
 
-def _training(planned: Plan, directory: Path, session: str) -> tuple[plan.JobSpec, ...]:
-    return tuple(job for job in planned.jobs(directory, session) if job.replica is None)
-
-
-def _begin(attachment: Attachment, planned: Plan, directory: Path) -> str:
-    """The first generation; its participants are told the run's directory."""
-    attachment.ranks = planned.ranks
-    attachment.describe(msgspec.structs.replace(planned.config, run_dir=str(directory.resolve())))
-    try:
-        return str(attachment.start_generation())
-    except BaseException:
-        directory.rmdir()
-        raise
-
-
-def _supervise(
-    planned: Plan, attachment: Attachment, session: str, directory: Path, console: Console, signals: Signals
-) -> int:
-    jobs = _training(planned, directory, session)
-    (directory / "config.yaml").write_text(config.dump(planned.config))
-    (directory / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
-    for job in jobs:
-        console.expect(job.who)
-    console.say(header.make(planned, session, directory, os.environ))
-    kept = KeptTeachers(attachment, console)
-    supervisor = Supervisor(planned, jobs, os.environ, attachment, directory, console, signals, kept)
-    for replica, log in enumerate(attachment.logs):
-        supervisor.follow(replicas.called(replica, len(attachment.logs)), log)
-    return supervisor.run()
+def _training(planned: Plan, directory: Path, session: str) -> plan.JobSpec:
+    return next(job for job in planned.jobs(directory, session) if job.replica is None)

@@ -16,7 +16,7 @@ from launcher.cli import parsers
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import size, table
 from launcher.hang import report, snapshot, status
-from launcher.sessions import LIVE, STALE, Attached, Session
+from launcher.sessions import LIVE, STALE, MappedSession, Session
 from shmbridge.errors import AttachError, ShmbridgeError
 from shmbridge.shm import owner
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     session = sessions.find(args.session)
-    view = sessions.attach(session.session_id)
+    view = MappedSession(session.session_id)
     run = Path(view.settings.run_dir)
     made = report.make(view, run if run.is_dir() else None, "asked for by shmbridge-launch report", session.name)
     try:
@@ -58,24 +58,24 @@ def _report(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     session = sessions.find(args.session)
-    view = sessions.attach(session.session_id)
+    view = MappedSession(session.session_id)
     if args.watch:
         return _keep_showing(session, view)
     print(_page(session, view))
     return 0
 
 
-def _page(session: Session, view: Attached) -> str:
+def _page(session: Session, view: MappedSession) -> str:
     return status.page(snapshot.look(view), session.name, view.settings.run_dir)
 
 
-def _keep_showing(session: Session, view: Attached) -> int:
+def _keep_showing(session: Session, view: MappedSession) -> int:
     """Once a second, until Ctrl-C or the session's end."""
     clear = _CLEAR if sys.stdout.isatty() else ""
     try:
         while sessions.live(session.session_id):
             if view.current != view.generation:
-                view = sessions.attach(session.session_id)
+                view.update()
             print(f"{clear}{time.strftime('%H:%M:%S')}  {_page(session, view)}\n", flush=True)
             time.sleep(_EVERY_S)
     except AttachError:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launcher.console.terminal import Console
     from launcher.plan.machine import Machine
-    from launcher.plan.plan import Plan
+    from launcher.plan.plan import JobSpec, Plan
     from launcher.process.signals import Signals
     from launcher.registry import Registration
     from shmbridge.config import Config
-    from shmbridge.shm.owner import Owner
 
 _FLAGS = {
     "teacher": "teacher.model",
@@ -131,33 +130,41 @@ def _supervise(
     planned: Plan, registration: Registration | None, console: Console, signals: Signals, stack: ExitStack
 ) -> int:
     """Create the session and the run directory, which `stack` removes and closes, and run the jobs."""
-    from launcher.console import header
-    from launcher.plan import plan
-    from launcher.supervisor.supervise import Supervisor
-    from shmbridge import config
+    from launcher.console.logs import Logs
+    from launcher.supervisor.hosted import HostedSession
+    from launcher.supervisor.loop import EventLoop
+    from launcher.supervisor.session import Session
+    from launcher.supervisor.training import TrainingJob, settings_of
     from shmbridge.shm.owner import Owner
+    from shmbridge.shm.session import Token
 
     settings = planned.config
     owner = stack.enter_context(Owner(settings, planned.ranks, len(planned.teachers))) if settings.enabled else None
     run = make_directory(run_path(settings, owner.session_id[:8] if owner else "no-teacher"))
-    session = _begin(owner, settings, run) if owner else ""
+    first = str(Token(owner.session_id, 1)) if owner else ""
+    *teachers, training = planned.jobs(run, first)
+    loop = EventLoop(
+        os.environ, Logs(console, run / "train", planned.ranks), console, signals, settings.timeouts.shutdown_s
+    )
+    session = HostedSession(settings, owner, teachers, loop) if owner else Session()
+    token = session.begin(settings_of(planned, run), planned.ranks)
     if registration:
-        registration.describe(session, str(run.resolve()))
-    jobs = planned.jobs(run, session)
-    (run / "config.yaml").write_text(config.dump(settings))
+        registration.describe(first, str(run.resolve()))
+    announce(planned, (*teachers, training), first, run, console)
+    return loop.run(session, TrainingJob(planned, training, session, token, run, loop))
+
+
+def announce(planned: Plan, jobs: Sequence[JobSpec], session: str, run: Path, console: Console) -> None:
+    """Write what is planned into the run directory, and show its header."""
+    from launcher.console import header
+    from launcher.plan import plan
+    from shmbridge import config
+
+    (run / "config.yaml").write_text(config.dump(planned.config))
     (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
     for job in jobs:
         console.expect(job.who)
     console.say(header.make(planned, session, run, os.environ))
-    return Supervisor(planned, jobs, os.environ, owner, run, console, signals).run()
-
-
-def _begin(owner: Owner, settings: Config, run: Path) -> str:
-    """The first generation; its participants are told the run's directory."""
-    import msgspec
-
-    owner.describe(msgspec.structs.replace(settings, run_dir=str(run.resolve())))
-    return str(owner.start_generation())
 
 
 def run_path(settings: Config, label: str) -> Path:

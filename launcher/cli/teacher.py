@@ -13,7 +13,8 @@ from launcher.cli import parsers, teacher_start
 from launcher.cli.run import values
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import listed, seconds, table
-from launcher.daemon import attached, messages
+from launcher.daemon import messages
+from launcher.daemon.client import Connection
 from launcher.daemon.messages import Standing
 from shmbridge import config
 from shmbridge.errors import ConfigError, DeadlineExceeded, ShmbridgeError
@@ -50,15 +51,15 @@ def _start(args: argparse.Namespace) -> int:
 
 def _of_running(argv: Sequence[str]) -> int:
     args = parsers.kept_teacher().parse_args(argv)
-    line = attached.Line(args.name)
+    connection = Connection(args.name)
     try:
-        return _status(line) if args.command == "status" else _stop(line, args.force)
+        return _status(connection) if args.command == "status" else _stop(connection, args.force)
     finally:
-        line.close()
+        connection.close()
 
 
-def _status(line: attached.Line) -> int:
-    print(_page(line.ask(messages.Look(), Standing), time.time()))
+def _status(connection: Connection) -> int:
+    print(_page(connection.ask(messages.Look(), Standing), time.time()))
     return 0
 
 
@@ -89,22 +90,22 @@ def _since(at: float, now: float) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))} ({seconds(max(0.0, now - at))})"
 
 
-def _stop(line: attached.Line, force: bool) -> int:
+def _stop(connection: Connection, force: bool) -> int:
     """Return once the keeper has ended. Raises DeadlineExceeded where it does not."""
-    pid = line.lines.pid
+    pid = connection.lines.pid
     keeper = os.pidfd_open(pid)
     try:
-        leaving = line.ask(messages.Stop(force), messages.Leaving)
+        leaving = connection.ask(messages.Stop(force), messages.Leaving)
         poll = select.poll()
         poll.register(keeper, select.POLLIN)
         if not poll.poll(_QUIET_S * 1000):
             print(f"waiting for {leaving.waits_for} to end, at most {seconds(leaving.within_s)}", flush=True)
             if not poll.poll(leaving.within_s * 1000):
                 raise DeadlineExceeded(
-                    f"the keeper of {line.name} (pid {pid}) has not ended within {seconds(leaving.within_s)}; it is "
+                    f"the keeper of {connection.name} (pid {pid}) has not ended within {seconds(leaving.within_s)}; it is "
                     f"{process.state(pid)}. `kill -KILL {pid}` ends it and everything below it."
                 )
     finally:
         os.close(keeper)
-    print(f"the kept teacher {line.name} has ended")
+    print(f"the kept teacher {connection.name} has ended")
     return 0

@@ -13,16 +13,18 @@ import msgspec
 
 from launcher import registry
 from launcher.cli.run import check_memory, make_directory, reclaim, run_path, settle
-from launcher.console.logs import Tail
+from launcher.console.logs import Logs, Tail
 from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import table
-from launcher.daemon import agreement, reception
-from launcher.daemon.keeper import Keeper
+from launcher.daemon import agreement, transport
+from launcher.daemon.server import Listener
 from launcher.plan import gpus, machine, plan
 from launcher.plan.machine import Machine
 from launcher.plan.plan import JobSpec, Plan
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
+from launcher.supervisor.hosted import HostedSession
+from launcher.supervisor.loop import EventLoop
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
@@ -49,7 +51,7 @@ def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], N
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         registration = stack.enter_context(registry.claim(settings.name, kept=True))
-        listener = stack.enter_context(reception.listening(settings.name))
+        listener = stack.enter_context(transport.listening(settings.name))
         try:
             planned = settle(expected, planned, found, console, signals)
         except Stopped as stopped:
@@ -63,7 +65,9 @@ def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], N
         registration.describe(owner.session_id, str(run.resolve()))
         jobs = _teachers(planned, run, owner.session_id)
         _describe(planned, jobs, run, owner.session_id, console)
-        return Keeper(settings.name, planned, jobs, os.environ, owner, run, console, signals, listener, ready).run()
+        loop = EventLoop(os.environ, Logs(console, run / "none", 0), console, signals, settings.timeouts.shutdown_s)
+        session = HostedSession(planned.config, owner, jobs, loop)
+        return loop.run(session, Listener(planned, session, run, loop, listener, ready))
 
 
 def _expecting(settings: Config, found: Machine) -> Config:
@@ -111,7 +115,7 @@ def in_background(settings: Config) -> int:
         os._exit(_become_keeper(settings, write))
     os.close(write)
     with Signals() as signals:
-        code = _Onlooker(keeper, read, signals).look_on()
+        code = _look_on(keeper, read, signals)
     os.close(read)
     return code
 
@@ -145,51 +149,29 @@ def _tell(told: int) -> None:
     os.close(told)
 
 
-class _Onlooker:
-    """The process that has started a keeper."""
-
-    def __init__(self, keeper: int, told: int, signals: Signals) -> None:
-        self._keeper = keeper
-        self._told = told
-        self._signals = signals
-        self._heard = b""
-        self._closed = False
-        self._tail: Tail | None = None
-        self._console = Console()
-
-    def look_on(self) -> int:
-        while True:
-            self._wait()
-            self._show()
-            ready = self._heard.endswith(_READY)
-            if ready:
-                return 0
-            pid, status = os.waitpid(self._keeper, os.WNOHANG)
-            if pid:
-                self._show()
-                return _status(status)
-
-    def _wait(self) -> None:
-        poll = select.poll()
-        poll.register(self._signals.fd, select.POLLIN)
-        if not self._closed:
-            poll.register(self._told, select.POLLIN)
-        ready = {fd for fd, _ in poll.poll(_POLL_MS)}
-        if self._told in ready:
-            heard = os.read(self._told, 64 * 1024)
-            self._heard += heard
-            self._closed = not heard
-        for number in self._signals.take():
-            os.kill(self._keeper, number)
-
-    def _show(self) -> None:
-        if self._tail is None and b"\n" in self._heard:
-            self._tail = Tail(LAUNCHER, Path(self._heard.split(b"\n")[0].decode()) / "keeper.log")
-        for line in self._tail.read() if self._tail else ():
-            self._console.write(f"{line}\n")
-        self._console.flush()
-
-
-def _status(wait_status: int) -> int:
-    code = os.waitstatus_to_exitcode(wait_status)
+def _look_on(keeper: int, told: int, signals: Signals) -> int:
+    """Show what the keeper prints until the teacher is ready, or the keeper has ended. Signals go to the keeper."""
+    console, log, heard = Console(), None, b""
+    poll = select.poll()
+    poll.register(signals.fd, select.POLLIN)
+    poll.register(told, select.POLLIN)
+    code: int | None = None
+    while code is None:
+        if told in {fd for fd, _ in poll.poll(_POLL_MS)}:
+            chunk = os.read(told, 64 * 1024)
+            heard += chunk
+            if not chunk:
+                poll.unregister(told)
+        for number in signals.take():
+            os.kill(keeper, number)
+        pid, status = os.waitpid(keeper, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+        elif heard.endswith(_READY):
+            code = 0
+        if log is None and b"\n" in heard:
+            log = Tail(LAUNCHER, Path(heard.split(b"\n")[0].decode()) / "keeper.log")
+        for line in log.read() if log else ():
+            console.write(f"{line}\n")
+        console.flush()
     return code if code >= 0 else 128 - code

@@ -24,11 +24,10 @@ States = dict[int, tuple[Phase, tuple[int, int]]]  # by replica: its phase, and 
 class Progress:
     """A line when something changed, at most every 2 s; of one teacher also whenever it enters a phase."""
 
-    def __init__(self, console: Console, records: Sequence[Record], generation: int) -> None:
+    def __init__(self, console: Console, records: Sequence[Record]) -> None:
         self._console = console
         self._waiting = dict(enumerate(records))  # those that are not ready
         self._alone = len(records) == 1
-        self._generation = generation
         self._started = time.monotonic()
         self._shown: States = {}
         self._shown_at = 0.0
@@ -51,8 +50,8 @@ class Progress:
             self._console.say(f"{self._told(states)}, {seconds(now - self._started)}")
 
     def _is_ready(self, record: Record) -> bool:
-        """It serves, be it a later generation by now, or it has loaded and none has begun."""
-        return record.phase is Phase.IDLE or record.ready >= max(1, self._generation)
+        """It has opened the barrier of a generation, or has loaded and none is open."""
+        return record.phase is Phase.IDLE or record.ready > 0
 
     def _is_due(self, states: States, now: float) -> bool:
         if states == self._shown or not any(phase in _BEFORE_READY for phase, _ in states.values()):

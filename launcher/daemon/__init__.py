@@ -3,7 +3,6 @@
 messages    what a keeper and its clients say to each other
 transport   JSON lines over a unix socket
 agreement   whether the settings of a training group and of a kept teacher fit
-keeper      owns the session and lends the teachers to one training group at a time
-reception   the keeper's socket
-attached    a training group's side of the lease
+server      the keeper's socket: one training group at a time holds the session
+client      a training group's side of the session, and the connection that it asks on
 """

@@ -3,12 +3,11 @@
     anybody             Hello         Welcome           who keeps what
                         Look          Standing
                         Stop          Leaving           or Refused
-    a training group    Attach        Granted           or Refused; Waiting before, while the teacher loads
-                        Begin         Begun             a generation, or Refused
+    a training group    Begin         Begun             a generation, or Refused; Waiting before, while another one drains
                         End, Save, Fail                 of this generation
 
-The open connection is the lease: when it is closed, the generation ends, and the next group may attach. Of its own accord a
-keeper says only Leaving to the group that holds the lease: it is to stop.
+From its first generation on a group holds the session, until its connection is closed: then the generation ends, and the next
+group may begin. Of its own accord a keeper says only Leaving to the group that holds the session: it is to stop.
 """
 
 from __future__ import annotations
@@ -46,21 +45,15 @@ class Look(_Message, frozen=True):
 
 
 class Stop(_Message, frozen=True):
-    """End, although a group may hold the lease where `force` is."""
+    """End, although a group may hold the session where `force` is."""
 
     force: bool
 
 
-class Attach(_Message, frozen=True):
-    """A training group asks for the lease."""
+class Begin(_Message, frozen=True):
+    """A training group asks for its first generation, or for another one; every rank reads these settings."""
 
     fingerprint: Fingerprint
-    settings: Config
-
-
-class Begin(_Message, frozen=True):
-    """The holder asks for its first generation, or for another one; every rank reads these settings."""
-
     settings: Config
     ranks: int
 
@@ -89,13 +82,13 @@ class Welcome(_Message, frozen=True):
 
 
 class Holder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The training group that has the lease."""
+    """The training group that holds the session."""
 
     pid: int
     since: float  # seconds since the epoch
-    run: str = ""  # directory
-    generation: int = 0  # 0: none yet
-    ranks: int = 0
+    run: str  # directory
+    generation: int
+    ranks: int
 
 
 class Standing(_Message, frozen=True):
@@ -116,18 +109,15 @@ class Standing(_Message, frozen=True):
 
 
 class Waiting(_Message, frozen=True):
-    """Why the lease is not granted yet."""
+    """Why no generation has begun yet."""
 
     text: str
 
 
-class Granted(_Message, frozen=True):
-    session: str
-    logs: tuple[str, ...]  # of the teachers
-
-
 class Begun(_Message, frozen=True):
+    session: str
     generation: int
+    logs: tuple[str, ...]  # of the teachers
 
 
 class Refused(_Message, frozen=True):
@@ -147,7 +137,7 @@ class Leaving(_Message, frozen=True):
     within_s: float = 120.0
 
 
-ToKeeper = Hello | Look | Stop | Attach | Begin | End | Save | Fail
-FromKeeper = Welcome | Standing | Waiting | Granted | Begun | Refused | Leaving
+ToKeeper = Hello | Look | Stop | Begin | End | Save | Fail
+FromKeeper = Welcome | Standing | Waiting | Begun | Refused | Leaving
 AT_KEEPER = msgspec.json.Decoder(ToKeeper)
 AT_CLIENT = msgspec.json.Decoder(FromKeeper)

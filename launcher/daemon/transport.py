@@ -9,10 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
+from launcher import registry
+
+BACKLOG = 16  # connections that wait to be accepted
 LONGEST_LINE = 256 * 1024
 _CHUNK = 64 * 1024
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -105,3 +110,31 @@ class Lines(Generic[T]):
     def close(self) -> None:
         self.open = False
         self._connection.close()
+
+
+@contextmanager
+def listening(name: str) -> Iterator[socket.socket]:
+    """The socket of a name that this process has claimed, in the registry's directory, which is the user's alone."""
+    with registry.socket_path(name) as path:
+        _remove(path)  # a keeper that was killed has left it
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+    listener.listen(BACKLOG)
+    listener.setblocking(False)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        with registry.socket_path(name) as path:
+            _remove(path)
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

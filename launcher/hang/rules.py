@@ -93,10 +93,10 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _loading(snapshot: Snapshot) -> Iterator[Finding]:
-    """Timed for a kept teacher between two training groups; else the ranks time their own wait for it."""
+    """Timed for a kept teacher, be it that a group has come already; else the ranks time their own wait for it."""
     begun = any(rank.open for rank in snapshot.ranks)
     for late in snapshot.teachers:
-        kept = snapshot.over and late.phase in _BEFORE_READY
+        kept = snapshot.kept and late.phase in _BEFORE_READY
         if not late.ready and (kept or (not snapshot.over and (begun or late.attached))):
             sentence = f"{late.who} is not ready: {_doing(late)}{_waiting(snapshot, late)}"
             action = "Its log tells how far it is. timeouts.startup_s bounds the wait."

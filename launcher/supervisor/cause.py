@@ -10,9 +10,10 @@ counts. A death by a hard signal is dated back by a second, because an exception
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from launcher.hang.monitor import Overdue
 from launcher.plan import replicas
 from launcher.plan.plan import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
-from launcher.supervisor.steering import Board
+from launcher.sessions import MappedSession
+from shmbridge.shm.owner import Owner
 from shmbridge.shm.status import Failure
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -82,28 +84,30 @@ class Cause(msgspec.Struct, frozen=True):
 
 def find(
     jobs: Sequence[Job],
-    owner: Board | None,
-    record: Path,
-    ended_ns: dict[int, int],
+    view: Owner | MappedSession | None,
+    record: Path | None = None,
+    ended_ns: Mapping[int, int] = {},
     oom_kills: int | None = None,
-    served: Collection[int] = (),
+    excused: Collection[int] = (),
+    roles: Collection[str] | None = None,
 ) -> Cause | None:
     """The first failure of a run, or None.
 
     Args:
         jobs: of the run; one that was asked to end is no witness.
-        owner: of the session, for its board. None where the bridge is off.
+        view: of the session, for its board. None where the bridge is off.
         record: elastic.py's file; it may not exist.
         ended_ns: when ranks were seen to end, by rank.
         oom_kills: how many processes the kernel has killed for want of memory; None where that is unknown.
-        served: replicas that their ranks have finished with; they are no witnesses then.
+        excused: replicas that are no witnesses.
+        roles: of the witnesses on the board. None: all.
     """
-    board = owner.failures() if owner else []
-    jobs = [job for job in jobs if job.spec.replica not in served]
-    board = [failure for failure in board if failure.role != TEACHER or failure.rank not in served]
-    first = _read_record(record)
+    board = [failure for failure in (view.failures() if view else []) if roles is None or failure.role in roles]
+    jobs = [job for job in jobs if job.spec.replica not in excused]
+    board = [failure for failure in board if failure.role != TEACHER or failure.rank not in excused]
+    first = _read_record(record) if record else None
     spoke = {(failure.role, failure.rank) for failure in board}
-    count = len(owner.control.teachers) if owner else 0
+    count = len(view.control.teachers) if view else 0
     causes = [_raised(failure, jobs, first, count) for failure in board if not failure.consequence]
     if first and (TRAINER, first["local_rank"]) not in spoke:
         causes.append(_of_rank(first, ended_ns, oom_kills))
@@ -114,7 +118,12 @@ def find(
         settled_ns = time.monotonic_ns() - (_PATIENCE_NS if any(job.alive for job in jobs) else 0)
         causes = [_raised(failure, jobs, first, count) for failure in board if failure.at_ns <= settled_ns]
     found = min(causes, key=_order, default=None)
-    return found and _located(found, owner)
+    return found and _located(found, view)
+
+
+def of_launcher(reason: str, status: int) -> Cause:
+    """A failure that this process has found."""
+    return Cause(LAUNCHER, 0, LAUNCHER, os.getpid(), reason, status, time.monotonic_ns())
 
 
 def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -> str:
@@ -154,7 +163,7 @@ def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None,
     )
 
 
-def _of_rank(first: dict[str, Any], ended_ns: dict[int, int], oom_kills: int | None) -> Cause:
+def _of_rank(first: dict[str, Any], ended_ns: Mapping[int, int], oom_kills: int | None) -> Cause:
     """A rank that ended without a word on the board."""
     code, rank = first["exitcode"], first["local_rank"]
     number = -code if code < 0 else None
@@ -181,11 +190,11 @@ def of_overdue(overdue: Overdue) -> Cause:
     return Cause(late.role, late.rank, late.who, late.pid, overdue.reason, 1, now_ns, phase=late.phase, traceback=stack)
 
 
-def _located(cause: Cause, owner: Board | None) -> Cause:
+def _located(cause: Cause, view: Owner | MappedSession | None) -> Cause:
     """Add from the board where the participant was; one that was killed could not write it into its failure."""
-    if owner is None or cause.role not in (TEACHER, TRAINER):
+    if view is None or cause.role not in (TEACHER, TRAINER):
         return cause
-    record = owner.control.teachers[cause.rank] if cause.role == TEACHER else owner.lanes[cause.rank].records[0]
+    record = view.control.teachers[cause.rank] if cause.role == TEACHER else view.lanes[cause.rank].records[0]
     if record.identity is None:
         return cause
     since_s = (time.monotonic_ns() - cause.at_ns) / 1e9

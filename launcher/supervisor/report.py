@@ -19,6 +19,7 @@ from launcher.doctor.fact import Fact, gather
 from launcher.plan.plan import TEACHER, TORCHRUN, Plan
 from launcher.process.job import Exit
 from launcher.supervisor.cause import TRAINER, Cause
+from launcher.supervisor.loop import EventLoop
 from shmbridge.shm.status import Phase
 
 _SHOW_S = 5.0
@@ -97,6 +98,15 @@ def make(
         path=str(directory / "report.txt"),
         machine=gather(host.CHECKS, _MACHINE_S),
     )
+
+
+def conclude(found: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, directory: Path) -> int:
+    """Report the failure of a launcher whose jobs have ended; its exit code."""
+    replica = found.rank if found.role == TEACHER else None
+    ended = next((job.exit for job in loop.jobs.values() if job.spec.replica == replica), None)
+    made = make(found, ended, plan, loop.logs, elapsed_s, loop.oom_kills, directory)
+    tell(made, loop.console)
+    return made.exit_code
 
 
 def write(report: Report) -> None:

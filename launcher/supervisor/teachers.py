@@ -1,151 +1,179 @@
-"""The teachers of a run: until all are ready, while each serves its ranks, and how each may end."""
+"""The teachers of a session: one job for each replica, and what becomes of one that has died.
+
+A teacher that was ready once is started again teacher.restarts times. Its ranks wait, or are served by the other replicas
+meanwhile: the lanes of a dead teacher are given to living ones, and asked back for the new one once it is ready. What was
+submitted and not answered is in the ring; whoever serves the lane next answers it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Sequence
+from typing import Protocol
 
-from launcher.console.progress import Progress
 from launcher.console.terminal import Console
-from launcher.plan import machine, memory, replicas
+from launcher.console.text import seconds
+from launcher.plan import replicas
+from launcher.plan.plan import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.ranks import Ranks
-from launcher.supervisor.revival import Revival, Start
 from shmbridge.config import Config
 from shmbridge.errors import PlanError
-from shmbridge.shm.layout import ControlWord
+from shmbridge.output_spec import Offer
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.session import Lane
-from shmbridge.shm.status import Phase
+from shmbridge.shm.status import Phase, Record
 
-_LOADING = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING)  # and does not look at the board
+_LONGEST_PAUSE_S = 60.0
+
+
+class Start(Protocol):
+    def __call__(self, spec: JobSpec) -> Job:
+        """Start a job."""
+
+
+class Replica:
+    """One teacher, from its first process to the last that was started in its place."""
+
+    def __init__(self, record: Record, job: Job) -> None:
+        self.index = record.rank
+        self.record = record
+        self.job = job
+        self.was_ready = False
+        self.died_at: float | None = None  # it is not ready again since then; monotonic seconds, as all times here
+        self.due_at: float | None = None  # when the next process is to be started
+        self.lost = False  # no new one follows, and training goes on without it
+        self.served = False  # its ranks have finished with it, without a failure
+        self.crashed_late = False  # after that
+
+    @property
+    def excused(self) -> bool:
+        """Its death ends no run: it is lost, or a new one is coming."""
+        return self.lost or self.due_at is not None
 
 
 class Teachers:
-    """One job for each replica. Replica i has lanes of its own, and is needed until their ranks have finished."""
+    """Of one session. Lane i is replica i % replicas' own."""
 
-    def __init__(
-        self, config: Config, owner: Owner, jobs: MutableMapping[str, Job], ranks: Ranks, console: Console, start: Start
-    ) -> None:
-        """`jobs` are all of the run; `start` starts another one."""
-        self.revival = Revival(config, owner, start, console)
-        self._all_jobs = jobs
-        self.served: set[int] = set()  # replicas that their ranks have finished with, without a failure
+    def __init__(self, config: Config, owner: Owner, specs: Sequence[JobSpec], start: Start, console: Console) -> None:
+        """Start a job for each replica."""
+        self.replicas = [
+            Replica(record, start(spec)) for record, spec in zip(owner.control.teachers, specs, strict=True)
+        ]
         self._config = config
         self._owner = owner
-        self._ranks = ranks
-        self._progress = Progress(console, owner.control.teachers, owner.generation)
-        self._told: set[int] = set()  # of replicas that crashed late
-
-    @property
-    def jobs(self) -> list[Job]:
-        """Of the replicas, in their order."""
-        return [job for job in self._all_jobs.values() if job.spec.replica is not None]
-
-    @property
-    def no_witnesses(self) -> set[int]:
-        """Replicas whose end is no cause of the run's."""
-        return self.served | self.revival.excused
-
-    @property
-    def drained(self) -> bool:
-        """The next generation may begin at any time: a teacher goes on to it once it has drained."""
-        return True
-
-    @property
-    def asks_to_stop(self) -> str:
-        return ""  # that is the launcher's own matter
-
-    def watch(self) -> list[int]:
-        return []  # their jobs are watched
-
-    def survives(self, found: Cause) -> bool:
-        """Whether the run goes on although the teacher that was `found` has died."""
-        return self.revival.survives(found, self.jobs[found.rank])
-
-    def end(self, failed: int | None = None) -> None:
-        """Nobody is left to serve: those that serve end by themselves, those that load are killed."""
-        self._owner.end_session()
-        for job in self.jobs:
-            replica = _replica(job)
-            if self._owner.control.teachers[replica].phase in _LOADING and replica != failed:
-                job.kill()
-
-    def serve(self, ranks: Ranks) -> None:
-        """Training starts again; these are its ranks."""
-        self._ranks = ranks
-        self.served.clear()
-
-    def revive(self) -> None:
-        """Start new teachers in the place of dead ones. Raises PlanError where one offers something else."""
-        differing = self.revival.differing()
-        if differing:
-            raise PlanError(differing)
-        self.revival.note_ready(self._owner.offered() if self.ready else None)
-        self.revival.advance(self._all_jobs)
-
-    @property
-    def ready(self) -> bool:
-        """Every one has opened the startup barrier."""
-        return self._progress.ready
+        self._start = start
+        self._console = console
+        self._agreed: Offer | None = None
+        self._started = 0  # in the place of dead ones
 
     @property
     def lost(self) -> bool:
         """None is there any more, and none will come."""
-        return self.revival.lost.issuperset(map(_replica, self.jobs))
+        return all(replica.lost for replica in self.replicas)
 
-    @property
-    def ended(self) -> bool:
-        """None runs any more."""
-        return not any(job.alive for job in self.jobs)
-
-    def show_progress(self) -> None:
-        self._progress.show()
-
-    def agree(self) -> str:
-        """Create the reply memory once all have said what they return; its size, and where it is, when that is done now.
+    def advance(self, now: float) -> None:
+        """Take note of those that are ready, give the lanes of the dead to the living, start the new ones that are due.
 
         Raises:
-            PlanError: it does not fit, or the offers differ.
+            PlanError: two return different things, or a new one returns something else than the one before it.
         """
-        if self._owner.control.words[ControlWord.REPLIES_READY] == self._owner.generation:
-            return ""
-        agreed = self._owner.offered()
-        if agreed is None:
-            return ""
-        memory.check_replies(self._config, self._ranks.count, agreed, machine.look(with_gpus=False))
-        return memory.created(self._config, self._owner.shape, agreed, self._owner.create_replies(agreed))
+        self._agreed = self._agreed or self._owner.offered()
+        for replica in self.replicas:
+            self._refuse_other(replica)
+            if self._is_ready(replica) and not replica.excused:
+                replica.was_ready = True
+                if replica.died_at is not None:
+                    self._is_back(replica, now - replica.died_at)
+        self._give_lanes_away()
+        for replica in self.replicas:
+            if replica.due_at is not None and replica.job.exit and now >= replica.due_at:
+                replica.due_at = None
+                replica.record.clear()
+                replica.job = self._start(replica.job.spec)
 
-    def ended_early(self) -> Job | None:
-        """One that has ended with ranks of its own still to be served."""
-        ended = [job for job in self.jobs if job.exit and _replica(job) not in self.revival.excused]
-        return next((job for job in ended if not self._ranks.finished(self._left_with(job))), None)
+    def survives(self, found: Cause, now: float) -> bool:
+        """Whether the session goes on although this teacher has died; what is needed for it is begun."""
+        replica = self.replicas[found.rank]
+        if not replica.was_ready:
+            return False  # it never loaded: the next one would not either
+        pause_s = self._pause_s(now - (replica.died_at or now))
+        if pause_s is None and self._config.on_teacher_lost != "continue":
+            return False
+        replica.job.kill()
+        replica.died_at = replica.died_at or now
+        if pause_s is None:
+            replica.lost = True
+            self._console.say(f"{found.sentence}; no new one follows, and training goes on (on_teacher_lost=continue)")
+            return True
+        self._started += 1
+        replica.due_at = now + pause_s
+        allowed = self._config.teacher.restarts
+        often = f"restart {self._started} of {allowed}" if self._started <= allowed else "on_teacher_lost=wait"
+        self._console.say(f"{found.sentence}; training waits for a new one ({often})")
+        return True
 
-    def crashed_late(self, trained: bool) -> list[Job]:
-        """Those that crashed in their exit, with all of their ranks done (`trained`: training has ended well). Each is
-        told once."""
-        for job in self.jobs:
-            lanes = self._lanes(job)
-            if (trained or self._ranks.finished(lanes)) and not self._ranks.failed(lanes):
-                self.served.add(_replica(job))
-        late = [job for job in self.jobs if job.died and _replica(job) in self.served - self._told]
-        self._told.update(map(_replica, late))
-        return late
+    def _pause_s(self, gone_s: float) -> float | None:
+        """How long to wait before the next start; None: there is none."""
+        if self._started < self._config.teacher.restarts:
+            return 0.0 if self._started == 0 else min(2.0 ** (self._started - 1), _LONGEST_PAUSE_S)
+        if self._config.on_teacher_lost == "wait" and gone_s < self._config.timeouts.request_s:
+            beyond = self._started - self._config.teacher.restarts
+            return min(2.0**beyond, _LONGEST_PAUSE_S)
+        return None
 
-    def _lanes(self, job: Job) -> list[int]:
+    def _is_ready(self, replica: Replica) -> bool:
+        """It serves the current generation, or has loaded and waits for the next."""
+        record, generation = replica.record, self._owner.generation
+        return record.phase is Phase.IDLE or (generation > 0 and record.ready == generation)
+
+    def _refuse_other(self, replica: Replica) -> None:
+        text = replica.record.offer if replica.died_at is not None else None
+        found = Offer.decode(text).differs(self._agreed) if text is not None and self._agreed else ""
+        if found:
+            who = replicas.called(replica.index, len(self.replicas))
+            raise PlanError(
+                f"the new {who} offers something else than the first one: {found}. Did the model change on the disk?"
+            )
+
+    def _is_back(self, replica: Replica, took_s: float) -> None:
+        replica.died_at = None
+        self._console.say(f"{replicas.called(replica.index, len(self.replicas))} is back after {seconds(took_s)}")
+        for lane in self._owner.lanes:
+            if self._home(lane) == replica.index != lane.teacher:
+                self._owner.ask_to_hand_over(lane.index, replica.index)
+
+    # Lanes
+
+    def lanes(self, replica: Replica) -> list[int]:
         """Its own, wherever they are served now, and those that it serves for others."""
-        replica = _replica(job)
-        return [lane.index for lane in self._owner.lanes if replica in (lane.teacher, self._home(lane))]
+        return [lane.index for lane in self._owner.lanes if replica.index in (lane.teacher, self._home(lane))]
 
-    def _left_with(self, job: Job) -> list[int]:
+    def left_with(self, replica: Replica) -> list[int]:
         """Lanes that nobody takes from it: its own, and those of replicas that are lost."""
-        stay = {_replica(job)} | self.revival.lost
-        return [lane.index for lane in self._owner.lanes if lane.teacher == _replica(job) and self._home(lane) in stay]
+        stay = {replica.index} | {one.index for one in self.replicas if one.lost}
+        return [lane.index for lane in self._owner.lanes if lane.teacher == replica.index and self._home(lane) in stay]
 
     def _home(self, lane: Lane) -> int:
-        return replicas.home(lane.index, self._owner.shape.teachers)
+        return replicas.home(lane.index, len(self.replicas))
 
+    def _give_lanes_away(self) -> None:
+        """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""
+        ended = {replica.index for replica in self.replicas if replica.job.exit}
+        excused = {replica.index for replica in self.replicas if replica.excused}
+        living = [replica.index for replica in self.replicas if self._serves(replica)]
+        for lane in self._owner.lanes:
+            home = self._home(lane)
+            if lane.teacher in ended and living and (lane.teacher in excused or lane.teacher != home):
+                heir = home if home in living else living[lane.index % len(living)]
+                self._owner.hand_over(lane.index, heir)
+            elif lane.wanted_teacher in ended & excused and lane.teacher not in ended:
+                self._owner.ask_to_hand_over(lane.index, lane.teacher)  # it stays where it is
+        for replica in self.replicas:
+            if replica.lost and replica.job.exit and not replica.record.lost:
+                replica.record.set_lost()
+                self._owner.ring_all()
 
-def _replica(job: Job) -> int:
-    assert job.spec.replica is not None
-    return job.spec.replica
+    def _serves(self, replica: Replica) -> bool:
+        record = replica.record
+        alive = replica.died_at is None and not replica.job.exit
+        return alive and record.ready == self._owner.generation and record.phase is not Phase.CLOSED

@@ -22,16 +22,16 @@ def load(session: TeacherSession, mode: str) -> None:
     session.record.progress(1, 4)
     if mode == "raises after training":
         session.wait(lambda: session.control.words[ControlWord.TRAINING_DONE] or None, None)
-    if mode in ("raise", "raises after training"):
-        raise ValueError("no such weights")
     if mode == "killed":
         print(f"{time.monotonic():.6f} killed", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "loading":
         print("teacher loading", flush=True)
         time.sleep(600)
-    if mode == "gated":
+    if "gated" in mode:
         Path(os.environ["FAKE_GATE"]).read_bytes()  # a fifo: opens when the test does
+    if "raise" in mode and mode != "raises late":
+        raise ValueError("no such weights")
     print("loaded the weights", flush=True)
 
 
@@ -44,6 +44,8 @@ def serve(session: TeacherSession, mode: str) -> None:
         session.wait(lambda: any(map(pending, session.lanes)) or over(session) or None, None)
         for lane in filter(pending, session.lanes):
             answer(session, lane)
+    if "FAKE_DRAINED" in os.environ:
+        Path(os.environ["FAKE_DRAINED"]).read_bytes()  # a fifo: the teacher has then finished with the generation
 
 
 def over(session: TeacherSession) -> bool:

@@ -143,9 +143,17 @@ def launched(command: Sequence[str], directory: Path, **variables: str) -> Itera
                     owner.unlink_session(run.session)
 
 
-def faked(directory: Path, teacher: str = "ok", training: str = "ok", grace_s: float = 5.0, **variables: str) -> Any:
+def faked(
+    directory: Path,
+    teacher: str = "ok",
+    training: str = "ok",
+    grace_s: float = 5.0,
+    restarts: int = 0,
+    **variables: str,
+) -> Any:
     """The command over a fake teacher for each mode in `teacher`, with commas between, and a fake torchrun with two ranks."""
     settings = [f"teacher.replicas={len(teacher.split(','))}", "ring.max_tokens=64", f"timeouts.shutdown_s={grace_s}"]
+    settings.append(f"teacher.restarts={restarts}")
     arguments = ["--teacher", "fake:build", "--cpu", "2", *settings, "--", "-m", "this"]
     return launched([sys.executable, str(HERE / "faked.py"), teacher, training, *arguments], directory, **variables)
 

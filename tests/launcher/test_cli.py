@@ -39,6 +39,8 @@ bridge = shmbridge.connect()
 bridge.wait_ready()
 reply = bridge.exchange(torch.ones(1, 4, dtype=torch.int64), step=0)
 print(f"rank {rank} has a reply: {not reply.missing}", flush=True)
+while mode == "loop":
+    bridge.exchange(torch.ones(1, 4, dtype=torch.int64))
 if mode == "exit7" and last:
     sys.exit(7)
 if mode == "killed" and last:
@@ -283,8 +285,8 @@ import os, signal, sys
 from launcher.cli.main import main
 from shmbridge.shm.owner import Owner
 moment = getattr(Owner, sys.argv[1])
-def signalled(self):
-    result = moment(self)
+def signalled(self, *more):
+    result = moment(self, *more)
     os.kill(os.getpid(), signal.SIGTERM)
     return result
 def before(self):

@@ -18,7 +18,7 @@ import pytest
 from launcher import registry
 from launcher.cli import commands
 from launcher.cli.main import main
-from launcher.daemon import reception
+from launcher.daemon import transport
 from shmbridge.errors import SessionInUse
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
@@ -157,7 +157,7 @@ def test_clean_leaves_a_name_alone_that_was_given_up_and_claimed_again_under_its
         monkeypatch.setattr(fcntl, "flock", flock)
         first.close()
         holders.enter_context(registry.claim("exp", kept=True))
-        holders.enter_context(reception.listening("exp"))
+        holders.enter_context(transport.listening("exp"))
         flock(file, how)
 
     with holders:

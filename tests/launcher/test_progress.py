@@ -13,7 +13,7 @@ from launcher.console.progress import Progress
 from launcher.console.terminal import Console
 from shmbridge.shm.status import Phase
 
-GENERATION = 1
+GENERATION = 1  # that a teacher is ready for
 
 
 class Terminal:
@@ -25,7 +25,7 @@ class Terminal:
             SimpleNamespace(identity=None, phase=Phase.ABSENT, progressed=(0, 0), ready=0) for _ in range(count)
         ]
         self._stream = io.StringIO()
-        self._progress = Progress(Console(self._stream), self.records, GENERATION)  # type: ignore[arg-type]
+        self._progress = Progress(Console(self._stream), self.records)  # type: ignore[arg-type]
         self._seen = 0
 
     def set(self, replica: int, phase: Phase, progressed: tuple[int, int] = (0, 0), ready: int = 0) -> None:

@@ -20,7 +20,7 @@ def ranks(request) -> Iterator[Ranks]:
     with Owner(config.load(overrides=settings), lanes=1) as owner:
         owner.start_generation()
         owner.lanes[0].records[0].sign_in()
-        watched = Ranks(owner, 1)
+        watched = Ranks(owner.lanes, 1, owner.settings.teacher.serve_until == "closed")
         yield watched
         watched.close()
 
@@ -36,8 +36,7 @@ def taken() -> Iterator[list[int]]:
 
 def make_stranger(ranks: Ranks) -> None:
     """Let the pid on the board be used again: a rank with this pid had started at another time."""
-    assert ranks._owner
-    ranks._owner.lanes[0].records[0]._words[RecordWord.START] -= 1
+    ranks._lanes[0].records[0]._words[RecordWord.START] -= 1
 
 
 def test_a_signal_is_forwarded_to_the_rank_itself(ranks, taken):
@@ -52,12 +51,14 @@ def test_a_signal_is_not_sent_to_a_stranger_with_the_ranks_pid(ranks, taken):
 
 
 def test_a_rank_is_watched_until_it_ends(ranks):
+    ranks.update()
     assert len(ranks.watch()) == 1
     assert ranks.ended_ns == {}
 
 
 def test_a_stranger_is_not_watched_and_the_rank_counts_as_ended(ranks):
     make_stranger(ranks)
+    ranks.update()
     assert ranks.watch() == []
     assert set(ranks.ended_ns) == {0}
 
@@ -70,7 +71,7 @@ def test_a_stranger_is_not_watched_and_the_rank_counts_as_ended(ranks):
 def test_a_rank_that_has_closed_may_still_need_its_teacher(ranks, finished):
     """It may connect again, as long as it lives: a teacher that dies meanwhile has died."""
     assert not ranks.finished([0])
-    ranks._owner.lanes[0].ring.close_requests()
+    ranks._lanes[0].ring.close_requests()
     assert ranks.finished([0]) is finished
     make_stranger(ranks)
     assert ranks.finished([0])

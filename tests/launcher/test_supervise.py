@@ -188,9 +188,10 @@ def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
         assert "torchrun was killed by SIGKILL" in run.text
 
 
-def test_the_death_of_the_launcher_ends_both_jobs(tmp_path):
-    with faked(tmp_path, training="workers") as run:
-        run.says("up", times=3)
+@pytest.mark.parametrize(("teacher", "line", "times"), [("ok", "up", 3), ("loading", "teacher loading", 1)])
+def test_the_death_of_the_launcher_ends_both_jobs(tmp_path, teacher, line, times):
+    with faked(tmp_path, teacher=teacher, training="workers") as run:
+        run.says(line, times=times)
         run.signal(signal.SIGKILL)
         run.process.wait()
         until(lambda: not run.processes(), "the end of both jobs")
@@ -235,8 +236,9 @@ def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_sav
         assert not (run.path / "report.txt").exists()
 
 
-def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
-    with faked(tmp_path, training="waits", grace_s=60) as run:
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path, restarts):
+    with faked(tmp_path, training="waits", grace_s=60, restarts=restarts) as run:
         run.says("up", times=3)
         run.signal(signal.SIGTERM)
         run.says("takes note", times=2)
@@ -244,6 +246,7 @@ def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path):
         assert run.wait() == 143
         for rank in (0, 1):
             assert f"rank {rank} saves: RunStopped: launcher 0" in run.text
+        assert "training waits for a new one" not in run.text
         assert run.text.count(": stopped by SIGTERM") == 2
 
 

@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from shmbridge.shm.session import Lane
 
 
-class Reruns:
-    """Of one run."""
+class Restarts:
+    """Counts the restarts of one run's training."""
 
     def __init__(self, allowed: int) -> None:
         self.allowed = allowed
         self.count = 0
         self._furthest = -1  # step of all generations so far
 
-    def grant(self, lanes: Iterable[Lane]) -> str:
+    def refused(self, lanes: Iterable[Lane]) -> str:
         """Why training is not started again after the generation with these lanes; empty where it is, and counted.
 
         A generation has got on if a rank came to a later step than any before it; where the script tells no steps, if a rank

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.supervisor import revival
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.rerun import Reruns
-from launcher.supervisor.revival import Revival
+from launcher.supervisor.restart import Restarts
+from launcher.supervisor.teachers import Teachers
 from shmbridge import config
+from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.status import Phase
@@ -23,10 +23,10 @@ FOREVER = "on_teacher_lost=wait"
 class Job:
     """Ends when it is killed, unless it is `slow` to."""
 
-    def __init__(self, replica: int, slow: bool = False) -> None:
-        self.spec = SimpleNamespace(replica=replica)
+    def __init__(self, spec) -> None:
+        self.spec = spec
         self.exit = None
-        self.slow = slow
+        self.slow = False
 
     def kill(self) -> None:
         self.exit = None if self.slow else "killed"
@@ -37,16 +37,17 @@ class Scene:
         self.owner, self.clock = owner, clock
         self.told: list[str] = []
         self.started: list[tuple[float, int]] = []
-        self.jobs = {f"teacher{i}": Job(i) for i in range(len(owner.control.teachers))}
-        self.revival = Revival(settings, owner, self.start, SimpleNamespace(say=self.told.append))
-        for index in range(len(self.jobs)):
+        specs = [SimpleNamespace(replica=i) for i in range(len(owner.control.teachers))]
+        self.teachers = Teachers(settings, owner, specs, self.start, SimpleNamespace(say=self.told.append))
+        self.started.clear()
+        for index in range(len(specs)):
             self.load(index)
         owner.create_replies(OFFER)
         self.tick()
 
     def start(self, spec) -> Job:
         self.started.append((self.clock.now, spec.replica))
-        return Job(spec.replica)
+        return Job(spec)
 
     def load(self, index: int, offer: Offer = OFFER) -> None:
         record = self.owner.control.teachers[index]
@@ -56,16 +57,22 @@ class Scene:
 
     def die(self, index: int, slow: bool = False) -> bool:
         """Whether the run survives it."""
-        job = self.jobs[f"teacher{index}"]
+        job = self.job(index)
         job.slow = slow
         job.exit = None if slow else "killed"
         cause = Cause("teacher", index, f"teacher {index}", 1, "killed by SIGKILL", 137, 0, 9)
-        return self.revival.survives(cause, job)
+        return self.teachers.survives(cause, self.clock.now)
+
+    def job(self, index: int) -> Job:
+        return self.teachers.replicas[index].job
+
+    @property
+    def excused(self) -> set[int]:
+        return {replica.index for replica in self.teachers.replicas if replica.excused}
 
     def tick(self, seconds: float = 0.0) -> None:
         self.clock.now += seconds
-        self.revival.note_ready(OFFER)
-        self.revival.advance(self.jobs)
+        self.teachers.advance(self.clock.now)
 
     @property
     def lanes(self) -> list[int]:
@@ -77,11 +84,10 @@ class Scene:
 
 
 @pytest.fixture
-def scene(monkeypatch):
+def scene():
     """scene(teachers, *overrides); two lanes for each teacher."""
     owners: list[Owner] = []
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(revival, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def make(teachers: int, *overrides: str) -> Scene:
         settings = config.load(overrides=["teacher.model=fake:build", "ring.max_tokens=16", *overrides])
@@ -103,7 +109,7 @@ def test_without_restarts_a_death_ends_the_run(scene):
 
 def test_one_that_was_never_ready_is_not_started_again(scene):
     it = scene(1, "teacher.restarts=5")
-    it.revival._ready.clear()
+    it.teachers.replicas[0].was_ready = False
     assert not it.die(0)
 
 
@@ -137,7 +143,7 @@ def test_none_is_started_while_a_process_of_the_last_one_may_be_there(scene):
     assert it.die(0, slow=True)
     it.tick(5)
     assert (it.started, it.lanes) == ([], [0, 1, 0, 1])
-    it.jobs["teacher0"].exit = "killed"
+    it.job(0).exit = "killed"
     it.tick()
     assert [replica for _, replica in it.started] == [0]
     assert it.lanes == [1, 1, 1, 1]
@@ -160,9 +166,9 @@ def test_one_that_dies_again_while_it_loads_is_a_new_death(scene):
     it = scene(2, "teacher.restarts=2")
     assert it.die(0)
     it.tick()
-    assert it.revival.excused == set()
+    assert it.excused == set()
     assert it.die(0)
-    assert it.revival.excused == {0}
+    assert it.excused == {0}
     it.tick(1.5)
     assert len(it.started) == 2
     assert it.lanes == [1, 1, 1, 1]
@@ -193,7 +199,7 @@ def test_lanes_that_were_left_with_one_that_has_ended_come_home(scene):
     it = scene(2, "teacher.restarts=1")
     assert it.die(0)
     it.tick()
-    it.jobs["teacher1"].exit = "well"
+    it.job(1).exit = "well"
     it.load(0)
     it.tick()
     it.tick()
@@ -208,7 +214,7 @@ def test_a_lost_teacher_stays_lost(scene):
     assert it.owner.control.teachers[0].lost
     assert not any("is back" in line for line in it.told)
     assert it.started == []
-    assert it.revival.excused == {0}
+    assert it.excused == {0}
 
 
 def test_lanes_of_a_lost_replica_are_served_by_the_living(scene):
@@ -229,7 +235,8 @@ def test_another_offer_is_told_before_it_is_ready(scene):
     it.tick()
     record = it.owner.control.teachers[0]
     record.write_offer(Offer(OFFER.outputs, "fake", vocab_size=5).encode())
-    assert "vocab_size 5, not 4. Did the model change on the disk?" in it.revival.differing()
+    with pytest.raises(PlanError, match=r"vocab_size 5, not 4\. Did the model change on the disk\?"):
+        it.tick()
 
 
 # Training
@@ -244,28 +251,28 @@ def lanes(*of: tuple[int | None, int]):
 
 
 def test_training_is_started_again_while_it_gets_on():
-    reruns = Reruns(3)
-    assert reruns.grant(lanes((4, 5), (3, 4))) == ""
-    assert reruns.grant(lanes((9, 5), (None, 0))) == ""
-    assert reruns.grant(lanes((9, 5), (8, 5))) == "it came no further than step 9 again"
-    assert reruns.grant(lanes((10, 2))) == ""
-    assert "used up" in reruns.grant(lanes((11, 2)))
+    restarts = Restarts(3)
+    assert restarts.refused(lanes((4, 5), (3, 4))) == ""
+    assert restarts.refused(lanes((9, 5), (None, 0))) == ""
+    assert restarts.refused(lanes((9, 5), (8, 5))) == "it came no further than step 9 again"
+    assert restarts.refused(lanes((10, 2))) == ""
+    assert "used up" in restarts.refused(lanes((11, 2)))
 
 
 def test_a_generation_that_came_to_no_step_has_not_got_on():
     """Though the parity check has replies."""
-    reruns = Reruns(9)
-    assert reruns.grant(lanes((4, 5))) == ""
-    assert reruns.grant(lanes((None, 2))) == "it came no further than step 4 again"
+    restarts = Restarts(9)
+    assert restarts.refused(lanes((4, 5))) == ""
+    assert restarts.refused(lanes((None, 2))) == "it came no further than step 4 again"
 
 
 def test_a_script_without_steps_gets_on_by_replies():
-    reruns = Reruns(2)
-    assert reruns.grant(lanes((None, 0), (None, 0))) == "it got no reply before it crashed"
-    assert reruns.grant(lanes((None, 1), (None, 0))) == ""
-    assert reruns.grant(lanes((None, 1), (None, 0))) == ""
-    assert "used up" in reruns.grant(lanes((None, 7)))
+    restarts = Restarts(2)
+    assert restarts.refused(lanes((None, 0), (None, 0))) == "it got no reply before it crashed"
+    assert restarts.refused(lanes((None, 1), (None, 0))) == ""
+    assert restarts.refused(lanes((None, 1), (None, 0))) == ""
+    assert "used up" in restarts.refused(lanes((None, 7)))
 
 
 def test_no_restarts_are_no_restarts():
-    assert Reruns(0).grant(lanes((4, 5))) == "train.restarts is 0"
+    assert Restarts(0).refused(lanes((4, 5))) == "train.restarts is 0"

@@ -1,0 +1,224 @@
+"""The session that this launcher owns: its shared memory, its teachers, and the generations that they serve.
+
+A run closes it together with its training, and starts no teacher again once it stops. A kept one (teacher.keep) stays open over its
+generations: a failure may then end one of them alone, and a teacher that ends is always missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.codes import REFUSED
+from launcher.console.progress import Progress
+from launcher.plan import machine, memory
+from launcher.plan.plan import TEACHER, JobSpec
+from launcher.process.job import Job
+from launcher.supervisor import cause
+from launcher.supervisor.cause import Cause
+from launcher.supervisor.loop import EventLoop
+from launcher.supervisor.ranks import Ranks
+from launcher.supervisor.session import LOADING_PHASES, Session, State, state_of
+from launcher.supervisor.teachers import Replica, Teachers
+from shmbridge.config import Config
+from shmbridge.errors import SessionInUse, ShmbridgeError
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import Token
+from shmbridge.shm.status import Failure
+
+# Only a look tells how far a teacher has come; a session that serves or idles can be left alone.
+_BUSY_S, _SERVING_S, _IDLE_S = 0.1, 1.0, 2.0
+
+
+class HostedSession(Session):
+    """Owner of a session and of its teachers' jobs."""
+
+    def __init__(self, config: Config, owner: Owner, specs: Sequence[JobSpec], loop: EventLoop) -> None:
+        """`specs` are the teachers' jobs, which the first step starts. `owner` is closed by whoever has created it."""
+        super().__init__()
+        self.view: Owner = owner
+        self._config = config
+        self._kept = config.teacher.keep
+        self._owner = owner
+        self._specs = specs
+        self._loop = loop
+        self._console = loop.console
+        self._teachers: Teachers | None = None  # until the first step
+        self._progress = Progress(loop.console, owner.control.teachers)
+        self._has_replies = False
+        self._answered = 0  # requests of the generations before this one
+        self._stopping = self._closed = self._trained = False
+
+    # What is seen
+
+    @property
+    def state(self) -> State:
+        if self._closed:
+            return State.CLOSED
+        gone = [replica.index for replica in self._replicas if replica.job.exit]
+        return state_of(self._owner.control, self._owner.generation, gone)
+
+    @property
+    def ready(self) -> bool:
+        """Every teacher has loaded, and opened the barrier of a generation where one was open."""
+        return self._progress.ready
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [replica.job for replica in self._replicas]
+
+    @property
+    def no_witnesses(self) -> list[int]:
+        """All while the session is well: it judges its teachers itself."""
+        well = not self._closed and not self.failure
+        return [replica.index for replica in self._replicas if well or replica.served or replica.excused]
+
+    @property
+    def lost(self) -> bool:
+        return self._teachers is not None and self._teachers.lost
+
+    @property
+    def ended(self) -> bool:
+        return not any(replica.job.alive for replica in self._replicas)
+
+    @property
+    def done(self) -> bool:
+        return self._closed
+
+    @property
+    def patience_s(self) -> float:
+        state = self.state
+        if not self.ready or state in (State.LOADING, State.DRAINING, State.CLOSED):
+            return _BUSY_S
+        return _SERVING_S if state is State.SERVING else _IDLE_S
+
+    @property
+    def answered(self) -> int:
+        """Requests, of all generations."""
+        return self._answered + sum(lane.ring.replied for lane in self._owner.lanes)
+
+    @property
+    def _replicas(self) -> list[Replica]:
+        return self._teachers.replicas if self._teachers else []
+
+    # The verbs
+
+    def begin(self, settings: Config, ranks: int) -> Token:
+        """Raises PlanError where /dev/shm has no room; the next generation may begin then as if nothing had been asked."""
+        if self.state in (State.DRAINING, State.CLOSED):
+            raise SessionInUse(f"the session is {self.state.name.lower()}")
+        before, answered = self._owner.settings, self.answered
+        try:
+            self._owner.describe(settings)
+            token = self._owner.start_generation(ranks)
+            self._answered, self._stopping = answered, False
+            self.ranks.close()
+            self.ranks = Ranks(self._owner.lanes, ranks, settings.teacher.serve_until == "closed")
+            for replica in self._replicas:
+                replica.served = False
+            self._create_replies()
+        except ShmbridgeError:
+            self._owner.describe(before)
+            self._owner.end_training()
+            raise
+        return token
+
+    def end(self) -> None:
+        self._owner.end_training()
+
+    def save(self) -> None:
+        self._stopping = True
+        self._owner.ask_to_stop()  # before any rank ends: its end is then known to be no failure
+
+    def fail(self, failure: Failure) -> None:
+        """In a run, every wait of a teacher ends too."""
+        if self._kept and not self.failure:
+            self._owner.fail_generation(failure)
+        else:
+            self._owner.fail(failure)
+
+    def close(self, trained: bool = False, failed: int | None = None) -> None:
+        self._closed, self._trained = True, trained
+        self._owner.end_session()
+        for replica in self._replicas:
+            if not trained and replica.index != failed and replica.record.phase in LOADING_PHASES:
+                replica.job.kill()
+
+    # Looking
+
+    def step(self, now: float) -> None:
+        super().step(now)
+        if not self._teachers and not self._closed:
+            self._teachers = Teachers(self._config, self._owner, self._specs, self._loop.start, self._console)
+        if self._teachers and (self._trained or not (self._closed or self._kept)):
+            self._tolerate_late_crashes(self._teachers)
+        ends = self._closed or self.failure or (self._stopping and not self._kept)
+        if self._teachers and not ends:
+            try:
+                self._look(self._teachers, now)
+            except ShmbridgeError as error:
+                self.failure = cause.of_launcher(str(error), REFUSED)
+
+    def _look(self, teachers: Teachers, now: float) -> None:
+        teachers.advance(now)
+        self._agree()
+        self._progress.show()
+        oom_kills = self._loop.oom_kills if any(job.exit for job in self.jobs) else None
+        excused = [replica.index for replica in teachers.replicas if replica.served or replica.excused]
+        found = cause.find(self.jobs, self._owner, oom_kills=oom_kills, excused=excused, roles=(TEACHER,))
+        if found and not (teachers.survives(found, now) and not (self._kept and teachers.lost)):
+            self.failure = found
+        self.failure = self.failure or self._ended_early(teachers)
+
+    def _agree(self) -> None:
+        """The reply memory of a generation that is open, once all teachers have loaded, and its end, once they have left."""
+        if self._has_replies and self.state is State.IDLE:
+            self._owner.free_replies()
+            self._has_replies = False
+        try:
+            self._create_replies()
+        except ShmbridgeError as error:
+            if not self._kept:
+                raise
+            self.fail(
+                cause.of_launcher(str(error), REFUSED).as_failure()
+            )  # the session goes on without this generation
+            self.end()
+
+    def _create_replies(self) -> None:
+        words, generation = self._owner.control.words, self._owner.generation
+        is_open = generation > words[ControlWord.TRAINING_DONE]
+        agreed = self._owner.offered() if is_open and words[ControlWord.REPLIES_READY] != generation else None
+        if agreed:
+            memory.check_replies(self._config, self.ranks.count, agreed, machine.look(with_gpus=False))
+            nbytes = self._owner.create_replies(agreed)
+            self._has_replies = True
+            self._console.say(f"reply memory: {memory.created(self._config, self._owner.shape, agreed, nbytes)}")
+
+    def _ended_early(self, teachers: Teachers) -> Cause | None:
+        """One that has ended, without a failure, though it is kept, or has ranks still to serve."""
+        for replica in teachers.replicas:
+            if not replica.job.exit or replica.excused:
+                continue
+            who = replica.job.spec.who
+            if self._kept and not replica.job.exit.failed and not replica.job.asked:
+                return cause.of_launcher(f"{who} ended although it is kept", 1)
+            if not self._kept and not self.ranks.finished(teachers.left_with(replica)):
+                name = f"the {who}" if len(teachers.replicas) == 1 else who
+                return cause.of_launcher(f"{name} ended although ranks were still to be served", 1)
+        return None
+
+    def _tolerate_late_crashes(self, teachers: Teachers) -> None:
+        """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training. Where no rank has
+        connected, its failure is the run's."""
+        if len(self.ranks.absent) == self.ranks.count:
+            return
+        for replica in teachers.replicas:
+            lanes = teachers.lanes(replica)
+            if (self._trained or self.ranks.finished(lanes)) and not self.ranks.failed(lanes):
+                replica.served = True
+            if replica.served and replica.job.exit and replica.job.died and not replica.crashed_late:
+                replica.crashed_late = True
+                late = cause.of_exit(replica.job, replica.job.exit, self._loop.oom_kills).sentence
+                log = replica.job.spec.log
+                self._console.say(f"warning: {late} after the ranks had finished with it; see {log}")

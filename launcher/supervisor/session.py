@@ -1,0 +1,124 @@
+"""A session as the training job beside it uses it: five verbs, and what can be seen.
+
+    LOADING -> IDLE <-> SERVING -> DRAINING -> IDLE ... -> CLOSED
+
+HostedSession is this launcher's own; RemoteSession is a kept teacher's, over its socket. The state is never stored: it follows
+from the announcements in the control segment and from the teachers' phases.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from launcher.process.job import Job
+from launcher.sessions import MappedSession
+from launcher.supervisor.ranks import Ranks
+from shmbridge.config import Config
+from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import Control, Token
+from shmbridge.shm.status import Failure, Phase
+
+if TYPE_CHECKING:
+    from launcher.supervisor.cause import Cause
+
+LOADING_PHASES = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING)
+_SERVING_PHASES = (Phase.COLLECTING, Phase.FORWARD, Phase.CLOSED)
+
+
+class State(enum.Enum):
+    """Where a session is."""
+
+    LOADING = enum.auto()  # a generation may have begun; it is served once the teachers have loaded
+    IDLE = enum.auto()  # loaded, and no generation is open
+    SERVING = enum.auto()
+    DRAINING = enum.auto()  # the generation has ended; a teacher finishes what is left of it
+    CLOSED = enum.auto()
+
+
+MAY_BEGIN = (State.LOADING, State.IDLE)
+
+
+class Session:
+    """The verbs, for a run without a teacher: nothing is served, and nothing fails."""
+
+    view: Owner | MappedSession | None = None  # what is mapped of it
+    failure: Cause | None = None  # of the session itself, which ends whoever uses it
+
+    def __init__(self, ranks: int = 0) -> None:
+        self.ranks = Ranks([], ranks)
+
+    @property
+    def state(self) -> State:
+        return State.IDLE
+
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """Of the teachers that are this launcher's own."""
+        return ()
+
+    @property
+    def leaving(self) -> str:
+        """Why the owner of a kept session ends it; empty where it does not."""
+        return ""
+
+    @property
+    def lost(self) -> bool:
+        """No teacher is there any more, and none will come."""
+        return False
+
+    @property
+    def ended(self) -> bool:
+        """No teacher will answer anything more of this generation."""
+        return True
+
+    @property
+    def done(self) -> bool:
+        return True
+
+    @property
+    def patience_s(self) -> float:
+        return float("inf")
+
+    @property
+    def no_witnesses(self) -> Collection[int]:
+        """Replicas whose end is no cause of the run's."""
+        return ()
+
+    def begin(self, settings: Config, ranks: int) -> Token | None:
+        """A generation for so many ranks, which read `settings`; in a state of MAY_BEGIN. Raises ShmbridgeError."""
+        self.ranks = Ranks([], ranks)
+        return None
+
+    def end(self) -> None:
+        """The training group has ended: the teachers drain."""
+
+    def save(self) -> None:
+        """The run is to stop: ranks with a save hook save at their next call of the bridge."""
+
+    def fail(self, failure: Failure) -> None:
+        """Every wait of this generation's ranks ends with the failure."""
+
+    def close(self, trained: bool = False, failed: int | None = None) -> None:
+        """No generation follows. Teachers that load are killed, but for the replica that has `failed` and may be writing its
+        traceback, or where training has ended well: they may show yet that they cannot load."""
+
+    def watch(self) -> Iterable[tuple[int, int]]:
+        return self.ranks.watch()
+
+    def step(self, now: float) -> None:
+        self.ranks.update()
+
+
+def state_of(control: Control, generation: int, gone: Collection[int] = ()) -> State:
+    """Of a session that is at `generation`; `gone` are replicas that have no process now."""
+    words = control.words
+    if words[ControlWord.TRAINING_DONE] < generation:
+        return State.SERVING if words[ControlWord.REPLIES_READY] == generation else State.LOADING
+    teachers = [record for record in control.teachers if not record.lost]
+    if any(record.phase in _SERVING_PHASES and record.rank not in gone for record in teachers):
+        return State.DRAINING
+    loading = any(record.phase in LOADING_PHASES or record.rank in gone for record in teachers)
+    return State.LOADING if loading else State.IDLE

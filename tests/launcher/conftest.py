@@ -1,0 +1,18 @@
+"""What several tests of the launcher stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.launcher.kept import Kept, keeping
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> Iterator[Kept]:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    with keeping(tmp_path) as one:
+        yield one
