@@ -9,6 +9,7 @@ import sys
 
 from shmbridge import config
 from shmbridge.output_spec import HeadSpec, payload_outputs
+from shmbridge.shm import layout
 
 ROWS = (
     ("payload.logits={dtype: float32}", "everything, as it is"),
@@ -29,7 +30,7 @@ def main(words: int = 128_256, width: int = 4096) -> None:
         nbytes = sum(spec.item_bytes for spec in payload_outputs(payload, words, width, "bfloat16"))
         typed = f"'{setting}'" if " " in setting else setting
         print(f"{typed:<52}{nbytes:>18,}   {purpose}")
-    head = HeadSpec("bfloat16", words, width).nbytes
+    head = layout.head_bytes(HeadSpec("bfloat16", words, width))
     print(f"\npayload.hidden shares the output head once per session: {head / 2**20:,.0f} MiB")
 
 

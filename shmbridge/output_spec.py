@@ -1,8 +1,7 @@
-"""What a teacher offers at the startup barrier, and how many bytes it takes. Without torch, because the launcher sizes
-memory with it.
+"""What a teacher offers at the startup barrier: the names, dtypes and shapes of its outputs, its head, its vocabulary.
 
-The layout of a payload is not written into every reply. Both sides derive it from the offer and the request's shape:
-the outputs one after the other, each aligned to a cache line.
+Without torch, because the launcher sizes memory with it. The layout of a payload is not written into every reply. Both sides
+derive it from the offer and the request's shape: see shm.layout.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import msgspec
 
 from shmbridge.config import PayloadConfig, TorchDtype
 from shmbridge.errors import AttachError, PlanError
-from shmbridge.shm.layout import OFFER_CAPACITY, PAGE, align
 
 ITEM_BYTES: dict[str, int] = {
     "float64": 8,
@@ -82,15 +80,6 @@ class HeadSpec(msgspec.Struct, frozen=True):
     softcap: float | None = None
     scale: float = 1.0
 
-    @property
-    def bias_offset(self) -> int:
-        """Where the bias begins, in bytes behind the weight's first."""
-        return align(self.words * self.width * ITEM_BYTES[self.dtype])
-
-    @property
-    def nbytes(self) -> int:
-        return self.bias_offset + (self.words * ITEM_BYTES[self.dtype] if self.bias else 0)
-
 
 class Probe(msgspec.Struct, frozen=True):
     """What the parity check compares: token IDs, and a fingerprint of each output that the model gives for them."""
@@ -131,14 +120,8 @@ class Offer(msgspec.Struct, frozen=True):
     probe: Probe | None = None
 
     def encode(self) -> bytes:
-        """As JSON. Raises PlanError if it is larger than its field in the record."""
-        text = msgspec.json.encode(self)
-        if len(text) > OFFER_CAPACITY:
-            raise PlanError(
-                f"the teacher's offer takes {len(text)} bytes, at most {OFFER_CAPACITY} fit: return fewer outputs, or "
-                "shorten their names."
-            )
-        return text
+        """As JSON."""
+        return msgspec.json.encode(self)
 
     def agrees(self, other: Offer) -> bool:
         """Whether two replicas offer the same; their probes may differ in the last bits."""
@@ -202,20 +185,6 @@ def payload_outputs(payload: PayloadConfig, words: int, width: int | None, dtype
     return tuple(specs)
 
 
-def offsets(outputs: tuple[OutputSpec, ...], extent: Extent) -> list[int]:
-    """The offset of each output of a reply in its slot, in bytes, then the end of the last one."""
-    places = [0]
-    for spec in outputs:
-        places.append(align(places[-1] + (extent.positions if spec.per_token else extent.batch) * spec.item_bytes))
-    return places
-
-
 def reply_bytes(outputs: tuple[OutputSpec, ...], extent: Extent) -> int:
     """Bytes of a reply's tensors."""
     return sum((extent.positions if spec.per_token else extent.batch) * spec.item_bytes for spec in outputs)
-
-
-def slot_bytes(outputs: tuple[OutputSpec, ...], positions: int, rows: int) -> int:
-    """Bytes of a reply slot that holds `positions` positions, and `rows` rows of what has no sequence axis."""
-    largest = sum(align((positions if spec.per_token else rows) * spec.item_bytes) for spec in outputs)
-    return align(largest, PAGE)

@@ -165,7 +165,7 @@ def _head(config: Config, spec: HeadSpec | None) -> Iterator[Item]:
     """One row, where the payload is hidden."""
     if spec:
         what = f"output head: {spec.words} words x {spec.width} x {spec.dtype}"
-        yield Item(Kind.HEAD, what, SHM, layout.PAGE + spec.nbytes)
+        yield Item(Kind.HEAD, what, SHM, layout.PAGE + layout.head_bytes(spec))
     elif config.payload.hidden is not None:
         yield Item(Kind.HEAD, "output head", SHM, None)
 
@@ -204,7 +204,7 @@ def _head_copies(config: Config, spec: HeadSpec | None, train: Sequence[Gpu]) ->
     for gpu, count in Counter(train).items():
         if config.payload.hidden is not None:
             what = f"output head, copied for {_ranks(count)}"
-            yield Item(Kind.HEAD, what, _place(gpu), count * spec.nbytes if spec else None)
+            yield Item(Kind.HEAD, what, _place(gpu), count * layout.head_bytes(spec) if spec else None)
 
 
 def _of_slots(what: str, slot: int | None) -> str:

@@ -34,7 +34,7 @@ def attach(token: Token, spec: HeadSpec, device: torch.device = _CPU) -> Head:
     """The head: weight (words, width) and bias (words,). On the CPU in place, shared with every other rank and so not to be
     written; copied to any other `device`. Raises AttachError."""
     segment = Segment.attach(Names(token.session_id).head(), layout.HEAD, token.session_id)
-    expected = layout.align(layout.PAGE + spec.nbytes, layout.PAGE)
+    expected = layout.align(layout.PAGE + layout.head_bytes(spec), layout.PAGE)
     if segment.bytes.nbytes != expected:
         raise AttachError(
             f"segment {segment.name} has {segment.bytes.nbytes} bytes, the head takes {expected}: garbled."
@@ -42,5 +42,5 @@ def attach(token: Token, spec: HeadSpec, device: torch.device = _CPU) -> Head:
     weight = tensors.over(segment.bytes, layout.PAGE, spec.dtype, (spec.words, spec.width))
     bias: torch.Tensor | None = None
     if spec.bias:
-        bias = tensors.over(segment.bytes, layout.PAGE + spec.bias_offset, spec.dtype, (spec.words,))
+        bias = tensors.over(segment.bytes, layout.PAGE + layout.head_bias_offset(spec), spec.dtype, (spec.words,))
     return Head(weight.to(device), None if bias is None else bias.to(device), spec.softcap, spec.scale)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
-from shmbridge import output_spec
 from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError, PlanError
 from shmbridge.output_spec import Extent, OutputSpec
+from shmbridge.shm import layout
 
 DTYPES: dict[TorchDtype, torch.dtype] = {
     "float64": torch.float64,
@@ -86,7 +86,7 @@ class Slots:
         cached, views = self._cached[slot]
         if cached == extent:
             return views
-        places = output_spec.offsets(self._outputs, extent)
+        places = layout.reply_offsets(self._outputs, extent)
         if places[-1] > self._stride:
             raise AttachError(f"a reply for {extent} takes {places[-1]} bytes, its slot has {self._stride}: refused.")
         with torch.inference_mode(False):

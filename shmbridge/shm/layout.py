@@ -98,8 +98,11 @@ moves the word whole; struct.pack_into must never touch a cursor, because it cle
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from shmbridge.output_spec import ITEM_BYTES, Extent, HeadSpec, OutputSpec
 
 MAGIC = int.from_bytes(b"SHMBRDGE", "little")
 VERSION = 4
@@ -264,6 +267,30 @@ def control_bytes(teachers: int) -> int:
 def reply_bytes(slots: int, slot_bytes: int) -> int:
     """Size of a reply segment in bytes."""
     return PAGE + slots * slot_bytes
+
+
+def reply_slot_bytes(outputs: Sequence[OutputSpec], positions: int, rows: int) -> int:
+    """Bytes of a reply slot that holds `positions` positions, and `rows` rows of what has no sequence axis."""
+    return align(sum(align((positions if spec.per_token else rows) * spec.item_bytes) for spec in outputs), PAGE)
+
+
+def reply_offsets(outputs: Sequence[OutputSpec], extent: Extent) -> list[int]:
+    """Where each output of a reply begins in its slot, in bytes, and where the last one ends. The outputs lie one after the other,
+    each aligned to a cache line."""
+    places = [0]
+    for spec in outputs:
+        places.append(align(places[-1] + (extent.positions if spec.per_token else extent.batch) * spec.item_bytes))
+    return places
+
+
+def head_bias_offset(head: HeadSpec) -> int:
+    """Where the bias begins, in bytes behind the first byte of the weight."""
+    return align(head.words * head.width * ITEM_BYTES[head.dtype])
+
+
+def head_bytes(head: HeadSpec) -> int:
+    """Bytes of the output head's weight and bias."""
+    return head_bias_offset(head) + (head.words * ITEM_BYTES[head.dtype] if head.bias else 0)
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ class Owner(MappedSession):
         """
         on_gpu = self.settings.plane == "cuda_ipc"
         nbytes = self.shape.exchange_bytes if on_gpu else self.shape.reply_bytes(agreed.outputs)
-        head = agreed.head.nbytes if agreed.head else 0
+        head = layout.head_bytes(agreed.head) if agreed.head else 0
         with self._whole_or_undone():
             if head and not self._has_head:
                 Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()

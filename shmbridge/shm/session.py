@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from shmbridge import config, output_spec
+from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError, LauncherDied, PeerLost, TeacherDied, TrainerDied
 from shmbridge.output_spec import OutputSpec
@@ -115,8 +115,8 @@ class Shape(NamedTuple):
     def slot_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
         """Bytes of one reply slot."""
         if self.chunks:
-            return output_spec.slot_bytes(outputs, self.chunk_positions, 0)
-        return output_spec.slot_bytes(outputs, self.max_positions, self.max_batch)
+            return layout.reply_slot_bytes(outputs, self.chunk_positions, 0)
+        return layout.reply_slot_bytes(outputs, self.max_positions, self.max_batch)
 
     def reply_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
         """Bytes of one lane's reply segment, with its replies."""

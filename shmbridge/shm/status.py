@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import msgspec
 
-from shmbridge.errors import AttachError, DeadlineExceeded, PeerLost
+from shmbridge.errors import AttachError, DeadlineExceeded, PeerLost, PlanError
 from shmbridge.shm.layout import (
     DECLARED_CAPACITY,
     DECLARED_OFFSET,
@@ -145,7 +145,12 @@ class Record:
         self._words[RecordWord.READY] = generation
 
     def write_offer(self, offer: bytes) -> None:
-        assert len(offer) <= OFFER_CAPACITY
+        """Raises PlanError where it is larger than its field."""
+        if len(offer) > OFFER_CAPACITY:
+            raise PlanError(
+                f"the teacher's offer takes {len(offer)} bytes, at most {OFFER_CAPACITY} fit: return fewer outputs, or shorten "
+                "their names."
+            )
         self._write(OFFER_OFFSET, RecordWord.OFFER, offer)
 
     def fail(self, reason: str, trace: str = "", *, consequence: bool = False, phase: str = "") -> None:

@@ -430,7 +430,7 @@ def test_chunks_are_copied_as_they_come():
 
 
 def test_each_rank_copies_the_head_to_its_gpu():
-    head = HeadSpec("bfloat16", 128_256, 4096).nbytes
+    head = layout.head_bytes(HeadSpec("bfloat16", 128_256, 4096))
     planned = on_gpus(HIDDEN, "cuda.read=in_place", train=(EIGHT[0], EIGHT[1], EIGHT[0]))
     assert row(planned, "output head, copied for 2 ranks")[2:] == ("GPU 0", 2 * head)
     assert row(planned, "output head, copied for 1 rank")[2:] == ("GPU 1", head)
@@ -441,7 +441,7 @@ def test_each_rank_copies_the_head_to_its_gpu():
 def test_on_the_host_plane_ranks_have_their_head_and_context_alone():
     settings = config.load(overrides=["teacher.model=m", "plane=host", HIDDEN])
     planned = memory.plan(settings, 2, LLAMA, [EIGHT[7:]], MACHINE._replace(shm_free=64 * GIB), EIGHT[:2])
-    assert planned.needed("GPU 0") == HeadSpec("bfloat16", 128_256, 4096).nbytes + CONTEXT_BYTES
+    assert planned.needed("GPU 0") == layout.head_bytes(HeadSpec("bfloat16", 128_256, 4096)) + CONTEXT_BYTES
     assert row(planned, "replies").where == SHM
 
 

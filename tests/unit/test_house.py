@@ -30,7 +30,6 @@ ROOMS: dict[str, set[str]] = {
 }
 TORCH_FREE = {"errors", "launch", "model_path", "config", "log", "output_spec", "shm"}
 EXCEPTIONS = {
-    ("shmbridge.output_spec", "shmbridge.shm.layout"): "constants: the page size, and how long an offer may be",
     (
         "shmbridge.rank.prefetch",
         "shmbridge.integrations.accelerate",

@@ -445,6 +445,11 @@ def test_a_generation_that_ends_while_a_teacher_attaches_to_it_is_skipped(monkey
         assert (teacher.token.generation, len(teacher.lanes)) == (2, 2)
 
 
+def test_an_offer_that_is_larger_than_its_field_is_refused():
+    with bench(1) as it, pytest.raises(PlanError, match=r"at most 16384 fit"):
+        TeacherSession(it.token).publish(Offer((), "m" * 16384))
+
+
 def test_a_generation_whose_lanes_are_gone_is_an_error_while_it_is_current():
     with bench(1) as it:
         teacher = TeacherSession(it.token)
