@@ -15,6 +15,7 @@ from shmbridge.errors import AttachError, PlanError
 from shmbridge.plane import cuda_ipc
 from shmbridge.plane.cuda_ipc import MemoryHandle
 from shmbridge.shm import layout, process
+from shmbridge.shm.process import Identity
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Shape, Token
 
@@ -23,16 +24,24 @@ T = TypeVar("T", bound=msgspec.Struct)
 _GENERATIONS = 2**20  # a stamp is generation * 2**43 + number + 1, an int64
 _NUMBERS = 2**43
 
-# What torch raises for handles: CUDA's refusals, and its own of what is garbled.
+# Three areas of the exchange: every other export in one of the first two, the rank's answer in the third.
+_ANSWER = 2
+_NBYTES = (
+    layout.ExchangeWord.EXPORT_NBYTES,
+    layout.ExchangeWord.EXPORT_NBYTES + 1,
+    layout.ExchangeWord.IMPORTED_NBYTES,
+)
+
+# What torch raises for handles that do not open: the errors of CUDA, and its own where a handle is garbled.
 UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
 
 
 class Export(msgspec.Struct, frozen=True):
-    """What a rank needs to open its lane's slab. It is made once, for that rank alone."""
+    """What a rank needs to open its lane's slab. It is made once, for that rank only."""
 
     torch: str
     pid: int
-    start: int  # of the process: see peer.Identity
+    start: int  # of the process: see Identity
     pid_namespace: int
     gpu: str  # UUID
     slots: int
@@ -41,7 +50,11 @@ class Export(msgspec.Struct, frozen=True):
     first: int  # number of the first reply, or chunk, that lies in it
     memory: MemoryHandle
     ready: tuple[bytes, ...]  # event handles, one for each slot
-    checksum: int  # of the sample in the first slot
+    checksum: int  # of the sample
+
+    @property
+    def teacher(self) -> Identity:
+        return Identity(self.pid, self.start)
 
 
 class Imported(msgspec.Struct, frozen=True):
@@ -51,7 +64,7 @@ class Imported(msgspec.Struct, frozen=True):
 
 
 class Slab:
-    """Teacher: the reply slots of one lane in this GPU's memory, held for the life of the process."""
+    """Teacher: the reply slots of one lane in this GPU's memory, kept for the life of the process."""
 
     def __init__(self, device: torch.device, slots: int, stride: int, generation: int) -> None:
         """Allocate, and leave a sample behind the slots for the rank to check. Raises PlanError."""
@@ -73,7 +86,7 @@ class Slab:
         self.ready[0].record(cuda_ipc.current_stream(device))
 
     def export(self, first: int = 0) -> Export:
-        """For one importer, which finds replies from number `first` on in it."""
+        """The export for one importer, which finds the replies from number `first` on in this slab."""
         pid, start = process.myself()
         return Export(
             torch=str(torch.__version__),
@@ -92,20 +105,20 @@ class Slab:
 
 
 Slabs = dict[int, Slab]
-"""GPU memory that a teacher's process has exported, by lane; it outlives generations."""
+"""The slabs that a teacher's process has exported, by lane; they outlive generations."""
 
 
 class Opened:
-    """Rank: a slab of the teacher's, opened on this rank's own device. To be kept for life."""
+    """Rank: a slab of the teacher, opened on this rank's own device."""
 
     def __init__(self, export: Export, device: torch.device) -> None:
-        """Open, wait for the first event, and compare the sample.
+        """Open the memory and the events, wait for the first event, and compare the sample.
 
         Raises:
-            AttachError: what does not match, or what CUDA said; with the remedy.
+            AttachError: what does not match, or what CUDA said, with the remedy.
         """
         _check(export)
-        self.device = device
+        self.teacher, self.first = export.teacher, export.first
         self.slots, self.stride, self.generation = export.slots, export.stride, export.generation
         try:
             self.memory = cuda_ipc.open_memory(export.memory, device)
@@ -127,7 +140,7 @@ class Opened:
 
 
 def _check(export: Export) -> None:
-    """What both processes must have alike. Raises AttachError."""
+    """Raise AttachError where the two processes differ in what CUDA IPC needs alike, or the export is garbled."""
     if export.torch != torch.__version__:
         raise AttachError(
             f"the teacher has torch {export.torch}, this process {torch.__version__}: CUDA handles are made and opened by one "
@@ -145,7 +158,7 @@ def _check(export: Export) -> None:
 
 
 def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor, ...]:
-    """() int64 for each slot, behind the slots."""
+    """The stamp of each slot: () int64, behind the slots."""
     start = slots * stride
     with torch.inference_mode(False):
         return memory[start : start + slots * layout.STAMP_BYTES].view(torch.int64).unbind()
@@ -157,6 +170,7 @@ def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
 
 
 def stamp(generation: int, number: int) -> int:
+    """The stamp of reply (or chunk) `number`. No other reply of the session has it."""
     return generation * _NUMBERS + number + 1
 
 
@@ -175,24 +189,24 @@ class Exchange:
 
     @property
     def exports(self) -> int:
-        """How many exports there were."""
+        """How many exports were written; also the number of the newest."""
         return self._segment.words[layout.ExchangeWord.EXPORTS]
 
     @property
     def imported(self) -> int:
-        """The export that the rank has answered last."""
+        """The number of the export that the rank has answered last."""
         return self._segment.words[layout.ExchangeWord.IMPORTED]
 
     def write_export(self, export: Export) -> int:
-        """Which of the lane's exports it is, from 1 on."""
+        """Write the lane's next export. Returns its number, from 1 on."""
         nth = self.exports + 1
-        self._write(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, export)
+        self._write((nth - 1) % 2, export)
         self._segment.words[layout.ExchangeWord.EXPORTS] = nth
         return nth
 
     def read_export(self, nth: int) -> Export:
-        """Raises AttachError; also where two more exports have taken its place."""
-        export = self._read(layout.ExchangeWord.EXPORT_NBYTES + (nth - 1) % 2, (nth - 1) % 2, Export)
+        """Export `nth`. Raises AttachError, also where two later exports have taken its place."""
+        export = self._read((nth - 1) % 2, Export)
         if self.exports > nth + 1:
             raise AttachError(
                 f"the lane went through {self.exports - nth} teachers since this rank last read a reply, so the memory of the "
@@ -201,23 +215,23 @@ class Exchange:
         return export
 
     def write_imported(self, nth: int, imported: Imported) -> None:
-        """The answer to export `nth`."""
-        self._write(layout.ExchangeWord.IMPORTED_NBYTES, 2, imported)
+        """Answer export `nth`."""
+        self._write(_ANSWER, imported)
         self._segment.words[layout.ExchangeWord.IMPORTED] = nth
 
     def read_imported(self) -> Imported:
         """The newest answer. Raises AttachError."""
-        return self._read(layout.ExchangeWord.IMPORTED_NBYTES, 2, Imported)
+        return self._read(_ANSWER, Imported)
 
-    def _write(self, word: int, area: int, what: msgspec.Struct) -> None:
+    def _write(self, area: int, what: msgspec.Struct) -> None:
         text = msgspec.json.encode(what)
         assert len(text) <= self._capacity, "exchange_capacity is too small"
         start = layout.PAGE + area * self._capacity
         self._segment.bytes[start : start + len(text)] = text
-        self._segment.words[word] = len(text)
+        self._segment.words[_NBYTES[area]] = len(text)
 
-    def _read(self, word: int, area: int, kind: type[T]) -> T:
-        nbytes = self._segment.words[word]
+    def _read(self, area: int, kind: type[T]) -> T:
+        nbytes = self._segment.words[_NBYTES[area]]
         start = layout.PAGE + area * self._capacity
         if nbytes > self._capacity:
             raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")

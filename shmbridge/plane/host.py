@@ -1,8 +1,8 @@
 """The host plane: replies in POSIX shared memory, written by the teacher and read by the rank.
 
-On the CPU the teacher writes in place and the rank reads in place. A GPU copies by itself, on a stream of its own, to and
-from memory that its process has pinned: the teacher publishes a reply once its copy has come to an end, which a thread waits
-for, and a rank gives a slot back after its own copy.
+On the CPU the teacher writes in place and the rank reads in place. A GPU copies on a stream of its own, to and from memory that
+its process has pinned. The teacher publishes a reply when its copy is complete, which a thread waits for. A rank gives a slot back
+when its own copy is complete.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from shmbridge.errors import AttachError
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import cuda_ipc, cuda_runtime, tensors
+from shmbridge.plane.base import RankPlane, TeacherPlane
 from shmbridge.plane.tensors import Slots
 from shmbridge.shm import layout
-from shmbridge.shm.process import Identity
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Lane, Names, Shape, Token
 
@@ -35,7 +35,7 @@ class _Copies:
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
 
-class TeacherHostPlane:
+class TeacherHostPlane(TeacherPlane):
     """Teacher: the replies of one lane."""
 
     def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
@@ -46,7 +46,6 @@ class TeacherHostPlane:
     def write(
         self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
     ) -> None:
-        """Copy `outputs` into the reply: see Slots.write. On a GPU the copy has only been launched."""
         if self._copies is None:
             self._slots.write(number, extent, outputs, position, row)
             return
@@ -58,23 +57,17 @@ class TeacherHostPlane:
             tensor.record_stream(self._copies.stream)
 
     def seal(self, number: int) -> Callable[[], None] | None:
-        """Nothing of the reply is written any more: it may be published once what this gives has returned; None: at once."""
         if self._copies is None:
             return None
         done = self._copies.done[number % self._slots.count]
         done.record(self._copies.stream)
         return done.synchronize
 
-    def settled(self) -> bool:
-        """What is published lies in host memory, which outlives this process."""
-        return True
 
-
-class RankHostPlane:
-    """Rank: the replies of its lane, in place on the CPU, copied to a GPU. See planes.RankPlane."""
+class RankHostPlane(RankPlane):
+    """Rank: the replies of its lane, in place on the CPU, copied to a GPU."""
 
     keeps = True
-    timed = False
 
     def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
         """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
@@ -83,7 +76,6 @@ class RankHostPlane:
         self._copies = None if self.lends else _Copies(memory, device, self._slots.count)
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
-        """The tensors of a published reply; on a GPU for its current stream."""
         if self._copies is None:
             return self._slots.lend(number, extent)
         views = self._slots.views(number, extent)
@@ -99,30 +91,10 @@ class RankHostPlane:
         return copies
 
     def release(self, number: int) -> int | None:
-        """Before the slot is given back: this rank's copy of it, and nothing else of its GPU, has come to an end."""
         if self._copies is None:
             return self._slots.take_back(number)
-        self._copies.done[number % self._slots.count].synchronize()
+        self._copies.done[number % self._slots.count].synchronize()  # this copy alone, not all that the GPU has to do
         return None
-
-    def stalled_s(self) -> float:
-        """What a GPU stands still for here is its own copy."""
-        return 0.0
-
-    def teachers(self) -> tuple[Identity, ...]:
-        """None: replies lie in host memory."""
-        return ()
-
-    def waits_for(self) -> Identity | None:
-        """Nobody's GPU: a reply is published once it is there."""
-        return None
-
-    def stands_at(self) -> tuple[Identity, int] | None:
-        """No read: a reply is published once it is there."""
-        return None
-
-    def check(self) -> None:
-        """Host memory cannot be torn: a reply is published after its bytes."""
 
 
 def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memoryview, Slots]:

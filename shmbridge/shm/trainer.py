@@ -46,7 +46,7 @@ class TrainerSession(Participant):
         self._open_bells()
         self._is_open = True
         self._reopened = False
-        self.plane: Any = None  # a planes.RankPlane: memory and events are opened once in the life of a process
+        self.plane: Any = None  # a plane.base.RankPlane: memory and events are opened once in the life of a process
         self.plane_device: object = None
         self._teacher_peer: Peer | None = None
         self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
