@@ -210,23 +210,23 @@ class Lane:
 class MappedSession:
     """A session as one process has mapped it: its control segment, and the lanes of one generation.
 
-    The launcher, `status`, `report` and a training group beside a kept teacher all read a session through it. Owner adds what only
-    the session's creator writes.
+    Launcher, `status`, `report`, a training group beside a kept teacher and the participants all read a session through it. Owner
+    adds what only the session's creator writes.
     """
 
-    def __init__(self, session_id: str, created: Segment | None = None) -> None:
-        """Map the session at its current generation; or, by its owner, the control segment that it has `created`.
+    def __init__(self, session_id: str, control: Segment | None = None) -> None:
+        """Map the session at its current generation; where `control` is given, no generation yet.
 
         Raises:
             AttachError: the session has ended, or is not what it should be.
         """
         self.session_id = session_id
         self.names = Names(session_id)
-        self.control = Control(created or Segment.attach(self.names.control, layout.CONTROL, session_id))
+        self.control = Control(control or Segment.attach(self.names.control, layout.CONTROL, session_id))
         self.settings = self.control.settings()
         self.generation = 0
         self.lanes: list[Lane] = []
-        if created is None:
+        if control is None:
             self.update()
 
     @property
@@ -262,14 +262,13 @@ def by_cause(failures: Iterable[Failure]) -> list[Failure]:
     return sorted(failures, key=lambda failure: (failure.consequence, failure.at_ns))
 
 
-class Participant:
-    """What a trainer and a teacher have in common: the control segment, and a liveness check of its owner."""
+class Participant(MappedSession):
+    """What a trainer and a teacher have in common: they watch the owner."""
 
     def __init__(self, token: Token) -> None:
+        name = Names(token.session_id).control
+        super().__init__(token.session_id, Segment.attach(name, layout.CONTROL, token.session_id))
         self.token = token
-        self.names = Names(token.session_id)
-        self.control = Control(Segment.attach(self.names.control, layout.CONTROL, token.session_id))
-        self.settings = self.control.settings()
         self._spin_s = self._spin_us() / 1e6
         self._owner = Peer(self.control.owner_identity)
 

@@ -15,14 +15,14 @@ from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Peer
-from shmbridge.shm.session import Control, Lane, Participant, Token
+from shmbridge.shm.session import Lane, Participant, Token
 from shmbridge.shm.status import Phase
 
 T = TypeVar("T")
 
 
 class TeacherSession(Participant):
-    """One teacher's process. It signs in once; `lanes` and `token` are those of the generation that it is attached to."""
+    """One teacher's process. It signs in once; `lanes` and `token` are those of the generation that it has mapped."""
 
     def __init__(self, token: Token, index: int = 0) -> None:
         """Sign in; the generation of `token` is not looked at. Raises AttachError."""
@@ -31,10 +31,9 @@ class TeacherSession(Participant):
         self.record = self.control.teachers[index]
         self.record.sign_in()
         self.bell = Doorbell(self.names.teacher_bell(index))
-        self.lanes: list[Lane] = []
+        self.served: list[Lane] = []
         self.own: list[Lane] = []  # whoever serves them now
         self.member_bells: list[list[Doorbell]] = []
-        self._every: list[Lane] = []
         self._ranks: dict[int, Peer] = {}
         self._published: Offer | None = None
         self._latest = 0  # generation that it has attached to
@@ -89,13 +88,11 @@ class TeacherSession(Participant):
         """Map the lanes and open the doorbells of a generation, with the settings that its ranks have. Raises AttachError."""
         self._latest = generation
         self.token = self.token._replace(generation=generation)
-        self.control = Control(self.control.segment)  # the number of lanes may be another now
-        self.settings = self.control.settings()
+        self._map(generation)
         shape = self.control.shape
-        self._every = [Lane.attach(self.token, shape, i) for i in range(shape.lanes)]
-        self.lanes = [lane for lane in self._every if lane.teacher == self.index]
-        self.own = [lane for lane in self._every if lane.index % shape.teachers == self.index]
-        for lane in self._every:
+        self.served = [lane for lane in self.lanes if lane.teacher == self.index]
+        self.own = [lane for lane in self.lanes if lane.index % shape.teachers == self.index]
+        for lane in self.lanes:
             names = [self.names.member_bell(generation, lane.index, member) for member in range(shape.members)]
             self.member_bells.append([Doorbell(name) for name in names])
 
@@ -103,7 +100,7 @@ class TeacherSession(Participant):
         """Close the generation's doorbells, and keep none of its lanes."""
         for bell in (bell for bells in self.member_bells for bell in bells):
             bell.close()
-        self._every, self.lanes, self.own, self.member_bells = [], [], [], []
+        self.lanes, self.served, self.own, self.member_bells = [], [], [], []
         self._ranks = {}
 
     def open_barrier(self) -> None:
@@ -113,7 +110,7 @@ class TeacherSession(Participant):
 
     def wake_ranks(self) -> None:
         """Ring every rank, so that it looks at the board now."""
-        for lane in self.lanes:
+        for lane in self.served:
             self.ring_members(lane)
 
     def ring_members(self, lane: Lane) -> None:
@@ -128,15 +125,15 @@ class TeacherSession(Participant):
 
     def adopt(self) -> list[Lane]:
         """Lanes of other teachers that are this one's from now on."""
-        adopted = [lane for lane in self._every if lane.teacher == self.index and lane not in self.lanes]
+        adopted = [lane for lane in self.lanes if lane.teacher == self.index and lane not in self.served]
         for lane in adopted:
             lane.ring.take_over()
-        self.lanes += adopted
+        self.served += adopted
         return adopted
 
     def yield_lane(self, lane: Lane) -> None:
         """Hand a lane over to the teacher that is to serve it; nothing of it is in this one's hands."""
-        self.lanes.remove(lane)
+        self.served.remove(lane)
         lane.hand_over(lane.wanted_teacher)
         bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
         bell.ring()

@@ -39,7 +39,9 @@ class TrainerSession(Participant):
                 f"this rank asks for lane {lane}, the session has lanes 0 to {lanes - 1}: "
                 "start as many ranks as --train-gpus (or --cpu) says."
             )
+        self.generation = token.generation
         self.lane = Lane.attach(token, self.control.shape, lane)
+        self.lanes = [self.lane]  # the others' are none of its business
         self.ring = self.lane.ring
         self.record = self.lane.records[0]
         self._sign_in()

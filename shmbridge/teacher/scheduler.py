@@ -41,7 +41,7 @@ class Collector:
         self._lockstep = session.settings.teacher.collect == "lockstep"
         self._until_exit = session.settings.teacher.serve_until == "exited"
         self._linger_s = session.settings.teacher.linger_ms / 1000
-        self._lanes = list(session.lanes)
+        self._lanes = list(session.served)
         self._gone: set[int] = set()  # own lanes whose rank has ended
         self._last_round: set[int] = set()  # its lanes
         self._last_round_s = 0.0

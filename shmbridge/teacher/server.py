@@ -86,7 +86,7 @@ class Server:
         self._chunks = shape.chunks
         self._agreed = agreed
         self._slabs = {} if slabs is None else slabs
-        self._planes = {lane.index: self._plane(lane) for lane in session.lanes}
+        self._planes = {lane.index: self._plane(lane) for lane in session.served}
         self._publisher = Publisher()
         self._streams = Streams(
             encoder,

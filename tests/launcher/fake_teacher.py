@@ -41,15 +41,15 @@ def serve(session: TeacherSession, mode: str) -> None:
     session.record.enter(Phase.COLLECTING)
     print("teacher up", flush=True)
     while mode != "early" and not over(session):
-        session.wait(lambda: any(map(pending, session.lanes)) or over(session) or None, None)
-        for lane in filter(pending, session.lanes):
+        session.wait(lambda: any(map(pending, session.served)) or over(session) or None, None)
+        for lane in filter(pending, session.served):
             answer(session, lane)
     if "FAKE_DRAINED" in os.environ:
         Path(os.environ["FAKE_DRAINED"]).read_bytes()  # a fifo: the teacher has then finished with the generation
 
 
 def over(session: TeacherSession) -> bool:
-    return session.training_done or all(lane.ring.closed and not pending(lane) for lane in session.lanes)
+    return session.training_done or all(lane.ring.closed and not pending(lane) for lane in session.served)
 
 
 def pending(lane: Lane) -> bool:

@@ -119,14 +119,14 @@ class TinyTeacher:
 
     def map(self) -> None:
         """Of the generation that is attached to."""
-        self.lane = self.session.lanes[0]
+        self.lane = self.session.served[0]
         self.ring = self.lane.ring
         self.generation = self.session.token.generation
         self.plane = TinyPlane(self.session.token, self.session.control.shape.reply_slots)
 
     def serve(self) -> None:
         """Until the rank has closed. Raises PeerLost."""
-        if not self.session.lanes:
+        if not self.session.served:
             return
         while (moved := self.session.wait(self.move_or_end, time.monotonic() + PATIENCE_S, self.check)) is not False:
             require(moved, "the teacher hangs")

@@ -190,7 +190,7 @@ def _read_chunks(rank: TinyRank) -> None:
 def _as_teacher(scene: Scene) -> None:
     session = TeacherSession(scene.token)
     _refused(session.attach, scene.token.generation)
-    for lane in session.lanes:
+    for lane in session.served:
         _refused(session.gone, lane)
         _refused(lane.ring.next_request)
         _look_at(*lane.records)
@@ -199,7 +199,7 @@ def _as_teacher(scene: Scene) -> None:
         lane.ring.has_room()
         _refused(lane.ring.streamed_of, 0)
     _refused(session.check)
-    if session.lanes:
+    if session.served:
         teacher = TinyTeacher(session)
         if not _refused(teacher.map):
             for _ in range(4):

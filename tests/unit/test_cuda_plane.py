@@ -464,7 +464,7 @@ def take_over(pair: Pair) -> None:
     """Another teacher's slab for the lane, as it is adopted; what is published before lies in the last one's."""
     with pair.gpu.process("teacher"):
         session = pair.server._session
-        lane = session.lanes[0]
+        lane = session.served[0]
         plane = TeacherCudaPlane(pair.token, session.control.shape, lane, pair.server._agreed, CPU, {})
         pair.server._planes[0] = plane
 

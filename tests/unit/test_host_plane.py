@@ -131,7 +131,7 @@ class Pair:
         session.next_generation()
         self.server = Server(session, self.forward, encoder, agreed, CPU)
         shape = session.control.shape
-        lane = session.lanes[0]
+        lane = session.served[0]
         self.server._planes[0] = TeacherHostPlane(token, shape, lane, agreed, GPU)
         session.open_barrier()
         cuda.side = "rank"
