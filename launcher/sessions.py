@@ -17,55 +17,11 @@ from launcher.console.text import listed
 from launcher.hang import snapshot
 from launcher.hang.snapshot import Snapshot
 from shmbridge.errors import AttachError, ConfigError
-from shmbridge.shm import layout, owner
-from shmbridge.shm.layout import ControlWord
-from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Control, Lane, Names, Token
-from shmbridge.shm.status import Failure
+from shmbridge.shm import owner
+from shmbridge.shm.session import MappedSession, Names
 
 LIVE, STALE, UNREADABLE = "live", "stale", "unreadable"
 SHORT = 8  # digits of an id, as people are told
-
-
-class MappedSession:
-    """A session of another process, mapped at one generation."""
-
-    def __init__(self, session_id: str) -> None:
-        """Raises AttachError."""
-        self.session_id = session_id
-        self._segment = Segment.attach(Names(session_id).control, layout.CONTROL, session_id)
-        self.update()
-
-    def update(self) -> None:
-        """Map the generation that is current by now. Raises AttachError."""
-        try:
-            self._map()
-        except AttachError:
-            self._map()  # its lanes were exchanged for those of the next generation in between
-
-    def _map(self) -> None:
-        self.control = Control(self._segment)
-        self.settings = self.control.settings()
-        self.generation = self.current
-        token = Token(self.session_id, self.generation)
-        shape = self.control.shape
-        self.lanes = [Lane.attach(token, shape, i) for i in range(shape.lanes)] if self.generation else []
-
-    @property
-    def current(self) -> int:
-        """The generation that the session is at by now."""
-        return self.control.words[ControlWord.CURRENT_GENERATION]
-
-    def failures(self) -> list[Failure]:
-        """Of this generation's ranks, and what the owner has found that ends it, or the session. Causes before consequences, the
-        earliest first."""
-        found = [failure for lane in self.lanes for record in lane.records if (failure := record.failure)]
-        verdict = self.control.owner.failure
-        if verdict and (
-            verdict.generation == 0 or (verdict.generation == self.generation and verdict.role == "launcher")
-        ):
-            found.append(verdict)  # else it is what the generation's own launcher has told
-        return sorted(found, key=lambda failure: (failure.consequence, failure.at_ns))
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,9 +16,10 @@ from launcher.cli import parsers
 from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import size, table
 from launcher.hang import report, snapshot, status
-from launcher.sessions import LIVE, STALE, MappedSession, Session
+from launcher.sessions import LIVE, STALE, Session
 from shmbridge.errors import AttachError, ShmbridgeError
 from shmbridge.shm import owner
+from shmbridge.shm.session import MappedSession
 
 _EVERY_S = 1.0
 _CLEAR = "\033[H\033[J"

@@ -23,7 +23,6 @@ from launcher.daemon.messages import Begin, Begun, Fingerprint, FromKeeper, Leav
 from launcher.daemon.transport import Lines, credentials
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
-from launcher.sessions import MappedSession
 from launcher.supervisor import cause
 from launcher.supervisor.ranks import Ranks
 from launcher.supervisor.session import Session, State, state_of
@@ -31,7 +30,7 @@ from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.shm import process
-from shmbridge.shm.session import Token
+from shmbridge.shm.session import MappedSession, Token
 from shmbridge.shm.status import Failure, Phase
 
 _ANSWER_S = 30.0  # a keeper says something at once, unless it is stopped or creates memory for a group

@@ -10,8 +10,9 @@ from launcher.console.terminal import Console
 from launcher.console.text import seconds
 from launcher.hang import report, rules, snapshot
 from launcher.hang.rules import Finding
-from launcher.hang.snapshot import Participant, View
+from launcher.hang.snapshot import Participant
 from shmbridge.config import Config
+from shmbridge.shm.session import MappedSession
 
 _EVERY_S = 1.0
 _LONGEST_TICK_S = 5.0  # a longer one: the launcher was stopped, or the machine slept
@@ -35,7 +36,7 @@ class _Standing(msgspec.Struct):
 class Monitor:
     """Looks at a session once a second, over all its generations."""
 
-    def __init__(self, view: View, config: Config, run: Path, console: Console) -> None:
+    def __init__(self, view: MappedSession, config: Config, run: Path, console: Console) -> None:
         """`config` has the timeouts and the session's name; reports are kept in `run`."""
         self._view = view
         self._config = config

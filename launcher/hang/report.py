@@ -19,8 +19,9 @@ import msgspec
 from launcher.console.text import table
 from launcher.hang import rules, snapshot, stacks, status
 from launcher.hang.rules import Finding
-from launcher.hang.snapshot import Participant, Snapshot, View, names
+from launcher.hang.snapshot import Participant, Snapshot, names
 from launcher.hang.stacks import OURS, Frame, Stacks
+from shmbridge.shm.session import MappedSession
 
 _WIDTH = 118
 _MOST_FINDINGS = 4
@@ -71,7 +72,7 @@ class Report(msgspec.Struct, frozen=True):
         yield from map(_stack, groups.values())
 
 
-def make(view: View, run: Path | None, why: str, name: str = "") -> Report:
+def make(view: MappedSession, run: Path | None, why: str, name: str = "") -> Report:
     """Look at a session with the stacks of its processes; `run` is its directory. Takes a few seconds at most."""
     collected = stacks.collect(snapshot.identities(view), run)
     seen = snapshot.look(view, collected)

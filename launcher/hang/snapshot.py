@@ -9,7 +9,6 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
@@ -21,26 +20,11 @@ from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import process
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Identity
-from shmbridge.shm.session import SESSION_VARIABLE, Control, Lane, Token
+from shmbridge.shm.session import SESSION_VARIABLE, Lane, MappedSession, Token
 from shmbridge.shm.status import Phase, Record
 
 TEACHER, TRAINER = "teacher", "trainer"
 STILL_S = 5.0  # nobody who has moved within so many seconds is waited for; less where timeouts.report_s is short
-
-
-class View(Protocol):
-    """A mapped session, whether this process owns it or has attached to it."""
-
-    @property
-    def session_id(self) -> str: ...
-    @property
-    def generation(self) -> int: ...
-    @property
-    def settings(self) -> Config: ...
-    @property
-    def control(self) -> Control: ...
-    @property
-    def lanes(self) -> list[Lane]: ...
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +154,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         return zlib.crc32(repr((seen, cursors)).encode())
 
 
-def look(view: View, stacks: Mapping[int, Stacks] = {}, *, search: bool = True) -> Snapshot:
+def look(view: MappedSession, stacks: Mapping[int, Stacks] = {}, *, search: bool = True) -> Snapshot:
     """The session now.
 
     Args:
@@ -294,7 +278,7 @@ def _gpus(settings: Config, teachers: int, ranks: int) -> dict[str, str]:
 # Processes
 
 
-def identities(view: View) -> list[Identity]:
+def identities(view: MappedSession) -> list[Identity]:
     """The processes of all participants, those of ranks that have not attached where they can be told."""
     records = [*view.control.teachers, *(record for lane in view.lanes for record in lane.records)]
     found = [who for record in records if (who := record.identity) and record.phase is not Phase.CLOSED]
@@ -303,7 +287,7 @@ def identities(view: View) -> list[Identity]:
     return list(dict.fromkeys(found))
 
 
-def processes_of(view: View) -> dict[int, int]:
+def processes_of(view: MappedSession) -> dict[int, int]:
     """Pids by rank, also of ranks that have not attached, whoever has started them. Their environment tells the
     session and its generation, and torchrun's LOCAL_RANK."""
     everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]

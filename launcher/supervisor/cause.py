@@ -25,8 +25,7 @@ from launcher.hang.monitor import Overdue
 from launcher.plan import replicas
 from launcher.plan.plan import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
-from launcher.sessions import MappedSession
-from shmbridge.shm.owner import Owner
+from shmbridge.shm.session import MappedSession
 from shmbridge.shm.status import Failure
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -84,7 +83,7 @@ class Cause(msgspec.Struct, frozen=True):
 
 def find(
     jobs: Sequence[Job],
-    view: Owner | MappedSession | None,
+    view: MappedSession | None,
     record: Path | None = None,
     ended_ns: Mapping[int, int] = {},
     oom_kills: int | None = None,
@@ -190,7 +189,7 @@ def of_overdue(overdue: Overdue) -> Cause:
     return Cause(late.role, late.rank, late.who, late.pid, overdue.reason, 1, now_ns, phase=late.phase, traceback=stack)
 
 
-def _located(cause: Cause, view: Owner | MappedSession | None) -> Cause:
+def _located(cause: Cause, view: MappedSession | None) -> Cause:
     """Add from the board where the participant was; one that was killed could not write it into its failure."""
     if view is None or cause.role not in (TEACHER, TRAINER):
         return cause

@@ -13,12 +13,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.process.job import Job
-from launcher.sessions import MappedSession
 from launcher.supervisor.ranks import Ranks
 from shmbridge.config import Config
 from shmbridge.shm.layout import ControlWord
-from shmbridge.shm.owner import Owner
-from shmbridge.shm.session import Control, Token
+from shmbridge.shm.session import Control, MappedSession, Token
 from shmbridge.shm.status import Failure, Phase
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ MAY_BEGIN = (State.LOADING, State.IDLE)
 class Session:
     """The verbs, for a run without a teacher: nothing is served, and nothing fails."""
 
-    view: Owner | MappedSession | None = None  # what is mapped of it
+    view: MappedSession | None = None  # what is mapped of it
     failure: Cause | None = None  # of the session itself, which ends whoever uses it
 
     def __init__(self, ranks: int = 0) -> None:
