@@ -21,25 +21,28 @@ _NOWHERE = Composition(0, 0, 0, 0, 0, 0)
 
 
 class Batch(NamedTuple):
-    """One combined forward, on the teacher's device."""
+    """The input of one forward: rows of one or several requests, on the teacher's device."""
 
-    input_ids: torch.Tensor  # (rows, seq) int64, padded on the right with teacher.pad_id
-    attention_mask: (
-        torch.Tensor | None
-    )  # (rows, seq) int64, 1 where a token is real; None where causality is mask enough
-    position_ids: torch.Tensor | None = None  # (rows, seq) int64, from 0 again at each packed document
+    input_ids: torch.Tensor
+    """(rows, seq) int64, padded on the right with teacher.pad_id."""
+
+    attention_mask: torch.Tensor | None
+    """(rows, seq) int64, 1 where a token is real. None where the causal mask is enough: all tokens are real."""
+
+    position_ids: torch.Tensor | None = None
+    """(rows, seq) int64, from 0 again at each packed document."""
 
 
 Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
-"""What it returns is not written again by a later call: on a GPU it may still be on its way to the ranks then."""
+"""A later call must not write to the tensors that an earlier one returned: on a GPU they may still be copied to the ranks."""
 
 
 class TokenLimit:
     """How many padded tokens a forward may have: teacher.max_batch_tokens, or less after it has run out of memory.
 
-    It falls to half of a forward that failed. It doubles after 16 forwards that succeeded and had more than half of it,
-    because what took the memory may be gone. Where that fails again, it falls again, and the number of forwards until the next
-    attempt doubles: 32, 64, and so on. A teacher's process has one, over all generations.
+    It falls to half of a forward that failed. It doubles after 16 forwards of more than half of it have succeeded, because whatever
+    took the memory may be gone. If a forward then fails again, the limit falls again, and the number of forwards until the next
+    attempt doubles: 32, 64, and so on. A teacher's process has one limit for all generations.
     """
 
     def __init__(self, most: int) -> None:
@@ -58,7 +61,7 @@ class TokenLimit:
         self._succeeded = 0
 
     def succeeded(self, padded: int) -> bool:
-        """A forward of `padded` tokens came to its end. Gives True where the limit grew."""
+        """A forward of `padded` tokens succeeded. Returns whether the limit grew."""
         if self.tokens == self._most or 2 * padded <= self.tokens:
             return False
         self._succeeded += 1
@@ -147,7 +150,7 @@ def by_request(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 class Answer:
-    """One request, and what has been made of its answer so far."""
+    """One request, and how much of its reply is made."""
 
     __slots__ = ("composition", "done", "echo", "error", "lane", "parts", "request")
 
@@ -162,8 +165,8 @@ class Answer:
 
 
 def packed(request: Request) -> bool:
-    """Whether documents are packed into its rows. A mask would keep models from seeing where one ends, so such requests
-    share no forward with requests that have one."""
+    """Whether documents are packed into the request's rows. With a mask, models do not see where a document ends, so such a request
+    shares no forward with requests that have a mask."""
     return "position_ids" in request.arrays and "mask" not in request.arrays
 
 
@@ -191,7 +194,7 @@ def combine(requests: Sequence[Request], pieces: Sequence[Piece], pad_id: int, d
 
 
 def tokens(requests: Sequence[Request], pieces: Sequence[Piece]) -> int:
-    """Tokens of `pieces` that are no padding, neither ours nor the rank's own."""
+    """Tokens of `pieces` without padding, the teacher's or the rank's."""
     found = 0
     for piece in pieces:
         request = requests[piece.request]

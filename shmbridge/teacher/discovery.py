@@ -1,4 +1,4 @@
-"""What a loaded teacher offers: a small forward shows its outputs, or that it cannot give what the payload asks for."""
+"""What a loaded teacher offers: small forwards show its outputs, or that it cannot give what the payload asks for."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MAX_OUTPUTS = 8
 
 
 def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offer, Encoder]:
-    """The offer, and what turns the forward's return into it.
+    """The teacher's offer, and the encoder that turns what the forward returns into it.
 
-    A teacher of one's own whose payload sections are all empty offers whatever it returns: by its own word (attribute
-    `outputs`), the config's, or a probe; that it heeds batch.position_ids it says by `packs`. Everything else is a language
-    model that returns `logits`, or `hidden` and has a `head`.
+    With a payload, the teacher is a language model: it returns `logits`, or returns `hidden` and has a `head`. Without one, a
+    custom teacher offers what it returns, as teacher.outputs or its attribute `outputs` declares, or as a probe finds; its
+    attribute `packs` tells whether it heeds batch.position_ids.
 
     Raises:
-        PlanError: the payload is not one that this teacher can give.
+        PlanError: this teacher cannot give the payload.
     """
     with torch.inference_mode():
         if settings.payload.named:
@@ -40,7 +40,11 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
             declared = settings.teacher.outputs or getattr(forward, "outputs", {})
             outputs, words, head = probe(forward, device, declared), None, None
             encoder = Verbatim(outputs)
-        _check_streaming(settings, outputs)
+        whole = [spec.name for spec in outputs if not spec.per_token]
+        if settings.payload.stream and whole:
+            raise PlanError(
+                f"output {whole[0]!r} has no sequence axis and cannot be streamed; leave payload.stream out."
+            )
         offer = Offer(
             outputs=outputs,
             model=settings.teacher.model,
@@ -52,7 +56,7 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
             temperatures=settings.payload.topk.temperatures if settings.payload.topk else (),
             head=shared_head.spec_of(head) if head and settings.payload.hidden is not None else None,
             tokenizer=getattr(forward, "tokenizer", None),
-            probe=startup.make(forward, encoder, outputs, settings, device) if settings.parity else None,
+            probe=startup.parity_probe(forward, encoder, outputs, settings, device) if settings.parity else None,
         )
     return offer, encoder
 
@@ -78,12 +82,6 @@ def _of_language_model(
     dtype = dtype_name(source.dtype, "the teacher's output")
     outputs = payload_outputs(settings.payload, words, width, dtype)
     return outputs, LanguageModel(settings.payload, head), settings.payload.vocab or words, head
-
-
-def _check_streaming(settings: Config, outputs: tuple[OutputSpec, ...]) -> None:
-    whole = [spec.name for spec in outputs if not spec.per_token]
-    if settings.payload.stream and whole:
-        raise PlanError(f"output {whole[0]!r} has no sequence axis and cannot be streamed; leave payload.stream out.")
 
 
 def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputConfig]) -> tuple[OutputSpec, ...]:

@@ -1,8 +1,8 @@
-"""From what a teacher's forward returned to what its offer says: the payloads' formulas, on the teacher's device.
+"""From what a teacher's forward returns to what its offer says: the formulas of the payloads, on the teacher's device.
 
-A forward returns one row of outputs for each row of the combined batch. `Rows` are those of one request, cut to the
-positions that it chose, and an encoder makes the payload for any stretch of them. So the output head, which is most of the
-memory, is applied to as many positions at a time as fit into `_HEAD_BYTES`, and to none that nobody asked for.
+A forward returns one row of outputs for each row of the combined batch. `Rows` are those of one request, cut to the positions
+that it chose, and an encoder makes the payload for any range of them. So the output head, which takes most of the memory, is
+applied to no more positions at a time than fit into `_HEAD_BYTES`, and only to positions that were asked for.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rows(NamedTuple):
 
 
 class Encoder(Protocol):
-    """How a forward's return becomes a reply."""
+    """Turns what a forward returns into replies."""
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         """Check what a forward of (rows, seq) returned; `whole`: its requests want all of their positions at once.
@@ -63,7 +63,7 @@ class Encoder(Protocol):
 
 
 class Verbatim:
-    """Whatever a teacher of one's own returns, as it is."""
+    """The outputs of a custom teacher, as its forward returns them."""
 
     def __init__(self, outputs: tuple[OutputSpec, ...]) -> None:
         self._outputs = outputs
@@ -115,7 +115,7 @@ class LanguageModel:
         self._needed = ["hidden"] if head else ["logits"]
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
-        """Where whole logits travel, the head is applied once to the combined batch, as the model itself does it."""
+        """Where whole logits are sent, the head is applied once to the combined batch, as the model itself does it."""
         for name in self._needed:
             tensor = returned.get(name)
             if tensor is None or tensor.shape[:2] != (rows, seq) or tensor.ndim != 3:

@@ -21,7 +21,7 @@ from shmbridge.teacher.stream import Streams
 
 
 class Collector:
-    """Of one teacher."""
+    """Collects the requests of one teacher's lanes into rounds."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Collector:
         adopted: Callable[[Lane], None],
         healthy: Callable[[], None],
     ) -> None:
-        """`skip` answers with nothing a request whose reply nobody will read; `adopted` hears of a lane that another teacher has
-        served so far; `healthy` raises where this one can answer no more."""
+        """`skip` is called with an abandoned request, `adopted` with a lane that this teacher takes over from another; `healthy`
+        raises where this teacher cannot answer any more."""
         self._adopted = adopted
         self._healthy = healthy
         self._session = session
@@ -68,15 +68,17 @@ class Collector:
         return []
 
     def _wait_for_the_others(self) -> None:
+        """For the requests of this round. A rank that is a little late costs a second forward if it is left behind, and half of one at
+        most if the round waits for it."""
         wait, began = self._session.wait, time.monotonic()
         if self._lockstep:
-            wait(self._everyone, None, self._check)
-        elif self._linger_s and not wait(self._everyone, began + self._linger_s, self._check):
-            wait(self._everyone_of_the_last_round, began + self._last_round_s / 2, self._check)
+            wait(self._all_submitted, None, self._check)
+        elif self._linger_s and not wait(self._all_submitted, began + self._linger_s, self._check):
+            wait(lambda: self._all_submitted(self._last_round), began + self._last_round_s / 2, self._check)
 
     def _take_or_end(self) -> list[Answer] | None:
         self._advance_streams()
-        ended = self._ended()  # before the requests: one that a rank made before it closed is seen
+        ended = self._ended()  # first: then a request that a rank made before it closed is seen below
         answers = self._take()
         if answers:
             return answers
@@ -91,38 +93,32 @@ class Collector:
         return answers
 
     def _next_wanted(self, lane: Lane) -> int | None:
-        """The lane's oldest request; those before it that were abandoned are answered with nothing."""
+        """The lane's oldest request that was not abandoned. Those before it are skipped."""
         ring = lane.ring
         while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
             self._skip(Answer(lane, ring.read_request(sequence)))
         return sequence
 
-    def _everyone(self) -> bool | None:
-        """True when no open lane is still to submit."""
-        return self._all_of(self._lanes)
-
-    def _everyone_of_the_last_round(self) -> bool | None:
-        """A rank that is a little late costs a second forward if it is left behind, and half of one at most to wait for."""
-        return self._all_of([lane for lane in self._lanes if lane.index in self._last_round])
-
-    def _all_of(self, lanes: Collection[Lane]) -> bool | None:
+    def _all_submitted(self, among: Collection[int] | None = None) -> bool | None:
+        """True when every open lane has submitted, or every one whose index is in `among`; else None."""
         self._advance_streams()
+        lanes = [lane for lane in self._lanes if among is None or lane.index in among]
         return True if self._ended() or not any(self._is_awaited(lane) for lane in lanes) else None
 
     def _is_awaited(self, lane: Lane) -> bool:
-        """It is still to submit, or its reply to be read."""
+        """Whether the lane has not submitted yet, or in lockstep has not read its streamed reply."""
         if lane.index in self._streams:
             return self._lockstep
         submits = not lane.ring.closed and (self._lockstep or lane.records[0].identity is not None)
         return submits and self._next_wanted(lane) is None
 
     def _advance_streams(self) -> None:
-        """One chunk of each lane; where more might be sent, the next wait comes back at once."""
+        """Send one chunk of each lane. Where more might be sent, the next wait returns at once."""
         if self._streams.advance():
             self._session.bell.ring()
 
     def _exchange_lanes(self) -> None:
-        """Lanes of a teacher that is gone come to this one, and go back when there is a new one."""
+        """Take lanes over from a teacher that is gone, and give them back to the one that replaces it."""
         for lane in self._session.adopt():
             logger.info("lane %d is served by this teacher now", lane.index)
             self._adopted(lane)
@@ -139,7 +135,7 @@ class Collector:
         return all(lane.index in self._gone or (lane.ring.closed and not self._until_exit) for lane in lanes)
 
     def _check(self) -> None:
-        """Once a slice of each wait: who is gone will neither submit nor read."""
+        """Once in each slice of a wait: a rank that is gone will neither submit nor read."""
         self._session.check()
         self._healthy()
         self._exchange_lanes()

@@ -1,10 +1,10 @@
-"""The teacher's loop over one protocol: forward(batch) -> named tensors with a leading batch axis.
+"""The teacher's loop: it collects requests, runs forward(batch) -> named tensors with a leading batch axis, and publishes replies.
 
-Each round takes the requests that `collect` hands it, combines them into one forward (or as few as teacher.max_batch_tokens
-and teacher.max_padding allow), and gives every rank its own rows.
+Each round combines the collected requests into one forward, or into as few as teacher.max_batch_tokens and teacher.max_padding
+allow, and gives every rank its own rows.
 
-A forward that raises is tried again lane by lane, so only the culprit's rank gets the error; one that runs out of memory is
-halved and tried again. Every request is answered or failed; none is dropped.
+A forward that runs out of memory is halved and tried again. A forward that raises anything else is tried again request by request,
+so that only the rank whose request causes the error gets it. Every request is answered or failed; none is dropped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -49,7 +49,7 @@ from shmbridge.teacher.stream import Publisher, Streams
 
 
 class _Trouble(NamedTuple):
-    """What a forward raised, as text: the exception itself would keep its frames alive."""
+    """What a forward raised, as text: the exception itself would keep its frames, and their tensors, alive."""
 
     summary: str
     traceback: str
@@ -69,8 +69,8 @@ class Server:
         slabs: Slabs | None = None,
         limit: TokenLimit | None = None,
     ) -> None:
-        """Map the reply memory, which the owner has created for `agreed`; `slabs` and `limit` are those of this process's
-        earlier generations. Raises AttachError."""
+        """Map the reply memory, which the owner has created for `agreed`. `slabs` and `limit` are those of the process's earlier
+        generations. Raises AttachError."""
         self._session = session
         self._forward = forward
         self._encoder = encoder
@@ -79,7 +79,7 @@ class Server:
         self._settings = session.settings.teacher
         self._with_targets = session.settings.payload.logprobs is not None
         self._limit = limit or TokenLimit(self._settings.max_batch_tokens)
-        self._watch = _stopwatch(device)
+        self._watch = _Stopwatch(device)
         self._forwards = 0
         self._tokens = self._padded_tokens = 0
         shape = session.control.shape
@@ -94,7 +94,7 @@ class Server:
             self._publisher,
             shape.chunk_positions,
             self._sent_chunk,
-            self._fail_stream,
+            lambda answer, error: self._fail(answer, _trouble(error)),
             self._publish,
         )
         self._collector = Collector(session, self._streams, self._skip, self._adopt, self._publisher.check)
@@ -147,23 +147,29 @@ class Server:
                 self._run(alike, pieces)
 
     def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:
-        """One forward, and what to do when it raises.
+        """Run one forward; divide and retry it where it raises. An error that ends the teacher is raised.
 
-        The retries run when the exception is gone: its traceback would keep the failed forward's activations alive.
+        The retries run after the except clause: the exception's traceback would keep the failed forward's activations alive.
         """
         if padded_tokens(pieces) > self._limit.tokens:  # it fell since they were composed
             halves = halve(pieces)
             if len(halves) == 2:
                 self._run_each(answers, halves)
                 return
-        trouble = self._try(answers, pieces)
+        trouble: _Trouble | None = None
+        try:
+            self._forward_and_write(answers, pieces)
+        except AttachError:
+            raise
+        except Exception as error:
+            trouble = _trouble(error)
         if trouble is None and self._limit.succeeded(padded_tokens(pieces)):
             logger.info("forwards take %d tokens at most again", self._limit.tokens)
         if trouble is None or not self._retry(answers, pieces, trouble):
             self._finish(answers, pieces, trouble)
 
     def _retry(self, answers: Sequence[Answer], pieces: list[Piece], trouble: _Trouble) -> bool:
-        """Halve a forward that ran out of memory; try any other request by request. False where there is nothing to divide."""
+        """Halve a forward that ran out of memory; run any other again request by request. False where nothing can be divided."""
         halves = halve(pieces)
         if trouble.out_of_memory and len(halves) == 2:
             self._limit.failed(padded_tokens(pieces))
@@ -183,17 +189,8 @@ class Server:
         for pieces in forwards:
             self._run(answers, pieces)
 
-    def _try(self, answers: Sequence[Answer], pieces: list[Piece]) -> _Trouble | None:
-        """One forward; what it raised, or None. An error that ends the teacher is raised."""
-        try:
-            self._forward_and_write(answers, pieces)
-        except AttachError:
-            raise
-        except Exception as error:
-            return _trouble(error)
-        return None
-
     def _forward_and_write(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
+        """Run one forward. Write its rows into the reply slots, or keep them where replies are streamed."""
         self._watch.start()
         requests = [answer.request for answer in answers]
         batch = combine(requests, pieces, self._settings.pad_id, self._device)
@@ -208,21 +205,17 @@ class Server:
             row += piece.rows
         if not self._chunks:
             for piece, part in zip(pieces, chosen, strict=True):
-                self._write(answers[piece.request], piece, part)
+                answer, request = answers[piece.request], requests[piece.request]
+                position = first_position(request, piece)
+                for start, outputs in self._encoder.encode(part):
+                    plane = self._planes[answer.lane.index]
+                    plane.write(request.sequence, request.extent, outputs, position + start, piece.start)
         self._note(answers, pieces, chosen, (rows, seq), self._watch.stop())
-
-    def _write(self, answer: Answer, piece: Piece, part: Rows) -> None:
-        """A part of a whole reply into its slot."""
-        request = answer.request
-        plane = self._planes[answer.lane.index]
-        position = first_position(request, piece)
-        for start, outputs in self._encoder.encode(part):
-            plane.write(request.sequence, request.extent, outputs, position + start, piece.start)
 
     def _note(
         self, answers: Sequence[Answer], pieces: Sequence[Piece], chosen: list[Rows], shape: tuple[int, int], took: int
     ) -> None:
-        """What a forward that succeeded says of each request in it."""
+        """Note in each answer the forward that computed it, and keep the rows that are still to be streamed."""
         real = tokens([answer.request for answer in answers], pieces)
         self._forwards += 1
         self._tokens += real
@@ -263,27 +256,24 @@ class Server:
         ring, sequence = answer.lane.ring, answer.request.sequence
         ring.write_reply(sequence, answer.composition, answer.error, answer.echo)
         whole = not self._chunks and answer.error is None
-        arrived = self._planes[answer.lane.index].seal(sequence) if whole else None
-        ring.seal_reply(sequence)
-        self._publisher.after(arrived, lambda: self._published(answer))
-
-    def _published(self, answer: Answer) -> None:
-        answer.lane.ring.publish_reply(answer.request.sequence)
-        self._session.ring_members(answer.lane)
-        if self._trace:
-            nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
-            self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
+        self._seal(answer, self._planes[answer.lane.index].seal(sequence) if whole else None)
 
     def _skip(self, answer: Answer) -> None:
-        """Answer with nothing: nobody will read it."""
-        ring, sequence = answer.lane.ring, answer.request.sequence
-        ring.skip_reply(sequence)
-        ring.seal_reply(sequence)
-        self._publisher.after(None, lambda: self._publish_skipped(answer))
+        """Publish an empty reply: the request was abandoned."""
+        answer.lane.ring.skip_reply(answer.request.sequence)
+        self._seal(answer, None, skipped=True)
 
-    def _publish_skipped(self, answer: Answer) -> None:
+    def _seal(self, answer: Answer, arrived: Callable[[], None] | None, *, skipped: bool = False) -> None:
+        """The reply is written. Publish it when `arrived` has returned."""
+        answer.lane.ring.seal_reply(answer.request.sequence)
+        self._publisher.after(arrived, lambda: self._published(answer, skipped))
+
+    def _published(self, answer: Answer, skipped: bool) -> None:
         answer.lane.ring.publish_reply(answer.request.sequence)
         self._session.ring_members(answer.lane)
+        if self._trace and not skipped:
+            nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
+            self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
 
     # Streams
 
@@ -293,10 +283,7 @@ class Server:
             nbytes = reply_bytes(self._outputs, Extent(0, 0, count))
             self._hand_over("chunk", answer, nbytes, answer.request.submitted_ns)
 
-    def _fail_stream(self, answer: Answer, error: Exception) -> None:
-        self._fail(answer, _trouble(error))
-
-    # Telling
+    # Log
 
     def _summary(self) -> str:
         padding = 1 - self._tokens / self._padded_tokens if self._padded_tokens else 0.0
@@ -319,59 +306,40 @@ class Server:
 
 
 def _trouble(error: Exception) -> _Trouble:
-    """What a forward raised. An error that ends the teacher is raised."""
+    """What a forward raised. Raises it where no later call of CUDA can succeed."""
     if cuda_runtime.is_sticky(error):
         raise error
     return _Trouble(repr(error), "".join(traceback.format_exception(error)), cuda_runtime.is_out_of_memory(error))
 
 
-class Stopwatch(Protocol):
-    def start(self) -> None:
-        """A forward begins."""
+class _Stopwatch:
+    """How long the device takes for a forward, without its host waiting for it.
 
-    def stop(self) -> int:
-        """It has been computed, or launched; its nanoseconds."""
-
-
-class HostWatch:
-    """Of a teacher on the CPU, where a forward that has returned is over."""
-
-    def __init__(self) -> None:
-        self._started_ns = 0
-
-    def start(self) -> None:
-        self._started_ns = time.monotonic_ns()
-
-    def stop(self) -> int:
-        return time.monotonic_ns() - self._started_ns
-
-
-class GpuWatch:
-    """Of a teacher on a GPU, where a forward has only been launched: the time of the latest one that is over."""
+    On the CPU a forward that has returned is complete. On a GPU it has only been launched, so `stop` gives the time of the latest
+    forward that is complete.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._gpu = device if device.type == "cuda" else None
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-        self._began = self._event()
         self._latest_ns = 0
 
     def start(self) -> None:
-        self._began = self._event()
-        self._began.record(torch.cuda.current_stream(self._device))
+        """A forward begins."""
+        self._began = self._event() if self._gpu else None
+        self._began_ns = time.monotonic_ns()
 
     def stop(self) -> int:
-        ended = self._event()
-        ended.record(torch.cuda.current_stream(self._device))
-        self._running.append((self._began, ended))
+        """A forward has returned. Returns nanoseconds."""
+        if self._began is None:
+            return time.monotonic_ns() - self._began_ns
+        self._running.append((self._began, self._event()))
         while self._running and self._running[0][1].query():
             began, ended = self._running.popleft()
             self._latest_ns = round(began.elapsed_time(ended) * 1e6)
         return self._latest_ns
 
-    @staticmethod
-    def _event() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)
-
-
-def _stopwatch(device: torch.device) -> Stopwatch:
-    return GpuWatch(device) if device.type == "cuda" else HostWatch()
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._gpu))
+        return event

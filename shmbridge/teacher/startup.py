@@ -23,11 +23,11 @@ _PACKED_IDS, _PACKED_PLACES = (5, 3, 1, 4, 2, 3), (0, 1, 2, 0, 1, 2)
 _EXACT, _ROUNDED = 0.002, 0.05  # relative; float32 all the way, or 16 bits somewhere
 
 
-def make(
+def parity_probe(
     forward: Forward, encoder: Encoder, outputs: tuple[OutputSpec, ...], settings: Config, device: torch.device
 ) -> Probe:
-    """Fingerprints by the teacher's `reference` where it has one (the model's own forward, no part of it taken over by an
-    encoder), else by `forward`."""
+    """Token IDs, and fingerprints of the outputs for them. They are computed by the teacher's `reference` where it has one (the
+    model's own forward, of which no encoder does a part), else by `forward`."""
     ids = _token_ids(forward, settings)
     returned = getattr(forward, "reference", forward)(Batch(ids.to(device), None))
     if settings.payload.named and "logits" in returned:
@@ -118,7 +118,7 @@ def _try(
 
 
 def vocab_size(forward: Forward, settings: Config) -> int | None:
-    """Token IDs must be below it: as set, or the teacher's own word."""
+    """Token IDs must be below it: as set, or as the teacher says."""
     return settings.teacher.vocab_size or getattr(forward, "vocab_size", None)
 
 

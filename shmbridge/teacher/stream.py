@@ -1,8 +1,12 @@
-"""Streamed replies on their way: a few chunks of each lane at a time, as fast as its rank reads them.
+"""Replies on their way: published in the order in which they were sealed, and streamed replies chunk by chunk.
 
-What a forward returned is kept until its rank has taken it; no lane waits for another's reader. The output head is applied
-to one chunk at a time, so reply memory and the head's are constants of the config whatever the number of tokens. A
-model whose head is not taken apart keeps its whole logits here until they are read.
+A reply is published after its bytes have arrived. On the CPU and on the CUDA plane that is at once. Where a GPU copies to host
+memory, a thread waits for each copy and publishes behind it, so that the forward's thread does not wait.
+
+Of a streamed reply a few chunks are sent at a time, as fast as the rank reads them. What the forward returned is kept until the
+rank has taken it; no lane waits for another lane's reader. The output head is applied to one chunk at a time, so the memory for
+replies and for the head does not grow with the number of tokens. A model without a separate head keeps its whole logits here until
+they are read.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ class _Sealed(NamedTuple):
 
 
 class Publisher:
-    """Of one teacher. The thread begins with the first reply that has to be waited for."""
+    """Publishes the replies of one teacher. Its thread starts with the first reply that must be waited for."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[_Sealed | None] = queue.SimpleQueue()
@@ -43,7 +47,7 @@ class Publisher:
         self._queue.put(_Sealed(arrived, publish))
 
     def check(self) -> None:
-        """Raise what waiting has raised: a CUDA error, after which nothing can be answered."""
+        """Raise the error that waiting has raised: one of CUDA, after which nothing can be answered."""
         if self._error is not None:
             raise self._error
 
@@ -67,7 +71,7 @@ class Publisher:
 
 
 class _Stream:
-    """What is left of one reply."""
+    """The rest of one streamed reply."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -76,7 +80,7 @@ class _Stream:
         self.sent = 0
 
     def skip(self, positions: int) -> None:
-        """A teacher before this one has sent `positions` of them."""
+        """An earlier teacher has already sent the first `positions`."""
         self.sent = positions
         while positions and self.parts:
             here = min(positions, self.parts[0].positions)
@@ -91,7 +95,7 @@ class _Stream:
 
 
 class Streams:
-    """At most one reply of each lane."""
+    """The streamed replies that are being sent: at most one of each lane."""
 
     def __init__(
         self,
@@ -103,7 +107,8 @@ class Streams:
         failed: Callable[[Answer, Exception], None],
         publish: Callable[[Answer], None],
     ) -> None:
-        """`sent` hears of every published chunk and its positions, `failed` of what an encoder raised, `publish` ends a reply."""
+        """`sent` is called with every published chunk's answer and number of positions, `failed` with what an encoder raised,
+        `publish` to end a reply."""
         self._encoder = encoder
         self._planes = planes
         self._publisher = publisher
@@ -120,7 +125,7 @@ class Streams:
         return lane in self._by_lane
 
     def begin(self, answer: Answer) -> None:
-        """Take a reply that is computed but for its head."""
+        """Start to send a reply, of which only the head is still to be computed."""
         assert answer.lane.index not in self._by_lane
         stream = self._by_lane[answer.lane.index] = _Stream(answer)
         stream.skip(answer.lane.ring.streamed_of(answer.request.sequence))
@@ -132,8 +137,8 @@ class Streams:
             stream.parts.clear()  # the round that made it may still be held
 
     def advance(self) -> bool:
-        """Send a chunk of each lane that has room; end what is sent, and what its rank has abandoned or closed on. True
-        where it is worth calling again at once: a rank that keeps pace must not keep the others from the teacher."""
+        """Send one chunk of each lane that has room. End the replies that are complete, or whose rank has abandoned them or closed.
+        Returns whether to call again at once: a rank that reads as fast as it is sent to must not keep the others waiting."""
         moved = [self._step(lane) for lane in list(self._by_lane)]
         return any(moved)
 
