@@ -156,8 +156,7 @@ def _supervise(
 
 def announce(planned: Plan, jobs: Sequence[JobSpec], session: str, run: Path, console: Console) -> None:
     """Write what is planned into the run directory, and show its header."""
-    from launcher.console import header
-    from launcher.plan import plan
+    from launcher.plan import header, plan
     from shmbridge import config
 
     (run / "config.yaml").write_text(config.dump(planned.config))

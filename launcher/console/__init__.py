@@ -3,6 +3,5 @@
 terminal   aligned, coloured lines, one prefix per source
 logs       follows the jobs' log files and shows their lines
 progress   what the teachers are doing until they are ready
-header     who runs where, before anything starts
 text       numbers and tables as text
 """

@@ -1,6 +1,7 @@
 """From settings and machine to job specs and a memory plan. Nothing is started or created here; the machine is only looked at.
 
 plan         the plan of a run: command lines, environments, memory
+header       the header of a run: which job runs where
 torchrun     torchrun's command line
 replicas     how many copies of the teacher, and which GPUs and lanes each of them has
 plane        which plane a run uses, and why

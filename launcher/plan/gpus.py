@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from launcher.process.ask import Answer, ask
 from shmbridge.errors import ConfigError
 from shmbridge.plane import devices
 from shmbridge.plane.devices import Devices
@@ -23,11 +24,26 @@ _QUERY = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits
 # Without persistence mode the driver initialises every GPU for each caller: some seconds for each.
 NVIDIA_SMI_LIMIT_S = 60.0
 TORCH_LIMIT_S = 120.0  # the import of torch from a cold disk, and a CUDA context on each GPU
+_REAP_S = 1.0  # a driver that hangs keeps its callers in the kernel, where SIGKILL does not reach them
 SLOW_DRIVER = (
     "Turn persistence mode on (`sudo nvidia-smi -pm 1`), so that the driver stays loaded; if it hangs still, look for NVRM "
     "and Xid in `dmesg`."
 )
 NO_DRIVER = "Mend the driver: a new one wants a reboot, and a container wants the GPUs (docker run --gpus all)."
+
+
+class Answer(NamedTuple):
+    """How a program ended, and what it printed."""
+
+    code: int
+    out: bytes
+    err: bytes
+
+    @property
+    def last_words(self) -> str:
+        """The last line that says something, of stderr or else of stdout."""
+        lines = [line.strip() for text in (self.out, self.err) for line in text.decode(errors="replace").splitlines()]
+        return next(filter(None, reversed(lines)), "")
 
 
 class Gpu(NamedTuple):
@@ -74,7 +90,7 @@ def ask_nvidia_smi(environment: Mapping[str, str]) -> Answer:
         OSError: there is no nvidia-smi on PATH.
         TimeoutError: it gave no answer in time.
     """
-    return ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
+    return _ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
 
 
 def ask_torch(environment: Mapping[str, str]) -> Devices:
@@ -85,13 +101,41 @@ def ask_torch(environment: Mapping[str, str]) -> Devices:
     """
     argv = [sys.executable, "-m", devices.__name__]
     try:
-        answer = ask(argv, {**environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, TORCH_LIMIT_S)
+        answer = _ask(argv, {**environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, TORCH_LIMIT_S)
     except TimeoutError:
         raise ConfigError(f"torch did not tell its GPUs within {TORCH_LIMIT_S:g} s. {SLOW_DRIVER}") from None
     found = devices.parse(answer.out)
     if found is None:
         raise ConfigError(f"torch could not be asked for its GPUs (exit code {answer.code}): {answer.last_words}")
     return found
+
+
+def _ask(argv: Sequence[str], environment: Mapping[str, str], limit_s: float) -> Answer:
+    """Run `argv` until it ends. Everything that it started is killed after `limit_s` seconds, or if an exception comes.
+
+    Raises:
+        OSError: there is no such program.
+        TimeoutError: it did not end in time.
+    """
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True
+    )
+    assert process.stdout and process.stderr
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except BaseException as error:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(_REAP_S)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass
+        process.stdout.close()
+        process.stderr.close()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise TimeoutError(f"{argv[0]} gave no answer within {limit_s:g} s") from None
+        raise
+    return Answer(process.returncode, out, err)
 
 
 def of_torch(found: Devices) -> list[Gpu]:
@@ -145,7 +189,8 @@ def parse(text: str, setting: str, shared: bool = False) -> list[int]:
     twice = sorted({number for number in numbers if numbers.count(number) > 1})
     if twice and not shared:
         raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
-    in_turn = _in_turn(numbers)
+    cards = list(dict.fromkeys(numbers))
+    in_turn = [cards[rank % len(cards)] for rank in range(len(numbers))]
     if numbers != in_turn:
         raise ConfigError(
             f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
@@ -159,7 +204,11 @@ def check(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> 
     for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
         missing = [number for number in numbers if number >= len(gpus)]
         if missing:
-            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {_what_there_is(gpus)}")
+            there_is = "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
+            if gpus:
+                these = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
+                there_is = f"there {these} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."
+            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {there_is}")
         for number in numbers:
             processes = list(teacher).count(number) + list(train).count(number)
             problem = unusable(gpus[number], processes)
@@ -194,12 +243,6 @@ def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> s
     return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
 
 
-def _in_turn(numbers: Sequence[int]) -> list[int]:
-    """The same GPUs for that many ranks: rank i has GPU i % GPUs."""
-    cards = list(dict.fromkeys(numbers))
-    return [cards[rank % len(cards)] for rank in range(len(numbers))]
-
-
 def _names(name: str, row: Sequence[str]) -> bool:
     """Whether an entry of CUDA_VISIBLE_DEVICES means this row; a UUID may be shortened to a prefix."""
     return name == row[0] if name.isdigit() else name.startswith("GPU-") and row[1].startswith(name)
@@ -207,10 +250,3 @@ def _names(name: str, row: Sequence[str]) -> bool:
 
 def _mebibytes(cell: str) -> int:
     return int(cell) * 2**20 if cell.isdigit() else 0
-
-
-def _what_there_is(gpus: Sequence[Gpu]) -> str:
-    if not gpus:
-        return "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
-    numbers = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
-    return f"there {numbers} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."

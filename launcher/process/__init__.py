@@ -4,6 +4,5 @@ job       one job: a shim and everything below it
 shim      the small parent of each job, which lets nothing outlive it; run by path
 elastic   torchrun, called from inside a process of ours; run by path
 signals   signals to the launcher
-ask       one question to another program, within a bound
 trial     short-lived processes that try CUDA IPC between the GPUs of a run
 """

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.console import header
 from launcher.console.text import ranges
-from launcher.plan import allocator, plan, plane
+from launcher.plan import allocator, header, plan, plane
 from launcher.plan.plan import TEACHER, TRAIN
 from launcher.plan.plane import Choice
 from shmbridge import config

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.console import header
-from launcher.plan import plan, replicas
+from launcher.plan import header, plan, replicas
 from launcher.plan.plan import TRAIN
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
