@@ -2,7 +2,7 @@
 
 cli          flags and sub-commands
 plan         settings and the machine to job specs and a memory plan
-supervisor   a run, from the first process to the report of the failure that came first
+supervisor   a run: session, training job, and the failure that came first
 process      starting and stopping processes
 daemon       a teacher that is kept across runs
 hang         who waits for whom, and the hang report

@@ -4,5 +4,5 @@ messages    what a keeper and its clients say to each other
 transport   JSON lines over a unix socket
 agreement   whether the settings of a training group and of a kept teacher fit
 server      the keeper's socket: one training group at a time holds the session
-client      a training group's side of the session, and the connection that it asks on
+client      RemoteSession: a training group's side, and its connection to the keeper
 """

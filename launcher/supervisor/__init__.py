@@ -1,13 +1,13 @@
 """Two state machines on one loop: a session with its teachers, and the training job beside it.
 
-loop        sleeps until something happens, and steps both
-session     what a training job needs of a session, whoever owns it
-hosted      the session that this launcher owns
-teachers    its teachers: started again, and their lanes handed over, where one has died
-training    the training job, and how the run ends
-restart     whether training that has crashed is started again
+loop        sleeps until a process, a socket or a signal is ready, then steps session and job
+session     the verbs of a session, and what a training job reads of it
+hosted      HostedSession: owns the shared memory and the teachers
+teachers    the teachers of a session: restarts, and the lanes of a dead one
+training    TrainingJob: the training group, its restarts, and how the run ends
+restart     whether crashed training is started again
 ranks       the ranks of the training group, watched from outside
 teardown    how jobs are ended
 cause       which failure came first
-report      how that failure is told
+report      the report of that failure
 """

@@ -1,12 +1,12 @@
 """Where replies lie: in POSIX shared memory (host), or in the teacher's GPU memory (cuda).
 
-base            what teacher and rank know of a plane,
+base            the interface of a plane, for teacher and rank
 select          which plane a session has
 tensors         dtypes; tensors in shared memory; how a reply lies in its slot
 host            replies in POSIX shared memory
 cuda            replies in the teacher's GPU memory
 cuda_ipc        CUDA IPC: the only module that calls private functions of torch
-cuda_slab       that memory, and how the teacher hands it to the rank
+cuda_slab       the reply slots of a lane in GPU memory, and the handles that open them
 cuda_runtime    pinned host memory; what an exception says of the GPU
 shared_head     the teacher's output head in shared memory
 probe           the trial of CUDA IPC before a session exists: exporter and importer

@@ -1,7 +1,7 @@
 """The rank's side: connect to a session, submit requests, read replies.
 
 connect     connect(): from SHMBRIDGE_SESSION to this rank's bridge
-bridge      wait_ready, submit, exchange, prefetch; off, where nobody answers
+bridge      wait_ready, submit, exchange, prefetch; or off
 lifecycle   between connect and close: who may use the bridge, how it waits, the save hook
 validate    what a rank may submit; every limit is checked here
 requests    the requests of the rank: which wait, which are in the ring, whose replies are wanted

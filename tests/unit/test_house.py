@@ -212,3 +212,22 @@ def test_a_decision_is_found_by_its_title():
         lines = (folder / name).read_text().splitlines()
         assert lines[0] == f"# {title}" and len(lines) <= 15, name
         assert name == re.sub("[^a-z0-9]+", "-", title.lower().replace("'", "")) + ".md"
+
+
+def drawn(package: str, indent: str = "") -> list[str]:
+    """The tree below `package`, made of the lists in the docstrings of its folders."""
+    tree = []
+    listed = re.findall(r"^ *(\w+) {2,}(.+)$", ast.get_docstring(ast.parse(MODULES[package].read_text())) or "", re.M)
+    for name, about in listed:
+        is_folder = MODULES[f"{package}.{name}"].stem == "__init__"
+        tree.append(f"{indent + name + '/' * is_folder:<24}{about}")
+        tree += drawn(f"{package}.{name}", indent + "    ") if is_folder else []
+    inside = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package} - {"__main__"}
+    assert sorted(name for name, _ in listed) == sorted(inside), f"the docstring of {package} lists its modules"
+    return tree
+
+
+def test_the_design_draws_the_tree():
+    tree = "\n".join(["shmbridge/", *drawn("shmbridge", "    "), "launcher/", *drawn("launcher", "    ")])
+    drawing = (ROOT / "docs" / "design.md").read_text().partition("```text\n")[2].partition("\n```")[0]
+    assert drawing == tree, f"docs/design.md has to draw this tree:\n{tree}"
