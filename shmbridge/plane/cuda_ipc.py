@@ -1,7 +1,7 @@
-"""CUDA IPC as torch has it: the only module that touches torch's private functions.
+"""CUDA IPC as torch has it: the only module that calls torch's private functions.
 
-Everything is exported once, at the startup barrier, and opened once. A test puts a stand-in in this module's place.
-Each function says the trap that it walks around.
+Everything is exported once, at the startup barrier, and opened once. Tests replace this module with a stand-in. Docstrings name
+the trap that a function avoids.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class MemoryHandle(msgspec.Struct, frozen=True):
 
 
 def unusable(device: torch.device) -> str | None:
-    """Why this process cannot export memory of `device`; None where nothing speaks against it.
+    """Why this process cannot export memory of `device`, or None where it can.
 
-    cudaMallocAsync has no handles at all. Expandable segments turn handles into file descriptors that the other side takes
-    with pidfd_getfd, which most containers refuse; they are seen in the first byte pair of a handle, once there is one.
+    cudaMallocAsync has no handles. Expandable segments turn handles into file descriptors that the other side takes with
+    pidfd_getfd, which most containers refuse; the first two bytes of a handle show them.
     """
     backend = torch.cuda.get_allocator_backend()
     if backend != "native":
@@ -98,10 +98,10 @@ def export_memory(memory: torch.Tensor) -> MemoryHandle:
 
 
 def open_memory(handle: MemoryHandle, device: torch.device) -> torch.Tensor:
-    """The exporter's memory, uint8, as a tensor of this process's own `device`. To be kept for life.
+    """The exporter's memory, uint8, as a tensor of this process's own `device`. Keep it: closing waits for the device.
 
-    torch takes the device for the context to open in. The exporter's number there would make a context on the exporter's card,
-    about 500 MB for each importer.
+    torch opens the memory in the context of the device that it is given. The exporter's number would make a context on the
+    exporter's card, about 500 MB for each importer.
     """
     with torch.inference_mode(False), torch.cuda.device(device):
         storage = torch.UntypedStorage._new_shared_cuda(
@@ -149,8 +149,8 @@ def current_stream(device: torch.device) -> Stream:
 
 
 def side_stream(device: torch.device) -> Stream:
-    """A stream that no other holder of a side stream in this process has, and that is idle, as long as torch has one left. One
-    that nobody holds may still wait for a process that is gone."""
+    """An idle stream that no other caller in this process holds, while torch has one left. A stream that is not held any more may
+    still wait for a process that is gone."""
     for _ in range(_SIDE_STREAMS):
         stream = torch.cuda.Stream(device)
         if stream not in _streams and stream.query():
@@ -161,14 +161,14 @@ def side_stream(device: torch.device) -> Stream:
 
 @contextmanager
 def on(stream: Stream) -> Iterator[Stream]:
-    """What is launched in the block goes to `stream`. Gives the stream of that device that was current before."""
+    """What is launched in the block goes to `stream`. Yields the stream of its device that was current before."""
     before = torch.cuda.current_stream(stream.device)
     with torch.cuda.stream(stream):
         yield before
 
 
 def keep_until(tensors: Iterable[torch.Tensor], stream: Stream) -> None:
-    """The allocator gives the memory of `tensors` to nobody before `stream` is done with what it holds now."""
+    """The allocator does not reuse the memory of `tensors` before `stream` has finished what it holds now."""
     for tensor in tensors:
         tensor.record_stream(stream)
 
@@ -190,7 +190,7 @@ def tell_host(word: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def pause() -> None:
-    """Let a host that waits for its GPU sleep for a millisecond. It does not wait in CUDA, where no signal gets through."""
+    """Sleep for a millisecond, on a host that waits for its GPU. A wait inside CUDA would delay signals."""
     time.sleep(0.001)
 
 

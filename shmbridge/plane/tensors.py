@@ -102,7 +102,7 @@ class Slots:
         return {name: view.detach() for name, view in self.views(number, extent).items()}
 
     def take_back(self, number: int) -> int:
-        """The memory of reply (or chunk) `number` may be written again: a backward that needs it raises from now on.
+        """The memory of reply (or chunk) `number` may be written again: from now on a backward that needs it raises.
 
         Returns:
             The version that autograd expects then. Counters start one apart and grow by `count`, so no other reply had it.
@@ -115,8 +115,8 @@ class Slots:
     def write(
         self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
     ) -> None:
-        """Copy `outputs`, in the offered dtype, into the reply from `position` (what has a sequence axis) and from `row`
-        (what has none) on, without waiting for a GPU. An output that is not there is left as it is."""
+        """Copy `outputs`, in the offered dtype, into the reply, without waiting for a GPU. Outputs with a sequence axis go to
+        `position` and on, outputs without one to `row` and on. Outputs that are not given are left as they are."""
         views = self.views(number, extent)
         for spec in self._outputs:
             source = outputs.get(spec.name)
