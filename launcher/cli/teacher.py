@@ -82,7 +82,7 @@ def _page(standing: Standing, now: float) -> str:
             f"generation {holder.generation}, {holder.ranks} rank{'s' if holder.ranks > 1 else ''}, run {holder.run}"
         )
         rows[-1] = ("held by", f"pid {holder.pid}, since {_since(holder.since, now)}")
-        rows.append(("", ranks if holder.generation else "no generation yet"))
+        rows.append(("", ranks))
     return f"kept teacher {standing.name}\n{table(rows)}"
 
 

@@ -180,9 +180,8 @@ class HostedSession(Session):
         except ShmbridgeError as error:
             if not self._kept:
                 raise
-            self.fail(
-                cause.of_launcher(str(error), REFUSED).as_failure()
-            )  # the session goes on without this generation
+            # The session goes on without this generation.
+            self.fail(cause.of_launcher(str(error), REFUSED).as_failure())
             self.end()
 
     def _create_replies(self) -> None:

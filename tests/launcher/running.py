@@ -148,13 +148,13 @@ def faked(
     teacher: str = "ok",
     training: str = "ok",
     grace_s: float = 5.0,
-    restarts: int = 0,
+    more: Sequence[str] = (),
     **variables: str,
 ) -> Any:
-    """The command over a fake teacher for each mode in `teacher`, with commas between, and a fake torchrun with two ranks."""
+    """The command over a fake teacher for each mode in `teacher`, with commas between, and a fake torchrun with two ranks. `more`:
+    flags and settings."""
     settings = [f"teacher.replicas={len(teacher.split(','))}", "ring.max_tokens=64", f"timeouts.shutdown_s={grace_s}"]
-    settings.append(f"teacher.restarts={restarts}")
-    arguments = ["--teacher", "fake:build", "--cpu", "2", *settings, "--", "-m", "this"]
+    arguments = ["--teacher", "fake:build", "--cpu", "2", *settings, *more, "--", "-m", "this"]
     return launched([sys.executable, str(HERE / "faked.py"), teacher, training, *arguments], directory, **variables)
 
 

@@ -236,9 +236,24 @@ def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_sav
         assert not (run.path / "report.txt").exists()
 
 
-@pytest.mark.parametrize("restarts", [0, 1])
+def test_training_that_crashed_begins_again_once_the_teacher_has_drained(tmp_path):
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with faked(tmp_path, training="crashes once", more=["--train-restarts", "1"], FAKE_DRAINED=str(gate)) as run:
+        run.says("training starts again (restart 1 of 1)")
+        until(lambda: not run.processes("fake_training.py"), "the end of what crashed")
+        for times in (1, 2):  # the launcher has looked in between
+            run.signal(signal.SIGUSR1)
+            run.says("SIGUSR1 was sent to no rank", times=times)
+        gate.write_bytes(b"")
+        run.says("up", times=6)
+        gate.write_bytes(b"")  # of the second generation
+        assert run.wait() == 0
+
+
+@pytest.mark.parametrize("restarts", ["0", "1"])
 def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path, restarts):
-    with faked(tmp_path, training="waits", grace_s=60, restarts=restarts) as run:
+    with faked(tmp_path, training="waits", grace_s=60, more=["--teacher-restarts", restarts]) as run:
         run.says("up", times=3)
         run.signal(signal.SIGTERM)
         run.says("takes note", times=2)
