@@ -13,11 +13,10 @@ import msgspec
 
 from launcher import registry, sessions, stale
 from launcher.cli import parsers
-from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import size, table
 from launcher.hang import report, snapshot, status
 from launcher.sessions import LIVE, STALE, Session
-from shmbridge.errors import AttachError, ShmbridgeError
+from shmbridge.errors import AttachError
 from shmbridge.shm import owner
 from shmbridge.shm.session import MappedSession
 
@@ -25,17 +24,11 @@ _EVERY_S = 1.0
 _CLEAR = "\033[H\033[J"
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `argv`, whose first word names the command; the exit code."""
-    name, *rest = argv
-    args = parsers.command(name).parse_args(rest)
+def main(name: str, argv: Sequence[str]) -> int:
+    """Run the command `name`; the exit code."""
+    args = parsers.command(name).parse_args(argv)
     try:
         return COMMANDS[name](args)
-    except ShmbridgeError as error:
-        print(f"shmbridge-launch {name}: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -124,9 +117,8 @@ def _clean(args: argparse.Namespace) -> int:
     dead = {one.session_id: _bytes(one.session_id) for one in sessions.every() if one.state == STALE}
     removed = [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(stale.reclaim())
     for session_id, count in removed:
-        print(
-            f"{would} {count} objects{_freed(dead.get(session_id, 0))} of the dead session {session_id[: sessions.SHORT]}"
-        )
+        freed = f" ({size(dead[session_id])})" if dead.get(session_id) else ""
+        print(f"{would} {count} objects{freed} of the dead session {session_id[: sessions.SHORT]}")
     free = registry.is_free if args.dry_run else registry.remove_if_free
     names = [name for name in registry.entries() if free(name)]
     for name in names:
@@ -144,10 +136,6 @@ def _doctor(args: argparse.Namespace) -> int:
     from launcher.doctor import command
 
     return command.main(args.json)
-
-
-def _freed(nbytes: int) -> str:
-    return f" ({size(nbytes)})" if nbytes else ""
 
 
 def _bytes(session_id: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +12,8 @@ from msgspec import inspect as types
 
 from launcher.cli import parsers
 from launcher.cli.run import values
-from launcher.codes import REFUSED
 from shmbridge import __version__, config
 from shmbridge.config import Config, schema
-from shmbridge.errors import ConfigError
 
 _WIDTH = 100
 _HEADER = f"""\
@@ -28,13 +25,9 @@ def main(argv: Sequence[str]) -> int:
     """Run what follows `config` on the command line; the exit code."""
     parser = parsers.command("config")
     args, unknown = parser.parse_known_intermixed_args(argv)
-    try:
-        parsers.refuse_unknown_flag(parser, unknown)
-        given = config.given(args.config, args.overrides, values(args))
-        print(page(config.from_tree(given), given), end="")
-    except ConfigError as error:
-        print(f"shmbridge-launch config: {error}", file=sys.stderr)
-        return REFUSED
+    parsers.refuse_unknown_flag(parser, unknown)
+    given = config.given(args.config, args.overrides, values(args))
+    print(page(config.from_tree(given), given), end="")
     return 0
 
 

@@ -25,9 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [*argv[1:], "--help"]
     from shmbridge.errors import ShmbridgeError
 
+    said_by = parsers.PROGRAM
     try:
         if argv[0] in parsers.COMMANDS:
             parsers.refuse_missing_word(argv)
+            said_by += f" {argv[0]}"
             return _command(argv)
         arguments, script = _split(argv)
         if "--" not in argv:
@@ -36,28 +38,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsers.refuse_unknown_flag(parser, unknown)
         return _launch(args, script)
     except ShmbridgeError as error:
-        print(f"{parsers.PROGRAM}: {error}", file=sys.stderr)
+        print(f"{said_by}: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
 def _command(argv: Sequence[str]) -> int:
-    if argv[0] == "config":
+    """The commands import what they need themselves, so that each loads no more than that."""
+    name, *rest = argv
+    if name == "config":
         from launcher.cli import config
 
-        return config.main(argv[1:])
-    if argv[0] == "completion":
+        return config.main(rest)
+    if name == "completion":
         from launcher.cli import completion
 
-        return completion.main(argv[1:])
-    if argv[0] == "teacher":
+        return completion.main(rest)
+    if name == "teacher":
         from launcher.cli import teacher
 
-        return teacher.main(argv[1:])
+        return teacher.main(rest)
     from launcher.cli import commands
 
-    return commands.main(argv)
+    return commands.main(name, rest)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

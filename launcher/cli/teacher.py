@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import select
-import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 
 from launcher.cli import parsers, teacher_start
 from launcher.cli.run import values
-from launcher.codes import INTERRUPTED, REFUSED
 from launcher.console.text import listed, seconds, table
 from launcher.daemon import messages
 from launcher.daemon.client import Connection
 from launcher.daemon.messages import Standing
 from shmbridge import config
-from shmbridge.errors import ConfigError, DeadlineExceeded, ShmbridgeError
+from shmbridge.errors import ConfigError, DeadlineExceeded
 from shmbridge.shm import process
 
 _QUIET_S = 3.0  # a stop that takes longer says what it waits for
@@ -25,16 +24,11 @@ _QUIET_S = 3.0  # a stop that takes longer says what it waits for
 
 def main(argv: Sequence[str]) -> int:
     """Run what follows `teacher` on the command line; the exit code."""
-    args = parsers.teacher_start().parse_intermixed_args(argv[1:]) if argv[:1] == ["start"] else None
-    try:
-        if args:
-            return _start(args)
-        return _of_running(argv)
-    except ShmbridgeError as error:
-        print(f"shmbridge-launch teacher: {error}", file=sys.stderr)
-        return REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    if argv[:1] == ["start"]:
+        return _start(parsers.teacher_start().parse_intermixed_args(argv[1:]))
+    args = parsers.kept_teacher().parse_args(argv)
+    with closing(Connection(args.name)) as connection:
+        return _status(connection) if args.command == "status" else _stop(connection, args.force)
 
 
 def _start(args: argparse.Namespace) -> int:
@@ -47,15 +41,6 @@ def _start(args: argparse.Namespace) -> int:
     if args.foreground:
         return teacher_start.keep(settings, lambda run: None, lambda: None)
     return teacher_start.in_background(settings)
-
-
-def _of_running(argv: Sequence[str]) -> int:
-    args = parsers.kept_teacher().parse_args(argv)
-    connection = Connection(args.name)
-    try:
-        return _status(connection) if args.command == "status" else _stop(connection, args.force)
-    finally:
-        connection.close()
 
 
 def _status(connection: Connection) -> int:

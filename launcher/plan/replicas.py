@@ -23,17 +23,24 @@ def count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
         ConfigError: a replica would be without a GPU, would have more GPUs than another, or would have no rank to serve.
     """
     replicas = teacher.replicas or max(gpus, 1)
-    if gpus:
-        _check_gpus(replicas, gpus, ranks, teacher.gpus)
-    if replicas > ranks:
-        given = (
-            f"teacher.replicas is {replicas}" if teacher.replicas else f"teacher.gpus names {gpus} GPUs, a replica each"
-        )
+    fitting = [number for number in range(1, min(gpus, ranks) + 1) if gpus % number == 0]
+    if gpus % replicas:
+        why = "each replica needs one of its own" if replicas > gpus else f"{replicas} does not divide {gpus}"
         raise ConfigError(
-            f"{given}, and there {_are(ranks, 'training rank')}: a rank is served by one replica, so "
-            f"{replicas - ranks} would be idle. {_fewer(gpus, ranks)}"
+            f"teacher.replicas is {replicas}, and teacher.gpus names {gpus} GPU{'s' if gpus > 1 else ''} "
+            f"({teacher.gpus}): {why}. Set teacher.replicas to {listed(list(map(str, fitting)), 'or')}, or name other GPUs."
         )
-    return replicas
+    if replicas <= ranks:
+        return replicas
+    given = f"teacher.replicas is {replicas}" if teacher.replicas else f"teacher.gpus names {gpus} GPUs, a replica each"
+    there = "is 1 training rank" if ranks == 1 else f"are {ranks} training ranks"
+    instead = f"Set teacher.replicas to {ranks} or less."
+    if gpus:
+        each = f"each over {gpus // fitting[-1]} GPUs" if gpus > fitting[-1] else "a GPU each"
+        instead = f"Set teacher.replicas to {fitting[-1]} ({each}), or name fewer GPUs in teacher.gpus."
+    raise ConfigError(
+        f"{given}, and there {there}: a rank is served by one replica, so {replicas - ranks} would be idle. {instead}"
+    )
 
 
 def shares(items: Sequence[T], replicas: int) -> tuple[tuple[T, ...], ...]:
@@ -67,32 +74,3 @@ def imbalance(ranks: int, replicas: int) -> str:
         f"{ranks} ranks over {replicas} replicas: {served}. The slowest replica sets the step; "
         f"{ranks - over} or {ranks - over + replicas} ranks would be even"
     )
-
-
-def _check_gpus(replicas: int, gpus: int, ranks: int, named: str) -> None:
-    if gpus % replicas == 0:
-        return
-    why = "each replica needs one of its own" if replicas > gpus else f"{replicas} does not divide {gpus}"
-    would_do = listed([str(number) for number in _fitting(gpus, ranks)], "or")
-    raise ConfigError(
-        f"teacher.replicas is {replicas}, and teacher.gpus names {gpus} GPU{'s' if gpus > 1 else ''} ({named}): {why}. "
-        f"Set teacher.replicas to {would_do}, or name other GPUs."
-    )
-
-
-def _fewer(gpus: int, ranks: int) -> str:
-    """What to do about more replicas than ranks."""
-    if not gpus:
-        return f"Set teacher.replicas to {ranks} or less."
-    most = _fitting(gpus, ranks)[-1]
-    each = f"each over {gpus // most} GPUs" if gpus > most else "a GPU each"
-    return f"Set teacher.replicas to {most} ({each}), or name fewer GPUs in teacher.gpus."
-
-
-def _fitting(gpus: int, ranks: int) -> list[int]:
-    """Numbers of replicas that divide the GPUs and leave none without a rank."""
-    return [number for number in range(1, min(gpus, ranks) + 1) if gpus % number == 0]
-
-
-def _are(count: int, what: str) -> str:
-    return f"is 1 {what}" if count == 1 else f"are {count} {what}s"

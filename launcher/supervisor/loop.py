@@ -11,7 +11,7 @@ from typing import Protocol
 
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
-from launcher.plan import cgroup
+from launcher.plan import machine
 from launcher.plan.plan import JobSpec
 from launcher.process import job
 from launcher.process.job import Job
@@ -59,12 +59,12 @@ class EventLoop:
         self.teardown = Teardown(self.jobs, grace_s, console)
         self._base = base
         self._signals = signals
-        self._oom_kills_before = cgroup.oom_kills()
+        self._oom_kills_before = machine.oom_kills()
 
     @property
     def oom_kills(self) -> int | None:
         """How many processes the kernel has killed for want of memory since the start; None where that is unknown."""
-        return cgroup.oom_kills_since(self._oom_kills_before)
+        return machine.oom_kills_since(self._oom_kills_before)
 
     def start(self, spec: JobSpec) -> Job:
         """Start a job, in the place of one of the same name."""

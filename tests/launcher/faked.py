@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from launcher.cli.main import main
-from launcher.plan import cgroup
+from launcher.plan import machine
 from launcher.plan.plan import JobSpec, Plan
 
 HERE = Path(__file__).parent
@@ -38,5 +38,5 @@ def train(self: Plan, run: Path, session: str) -> JobSpec:
 
 Plan._teacher, Plan._train = teacher, train
 counts = itertools.chain([5], itertools.repeat(None if OOM_KILLS == "unreadable" else 5 + int(OOM_KILLS)))
-cgroup.oom_kills = lambda: next(counts)
+machine.oom_kills = lambda: next(counts)
 sys.exit(main(ARGUMENTS))

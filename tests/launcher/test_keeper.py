@@ -14,6 +14,7 @@ import pytest
 
 from launcher import registry
 from launcher.cli import teacher as teacher_commands
+from launcher.cli.main import main
 from launcher.daemon import agreement, messages, transport
 from launcher.daemon.client import Connection
 from launcher.daemon.messages import Fingerprint
@@ -417,7 +418,7 @@ def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
 def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
     monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
     with Mute([welcome], [messages.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
-        assert teacher_commands.main(["stop", "big"]) == 2
+        assert main(["teacher", "stop", "big"]) == 2
     out, err = capsys.readouterr()
     assert out == "waiting for the training group of pid 7 and the teacher to end, at most 0.2 s\n"
     assert re.search(
@@ -495,7 +496,7 @@ def test_names_that_are_no_kept_teacher(kept):
     [("../big model", "`name` is '../big model'; use at most"), ("ring.depth=2", "the first word after")],
 )
 def test_a_name_that_cannot_be_one_is_refused(name, message, capsys):
-    assert teacher_commands.main(["start", name, "--teacher", "toy:build", "--cpu", "1"]) == 2
+    assert main(["teacher", "start", name, "--teacher", "toy:build", "--cpu", "1"]) == 2
     assert message in capsys.readouterr().err
 
 
