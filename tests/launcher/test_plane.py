@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.console.text import ranges
 from launcher.plan import allocator, header, plan, plane
 from launcher.plan.plan import TEACHER, TRAIN
 from launcher.plan.plane import Choice
@@ -116,13 +115,6 @@ def test_pairs_are_those_of_the_lanes():
     repeated = plane.pairs([EIGHT[7:]], (EIGHT[0], EIGHT[0], EIGHT[1]))
     assert [pair.device for pair in repeated] == [0, 1], "as CUDA_VISIBLE_DEVICES lists each once"
     assert plane.between(found) == "GPU 4 and GPUs 2,1, GPU 6 and GPU 0"
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"), [([3], "3"), ([0, 1, 2], "0-2"), ([0, 1, 5, 6, 3], "0-1,5-6,3"), ([2, 1], "2,1"), ([], "")]
-)
-def test_ranges(numbers, text):
-    assert ranges(numbers) == text
 
 
 # The allocator
