@@ -84,18 +84,16 @@ class Tail:
         return os.read(self._file, _CHUNK)
 
     def _decode(self, line: bytes) -> str:
+        """The line as text. A traceback is kept, since later lines would push it out of the last lines."""
         text = _last_state(line).decode(errors="replace")
-        self._remember(_PREFIX.sub("", _COLOUR.sub("", text)))
-        return text
-
-    def _remember(self, line: str) -> None:
-        """Keep the last traceback, which later lines would push out of the last lines."""
-        if line.endswith(_TRACEBACK):
+        bare = _PREFIX.sub("", _COLOUR.sub("", text))
+        if bare.endswith(_TRACEBACK):
             self.traceback, self._in_traceback = [], True
         if self._in_traceback and len(self.traceback) < _LONGEST_TRACEBACK:
-            self.traceback.append(line)
-            if line and not line.startswith(" ") and not line.endswith(_TRACEBACK):
+            self.traceback.append(bare)
+            if bare and not bare.startswith(" ") and not bare.endswith(_TRACEBACK):
                 self._in_traceback = False
+        return text
 
 
 def _last_state(line: bytes) -> bytes:
@@ -164,9 +162,8 @@ class Logs:
         self._last[tail.source].extend(lines)
         self._console.unfinished(tail, tail.source, "")
         begun = self._shown.pop(tail, None)
-        if (
-            begun and begun.text and lines and not self._console.redraws
-        ):  # the first is printed already, or its beginning
+        # Where lines are not drawn again, the first is printed already, or its beginning.
+        if begun and begun.text and lines and not self._console.redraws:
             rest = lines[0] if begun.is_bar else lines[0].removeprefix(begun.text).lstrip()
             lines = [*([rest] if rest not in ("", begun.text) else []), *lines[1:]]
         for line in lines:

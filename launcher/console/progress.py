@@ -39,7 +39,8 @@ class Progress:
     def show(self) -> None:
         """Print a line where there is something to tell."""
         now = time.monotonic()
-        ready = [i for i, record in self._waiting.items() if self._is_ready(record)]
+        # It has opened the barrier of a generation, or has loaded and none is open.
+        ready = [i for i, record in self._waiting.items() if record.phase is Phase.IDLE or record.ready > 0]
         for replica in ready:
             del self._waiting[replica]
         if ready:
@@ -49,34 +50,28 @@ class Progress:
             self._shown, self._shown_at = states, now
             self._console.say(f"{self._told(states)}, {seconds(now - self._started)}")
 
-    def _is_ready(self, record: Record) -> bool:
-        """It has opened the barrier of a generation, or has loaded and none is open."""
-        return record.phase is Phase.IDLE or record.ready > 0
-
     def _is_due(self, states: States, now: float) -> bool:
         if states == self._shown or not any(phase in _BEFORE_READY for phase, _ in states.values()):
             return False
-        entered = self._alone and _phases(states) != _phases(self._shown)
+        entered = self._alone and [state[0] for state in states.values()] != [
+            shown[0] for shown in self._shown.values()
+        ]
         return not self._shown or entered or now - self._shown_at >= _EVERY_S
 
     def _told(self, states: States) -> str:
         """All teachers, those in one phase together."""
         parts = []
         for phase, verbs in (_BEFORE_READY | _WAITING).items():
-            those = [i for i, state in states.items() if state[0] is phase]
-            if those:
-                share = _share([states[i][1] for i in those]) if phase is Phase.LOADING else ""
-                parts.append(f"{self._called(those)} {verbs[len(those) > 1]}{share}")
+            replicas = [i for i, state in states.items() if state[0] is phase]
+            if replicas:
+                share = _share([states[i][1] for i in replicas]) if phase is Phase.LOADING else ""
+                parts.append(f"{self._called(replicas)} {verbs[len(replicas) > 1]}{share}")
         return "; ".join(parts)
 
     def _called(self, replicas: Sequence[int]) -> str:
         if self._alone:
             return "teacher"
         return f"teacher{'s' if len(replicas) > 1 else ''} {listed([str(i) for i in replicas])}"
-
-
-def _phases(states: States) -> list[Phase]:
-    return [phase for phase, _ in states.values()]
 
 
 def _share(progress: Sequence[tuple[int, int]]) -> str:

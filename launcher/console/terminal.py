@@ -37,7 +37,11 @@ class Console:
         self.redraws = terminal and os.environ.get("TERM") != "dumb"
         self._unfinished: dict[object, tuple[str, str]] = {}  # by their owner: source and text
         self._drawn = 0  # how many of them the terminal shows
-        self._fd = _descriptor(self._stream)
+        try:
+            self._stream.flush()
+            self._fd: int | None = self._stream.fileno()
+        except OSError:  # a stream in memory
+            self._fd = None
         self._prefix_width = _PREFIX_WIDTH
         self._pending = bytearray()
         self._skipped = 0  # bytes, since the stream was last behind
@@ -70,7 +74,11 @@ class Console:
 
     def _prefix(self, source: str) -> str:
         prefix = f"[{source}]".ljust(self._prefix_width)
-        return f"\033[{_colour(source)}m{prefix}\033[0m" if self._coloured else prefix
+        if not self._coloured:
+            return prefix
+        kind, _, number = source.partition(" ")
+        colour = _RANKS[int(number) % len(_RANKS)] if kind == "rank" else _TEACHER if kind == "teacher" else _DIM
+        return f"\033[{colour}m{prefix}\033[0m"
 
     def write(self, text: str) -> None:
         """`text` as it is."""
@@ -87,19 +95,15 @@ class Console:
         """Draw the unfinished lines. The cursor stays behind the last one, where a user answers a prompt."""
         if self._drawn or not self._unfinished:
             return
-        columns, rows = self._size()
-        room = columns - self._prefix_width - 2
-        in_order = sorted(self._unfinished.values(), key=lambda unfinished: (len(unfinished[0]), unfinished[0]))
-        shown = in_order[: max(1, rows // 2)]
-        self._append("\n".join(f"{self._prefix(source)} {_CODES.sub('', text)[:room]}" for source, text in shown))
-        self._drawn = len(shown)
-
-    def _size(self) -> tuple[int, int]:
         try:
             columns, rows = os.get_terminal_size(self._fd if self._fd is not None else -1)
         except OSError:
             columns, rows = 0, 0
-        return columns or 80, rows or 24  # a terminal may not know its size, as over a serial line
+        room = (columns or 80) - self._prefix_width - 2  # a terminal may not know its size, as over a serial line
+        in_order = sorted(self._unfinished.values(), key=lambda unfinished: (len(unfinished[0]), unfinished[0]))
+        shown = in_order[: max(1, (rows or 24) // 2)]
+        self._append("\n".join(f"{self._prefix(source)} {_CODES.sub('', text)[:room]}" for source, text in shown))
+        self._drawn = len(shown)
 
     def _append(self, text: str) -> None:
         if not self._open:
@@ -129,10 +133,19 @@ class Console:
                 try:
                     self._give()
                 except BlockingIOError:
-                    if not self._writable(deadline):
+                    assert self._fd is not None
+                    left_s = deadline - time.monotonic()
+                    poll = select.poll()
+                    poll.register(self._fd, select.POLLOUT)
+                    if left_s <= 0 or not poll.poll(left_s * 1000):
                         return
-        except OSError:
-            self._lose()
+        except OSError:  # the reader of the output is gone (`| head`, a closed terminal); the run goes on
+            self._open = False
+            self._pending.clear()
+            if self._fd is not None:
+                void = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(void, self._fd)
+                os.close(void)
 
     def _give(self) -> None:
         if self._fd is None:
@@ -145,35 +158,3 @@ class Console:
             self.line(
                 LAUNCHER, f"{skipped} bytes are not shown here, where nobody read them; they are in the log files"
             )
-
-    def _writable(self, deadline: float) -> bool:
-        assert self._fd is not None
-        left_s = deadline - time.monotonic()
-        poll = select.poll()
-        poll.register(self._fd, select.POLLOUT)
-        return left_s > 0 and bool(poll.poll(left_s * 1000))
-
-    def _lose(self) -> None:
-        """The reader of the output is gone (`| head`, a closed terminal). The run goes on; its logs are in files."""
-        self._open = False
-        self._pending.clear()
-        if self._fd is not None:
-            void = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(void, self._fd)
-            os.close(void)
-
-
-def _descriptor(stream: TextIO) -> int | None:
-    """The stream's file descriptor; None for a stream in memory."""
-    try:
-        stream.flush()
-        return stream.fileno()
-    except OSError:
-        return None
-
-
-def _colour(source: str) -> str:
-    kind, _, number = source.partition(" ")
-    if kind == "rank":
-        return _RANKS[int(number) % len(_RANKS)]
-    return _TEACHER if kind == "teacher" else _DIM

@@ -62,36 +62,10 @@ def flags(*more: str, teacher: str = "toy:build", ranks: int = 2) -> list[str]:
     return ["--teacher", teacher, "--cpu", str(ranks), "ring.max_tokens=64", *more]
 
 
-def refused(directory: Path, *arguments: str, **variables: str) -> str:
-    with launch(directory, *arguments, **variables) as run:
-        assert run.wait() == 2
-        assert "Traceback" not in run.text
-        assert not (directory / "runs").exists()
-        assert run.session is None
-        return run.text
-
-
 def test_help_loads_next_to_nothing():
     code = "import sys, launcher.cli.main; from launcher.cli import parsers; parsers.launch(), parsers.whole(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "yaml", "msgspec", "rich", "gguf", "huggingface_hub"} & set(loaded)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--cpu", "2", "--", "train.py"], "teacher.model is not set"),
-        ([*flags(), "--"], "the training command is missing"),
-        ([*flags(), "--", "nowhere.py"], "'nowhere.py' does not exist"),
-        ([*flags("ring.dept=4"), "--", "train.py"], "did you mean `ring.depth`?"),
-        ([*flags("--teacher-gpu", ""), "--", "train.py"], "--teacher-gpu is empty"),
-        ([*flags("--config", "none.yaml"), "--", "train.py"], "none.yaml"),
-        ([*flags("--torchrun", "--max-restarts 3"), "--", "train.py"], "--max-restarts"),
-        (["--teacher", "toy:build", "--train-gpus", "0-6", "--", "train.py"], "GPU 0, which does not exist"),
-    ],
-)
-def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
-    assert message in refused(directory, *arguments, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.parametrize(
@@ -112,9 +86,13 @@ def test_bad_input_is_one_message_and_exit_2(directory, arguments, message):
 )
 def test_what_cannot_run_is_refused_before_anything_starts(directory, promise, arguments, messages):
     began = time.monotonic()
-    text = refused(directory, *arguments, "--", "train.py", CUDA_VISIBLE_DEVICES="")
-    took_s = time.monotonic() - began
-    assert all(message in text for message in messages), text
+    with launch(directory, *arguments, "--", "train.py", CUDA_VISIBLE_DEVICES="") as run:
+        assert run.wait() == 2
+        took_s = time.monotonic() - began
+        assert all(message in run.text for message in messages), run.text
+        assert "Traceback" not in run.text
+        assert run.session is None
+    assert not (directory / "runs").exists()
     promise.kept(f"refused before anything started: {messages[-1]}", took_s, 2)
 
 
@@ -145,6 +123,13 @@ def test_what_cannot_run_is_refused_before_anything_starts(directory, promise, a
             ["--cpu", "2", "--lr", "3", "--", "train.py"],
             "unknown flag --lr; `shmbridge-launch --help` lists the flags\n",
         ),
+        (["--cpu", "2", "--", "train.py"], "teacher.model is not set"),
+        ([*flags(), "--"], "the training command is missing"),
+        ([*flags("ring.dept=4"), "--", "train.py"], "did you mean `ring.depth`?"),
+        ([*flags("--teacher-gpu", ""), "--", "train.py"], "--teacher-gpu is empty"),
+        ([*flags("--config", "none.yaml"), "--", "train.py"], "none.yaml"),
+        ([*flags("--torchrun", "--max-restarts 3"), "--", "train.py"], "--max-restarts"),
+        (["--teacher", "toy:build", "--train-gpus", "0-6", "--", "train.py"], "GPU 0, which does not exist"),
         ([*flags("--config", ""), "--", "train.py"], "--config is empty; give a file or"),
         ([*flags(teacher="train.py"), "--dry-run", "--", "train.py"], "train.py is a file, and not a .gguf file. Give"),
         ([*flags(), "--", "."], "the training script '.' is a directory; name the script in it"),
@@ -159,11 +144,12 @@ def test_what_cannot_run_is_refused_before_anything_starts(directory, promise, a
             [*flags(), "--dry-run", "--", "-m", "nosuch.module"],
             "module 'nosuch.module' was not found: 'nosuch' is neither",
         ),
-        ([*flags(), "--dry-run", "--", "nowhere.py"], "'nowhere.py' does not exist"),
+        ([*flags(), "--", "nowhere.py"], "'nowhere.py' does not exist"),
     ],
 )
 def test_a_bad_command_line_says_what_to_write(directory, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(directory)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (directory / "runs").exists()
@@ -424,10 +410,13 @@ def test_a_model_that_the_hub_does_not_give_is_asked_for_once_and_told_once(dire
 
 
 @pytest.mark.parametrize("model", ["held/gpt2", "./held/gpt2", "held/distil/weights", "hald.gguf", "~/nowhere", "a b"])
-def test_what_can_only_be_a_path_is_refused_with_what_was_tried_and_what_is_near(directory, model):
+def test_what_can_only_be_a_path_is_refused_with_what_was_tried_and_what_is_near(directory, monkeypatch, capsys, model):
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("HOME", str(directory))
     (directory / "held" / "distilgpt2").mkdir(parents=True)
     (directory / "held.gguf").touch()
-    text = refused(directory, *flags(teacher=model), "--", "train.py", HOME=str(directory))
+    assert main([*flags(teacher=model), "--", "train.py"]) == 2
+    text = capsys.readouterr().err
     assert f"there is no file or directory {directory}/{model.removeprefix('./').removeprefix('~/')}." in text
     near = {"hald.gguf": "held.gguf", "~/nowhere": "", "a b": ""}.get(model, "held/distilgpt2")
     assert f"Did you mean {directory}/{near}?" in text or not near
