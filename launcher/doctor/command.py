@@ -49,7 +49,9 @@ def main(as_json: bool) -> int:
         width = shutil.get_terminal_size().columns if terminal else 0
         print(f"shmbridge {__version__} on this machine\n")
         print(page(facts, width, coloured=terminal and not os.environ.get("NO_COLOR")))
-        print(f"\n{_summary(facts)}")
+        counts = [(word, sum(fact.status == word for fact in facts)) for word in ("fault", "warning")]
+        told = ", ".join(f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts if count)
+        print(f"\n{len(facts)} checks: {told or 'all ok'}")
     return 1 if status == "fault" else 0
 
 
@@ -90,9 +92,3 @@ def _all() -> list[Fact]:
     finally:
         note("")
     return [found[name] for name in NAMES]
-
-
-def _summary(facts: Sequence[Fact]) -> str:
-    counts = [(word, sum(fact.status == word for fact in facts)) for word in ("fault", "warning")]
-    told = [f"{count} {word}{'s' if count > 1 else ''}" for word, count in counts if count]
-    return f"{len(facts)} checks: {', '.join(told) or 'all ok'}"

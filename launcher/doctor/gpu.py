@@ -41,7 +41,13 @@ class _Look:
         note("asking nvidia-smi")
         self._smi, self._smi_problem = self._ask_nvidia_smi()
         note("asking torch")
-        self._torch, self._torch_problem = (None, "") if self._hung else self._ask_torch()
+        self._torch: Devices | None = None
+        self._torch_problem = ""
+        if not self._hung:
+            try:
+                self._torch = gpus.ask_torch(environment)
+            except ConfigError as error:
+                self._torch_problem = str(error)
         seen_by_torch = gpus.of_torch(self._torch) if self._torch else []
         self._gpus: Sequence[Gpu] = self._smi or seen_by_torch
         self._seen_by_torch = len(seen_by_torch)
@@ -146,12 +152,6 @@ class _Look:
         except ConfigError as error:
             return [], Finding("fault", str(error), "Set CUDA_VISIBLE_DEVICES to whole GPUs.")
         return [], Finding("fault", f"nvidia-smi failed (exit code {answer.code}): {answer.last_words}", gpus.NO_DRIVER)
-
-    def _ask_torch(self) -> tuple[Devices | None, str]:
-        try:
-            return gpus.ask_torch(self._environment), ""
-        except ConfigError as error:
-            return None, str(error)
 
 
 def _commands(

@@ -215,12 +215,8 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "of unknown version" if _importable(package) else ""
-
-
-def _importable(package: str) -> bool:
-    module = {"PyYAML": "yaml"}.get(package, package.replace("-", "_"))
-    return importlib.util.find_spec(module) is not None
+        module = {"PyYAML": "yaml"}.get(package, package.replace("-", "_"))
+        return "of unknown version" if importlib.util.find_spec(module) else ""
 
 
 def _nvidia_cards() -> list[Path]:

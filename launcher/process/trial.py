@@ -9,7 +9,6 @@ The messages between them go through here, so that whoever dies or hangs is seen
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import select
 import signal
@@ -141,15 +140,14 @@ class _Process:
     def fate(self) -> str | None:
         """How it ended, where that was not well."""
         code = self._popen.wait(_REAP_S)
+        if code == 0:
+            return None
         if code < 0:
             return f"{self.who} was killed by {signal.Signals(-code).name}"
-        return f"{self.who} ended with exit code {code}{self._last_words()}" if code else None
-
-    def _last_words(self) -> str:
         self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f" ({last})" if last else ""
+        lines = list(filter(str.strip, self._stderr.read().decode(errors="replace").split("\n")))
+        last = f" ({lines[-1].strip()})" if lines else ""
+        return f"{self.who} ended with exit code {code}{last}"
 
     def kill(self) -> None:
         """SIGKILL for all of it. One that has ended stays as it is."""
@@ -183,16 +181,24 @@ class _Trial:
 
     def talk(self, pairs: Sequence[Pair]) -> str | None:
         """Bring exports to the importer, and collect what it says of each; the reason, where something is wrong."""
-        exported = [self._exported(exporter) for exporter in self._exporters]
-        offered = [(one.facts, export) for one in exported for export in one.exports]
+        offered = []
+        for exporter in self._exporters:
+            exported = self._receive(exporter, Exported, exporter.who)
+            if exported.refused:
+                return exported.refused
+            offered += [(exported.facts, export) for export in exported.exports]
         if len(offered) != len(pairs):
-            raise _Failed(f"{len(offered)} exports came for {len(pairs)} pairs of GPUs")
+            return f"{len(offered)} exports came for {len(pairs)} pairs of GPUs"
         self._importer.send([Task(pair.device, *offer) for pair, offer in zip(pairs, offered, strict=True)])
-        failed = [f"{pair}: {reason}" for pair in pairs if (reason := self._tried(pair))]
+        failed = []
+        for pair in pairs:
+            tried = self._receive(self._importer, Tried, f"{pair}: {self._importer.who}")
+            if tried.of_jobs:
+                return tried.reason
+            failed += [f"{pair}: {tried.reason}"] if tried.reason else []
         self._finish()
-        if not failed:
-            return None
-        return failed[0] + (f" (and {len(failed) - 1} of {len(pairs)} pairs more)" if failed[1:] else "")
+        more = f" (and {len(failed) - 1} of {len(pairs)} pairs more)" if failed[1:] else ""
+        return failed[0] + more if failed else None
 
     def clear(self) -> None:
         """Leave no process behind."""
@@ -200,18 +206,6 @@ class _Trial:
             process.kill()
         for process in self._all:
             process.reap()
-
-    def _exported(self, exporter: _Process) -> Exported:
-        exported = self._receive(exporter, Exported, exporter.who)
-        if exported.refused:
-            raise _Failed(exported.refused)
-        return exported
-
-    def _tried(self, pair: Pair) -> str | None:
-        tried = self._receive(self._importer, Tried, f"{pair}: {self._importer.who}")
-        if tried.of_jobs:
-            raise _Failed(str(tried.reason))
-        return tried.reason
 
     def _receive(self, process: _Process, kind: type[T], who: str) -> T:
         """Its next message."""
@@ -232,36 +226,31 @@ class _Trial:
             self._deadline, self._limit_s = ends, _END_S
         for process in self._all:  # the importer first: an exporter outlives whoever reads its memory
             process.finish()
-            self._until(functools.partial(_has_ended, process), f"{process.who} was told to end and")
+
+            def ended(process: _Process = process) -> bool:
+                return process.ended
+
+            self._until(ended, f"{process.who} was told to end and")
             fate = process.fate()
             if fate:
                 raise _Failed(fate)
 
     def _until(self, ready: Callable[[], bool], who: str) -> None:
         """Read what the processes print until `ready`."""
-        self._look_for_stop()
-        while not ready():
+        while True:
+            for number in self._signals.take():
+                if number in STOP:
+                    raise Stopped(number)
+            if ready():
+                return
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
                 raise _Failed(f"{who} gave no answer within {self._limit_s:g} s")
-            self._look(left_s)
-            self._look_for_stop()
-
-    def _look(self, most_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._signals.fd, select.POLLIN)
-        running = {process.fd: process for process in self._all if not process.ended}
-        for fd in running:
-            poll.register(fd, select.POLLIN)
-        for fd, _ in poll.poll(most_s * 1000):
-            if fd in running:
-                running[fd].pull()
-
-    def _look_for_stop(self) -> None:
-        for number in self._signals.take():
-            if number in STOP:
-                raise Stopped(number)
-
-
-def _has_ended(process: _Process) -> bool:
-    return process.ended
+            poll = select.poll()
+            poll.register(self._signals.fd, select.POLLIN)
+            running = {process.fd: process for process in self._all if not process.ended}
+            for fd in running:
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(left_s * 1000):
+                if fd in running:
+                    running[fd].pull()
