@@ -40,10 +40,10 @@ def test_only_whole_lines_are_shown_until_the_end(tmp_path):
     append(path, b"one\ntw")
     logs.pump()
     assert stream.getvalue() == "[teacher]  one\n"
-    append(path, b"o\nthree")
+    append(path, b"o\nno text: \xff")
     logs.pump()
     logs.finish()
-    assert stream.getvalue() == "[teacher]  one\n[teacher]  two\n[teacher]  three\n"
+    assert stream.getvalue() == "[teacher]  one\n[teacher]  two\n[teacher]  no text: \ufffd\n"
 
 
 def test_a_progress_bar_shows_its_last_state(tmp_path):
@@ -167,13 +167,6 @@ def test_a_line_that_never_ends_takes_bounded_memory(tmp_path):
     assert len(logs.last_lines("teacher")[0]) <= 64 * 1024
 
 
-def test_bytes_that_are_no_text_are_shown(tmp_path):
-    logs, path, stream = follow(tmp_path)
-    append(path, b"\xff\n")
-    logs.pump()
-    assert stream.getvalue() == "[teacher]  \ufffd\n"
-
-
 def test_the_last_lines_are_kept(tmp_path):
     logs, path, _ = follow(tmp_path)
     append(path, b"".join(b"%d\n" % i for i in range(1000)))
@@ -181,28 +174,22 @@ def test_the_last_lines_are_kept(tmp_path):
     assert logs.last_lines("teacher") == [str(i) for i in range(1000 - KEPT_LINES, 1000)]
 
 
-@pytest.mark.parametrize("prefix", [b"", b"[rank0]: "])
-def test_a_traceback_is_kept_though_a_chatty_log_follows(tmp_path, prefix):
+@pytest.mark.parametrize(
+    ("prefix", "before", "after"),
+    [
+        (b"", b"", b"chatter\n" * 1000),
+        (b"[rank0]: ", b"", b"chatter\n" * 1000),
+        (b"[default1]:[rank1]: ", b"", b""),  # as torchrun's --tee writes it
+        (b"", b"x" * (5 * 2**19) + b"\n", b""),  # a line that is longer than a read
+    ],
+    ids=["plain", "rank", "tee", "long"],
+)
+def test_the_last_traceback_is_kept_whole(tmp_path, prefix, before, after):
     logs, path, _ = follow(tmp_path)
     lines = [b"Traceback (most recent call last):", b'  File "x.py", line 1', b"ValueError: boom"]
-    append(path, b"".join(prefix + line + b"\n" for line in lines) + b"chatter\n" * 1000)
-    logs.pump()
-    assert logs.last_lines("teacher") == [line.decode() for line in lines]
-
-
-def test_a_traceback_of_a_tee_is_kept_whole(tmp_path):
-    logs, path, _ = follow(tmp_path)
-    lines = [b"Traceback (most recent call last):", b'  File "x.py", line 1', b"ValueError: boom"]
-    append(path, b"".join(b"[default1]:[rank1]: " + line + b"\n" for line in lines))
-    logs.pump()
-    assert logs.last_lines("teacher") == [line.decode() for line in lines]
-
-
-def test_a_traceback_after_a_line_longer_than_a_read_is_kept(tmp_path):
-    logs, path, _ = follow(tmp_path)
-    append(path, b"x" * (5 * 2**19) + b"\nTraceback (most recent call last):\n  f\nValueError: the cause\n")
+    append(path, before + b"".join(prefix + line + b"\n" for line in lines) + after)
     logs.finish()
-    assert logs.last_lines("teacher") == ["Traceback (most recent call last):", "  f", "ValueError: the cause"]
+    assert logs.last_lines("teacher") == [line.decode() for line in lines]
 
 
 def pipe() -> tuple[int, TextIO]:
