@@ -4,7 +4,7 @@ cli          flags and sub-commands
 plan         settings and the machine to job specs and a memory plan
 supervisor   a run: session, training job, and the failure that came first
 process      starting and stopping processes
-daemon       a teacher that is kept across runs
+keeper       a teacher that is kept across runs
 hang         who waits for whom, and the hang report
 console      what is printed, and the log files that are followed
 doctor       checks of this machine

@@ -13,8 +13,8 @@ from launcher import registry
 from launcher.cli.run import announce, make_directory, run_path, values
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
-from launcher.daemon import client
-from launcher.daemon.client import Connection, RemoteSession
+from launcher.keeper import client
+from launcher.keeper.client import Connection, RemoteSession
 from launcher.plan import machine, plan, replicas, torchrun
 from launcher.plan.plan import Plan
 from launcher.plan.plane import Choice

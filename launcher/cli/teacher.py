@@ -12,9 +12,9 @@ from contextlib import closing
 from launcher.cli import parsers, teacher_start
 from launcher.cli.run import values
 from launcher.console.text import listed, seconds, table
-from launcher.daemon import messages
-from launcher.daemon.client import Connection
-from launcher.daemon.messages import Standing
+from launcher.keeper import messages
+from launcher.keeper.client import Connection
+from launcher.keeper.messages import Standing
 from shmbridge import config
 from shmbridge.errors import ConfigError, DeadlineExceeded
 from shmbridge.shm import process

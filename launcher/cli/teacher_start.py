@@ -16,8 +16,8 @@ from launcher.cli.run import check_memory, make_directory, reclaim, run_path, se
 from launcher.console.logs import Logs, Tail
 from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import table
-from launcher.daemon import agreement, transport
-from launcher.daemon.server import Listener
+from launcher.keeper import agreement, transport
+from launcher.keeper.server import Listener
 from launcher.plan import gpus, machine, plan
 from launcher.plan.machine import Machine
 from launcher.plan.plan import JobSpec, Plan

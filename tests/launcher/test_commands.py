@@ -18,7 +18,7 @@ import pytest
 from launcher import registry
 from launcher.cli import commands
 from launcher.cli.main import main
-from launcher.daemon import transport
+from launcher.keeper import transport
 from shmbridge.errors import SessionInUse
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner

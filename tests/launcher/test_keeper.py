@@ -15,9 +15,9 @@ import pytest
 from launcher import registry
 from launcher.cli import teacher as teacher_commands
 from launcher.cli.main import main
-from launcher.daemon import agreement, messages, transport
-from launcher.daemon.client import Connection
-from launcher.daemon.messages import Fingerprint
+from launcher.keeper import agreement, messages, transport
+from launcher.keeper.client import Connection
+from launcher.keeper.messages import Fingerprint
 from shmbridge import config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.shm import owner

@@ -10,7 +10,7 @@
     config       DistillationConfig, OnPolicyDistillationConfig
     trainer      DistillationMixin: where Trainer's loop sends requests, waits, saves and logs
     on_policy    OnPolicyDistillationMixin: training on the student's own samples
-    generation   samples of the student
+    sampling     samples of the student
     window       the micro-batches whose requests were sent ahead
     objective    the loss of a micro-batch
     student      the student's logits, or its hidden states and head inside the wrapped forward

@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from shmbridge.integrations.transformers.checks import check_generation
 from shmbridge.integrations.transformers.config import OnPolicyDistillationConfig
-from shmbridge.integrations.transformers.generation import (
+from shmbridge.integrations.transformers.sampling import (
     choose_candidates,
     is_sampled,
     sample,

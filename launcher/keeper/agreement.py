@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from launcher.console.text import table
-from launcher.daemon.messages import Fingerprint
+from launcher.keeper.messages import Fingerprint
 from shmbridge import config, model_path
 from shmbridge.config import Config, is_builder
 from shmbridge.errors import ConfigError

@@ -19,8 +19,9 @@ from pathlib import Path
 import msgspec
 
 from launcher.console.text import seconds
-from launcher.daemon import agreement, messages
-from launcher.daemon.messages import (
+from launcher.hang.monitor import Monitor
+from launcher.keeper import agreement, messages
+from launcher.keeper.messages import (
     Begin,
     Begun,
     End,
@@ -37,8 +38,7 @@ from launcher.daemon.messages import (
     Waiting,
     Welcome,
 )
-from launcher.daemon.transport import BACKLOG, Lines, credentials
-from launcher.hang.monitor import Monitor
+from launcher.keeper.transport import BACKLOG, Lines, credentials
 from launcher.plan.plan import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report

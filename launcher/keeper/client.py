@@ -18,9 +18,9 @@ import msgspec
 from launcher import registry
 from launcher.console.terminal import Console
 from launcher.console.text import seconds
-from launcher.daemon import agreement, messages
-from launcher.daemon.messages import Begin, Begun, Fingerprint, FromKeeper, Leaving, Refused, Waiting, Welcome
-from launcher.daemon.transport import Lines, credentials
+from launcher.keeper import agreement, messages
+from launcher.keeper.messages import Begin, Begun, Fingerprint, FromKeeper, Leaving, Refused, Waiting, Welcome
+from launcher.keeper.transport import Lines, credentials
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
 from launcher.supervisor import cause
