@@ -12,7 +12,7 @@ fast.
 errors         every exception
 config         the settings
 log            the logger, and the debug line of every hand-over
-launch         the command shmbridge-launch: loads the package `launcher` by its path
+launch         the command shmbridge-launch: loads the launcher by its path, because another package may be named launcher
 model_path     where a teacher's model is: a directory, a file, or the hub
 output_spec    what a teacher returns, and how many bytes it takes
 fingerprint    fingerprints of tensors and tokenizers, for the parity check
