@@ -129,7 +129,7 @@ class Server:
         self._session.wait(self._settled, time.monotonic() + self._session.settings.timeouts.shutdown_s)
 
     def _settled(self) -> bool | None:
-        lanes = [lane for lane in self._session.lanes if not lane.ring.closed and not self._session.gone(lane)]
+        lanes = [lane for lane in self._session.served if not lane.ring.closed and not self._session.gone(lane)]
         return True if all(self._planes[lane.index].settled() for lane in lanes) else None
 
     # Answering
