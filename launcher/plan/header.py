@@ -17,27 +17,21 @@ def make(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str
     environment."""
     rows = [("run", str(run))]
     if planned.teachers:
-        rows += [("session", session), ("teacher", f"{planned.config.teacher.model}{_teachers(planned)}")]
+        count = len(planned.teachers)
+        several = f", {count} replicas" if count > 1 else ""
+        placed = _place(planned.teachers, planned.threads[0], count)
+        rows += [("session", session), ("teacher", f"{planned.config.teacher.model}{several} on {placed}")]
     where = _place([planned.train_gpus], planned.threads[1], planned.ranks)
     ranks = f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
     rows.append(("training", f"{ranks} on {where}: {shlex.join(planned.script)}"))
     if planned.plane:
         rows.append(("plane", str(planned.plane)))
-    rows += [
-        (name, line)
-        for name, line in (("allocator", _allocator(planned, run, base)), ("sharing", _sharing(planned)))
-        if line
-    ]
-    uneven = replicas.imbalance(planned.ranks, len(planned.teachers))
-    if uneven:
-        rows.append(("lanes", uneven))
-    return table(rows, indent="")
-
-
-def _teachers(planned: Plan) -> str:
-    count = len(planned.teachers)
-    several = f", {count} replicas" if count > 1 else ""
-    return f"{several} on {_place(planned.teachers, planned.threads[0], count)}"
+    remarks = {
+        "allocator": _allocator(planned, run, base),
+        "sharing": _sharing(planned),
+        "lanes": replicas.imbalance(planned.ranks, len(planned.teachers)),
+    }
+    return table([*rows, *((name, line) for name, line in remarks.items() if line)], indent="")
 
 
 def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int) -> str:
