@@ -1,4 +1,4 @@
-"""Names of live sessions, one file each in a directory of the user's own.
+"""Names of live sessions, one file each in a directory that belongs to the user alone.
 
 A name is taken while a process holds the kernel lock on its file; the file's text tells who. A file without a lock is
 left from a launcher that was killed, and its name is free.
@@ -98,7 +98,7 @@ def socket_path(name: str) -> Iterator[str]:
 
 
 def entries() -> dict[str, dict[str, object]]:
-    """What the files tell, by name; also those of launchers that were killed."""
+    """What the files tell, by name; also the files of launchers that were killed."""
     found: dict[str, dict[str, object]] = {}
     for path in sorted(directory().glob("*.json")):
         try:

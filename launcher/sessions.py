@@ -82,8 +82,8 @@ def _why(session: Session) -> str:
     return f"not readable: {session.problem.rstrip('.')}"
 
 
-def _listed(those: Sequence[Session]) -> str:
-    return listed([f"{one.name} ({one.short})" if one.name else one.short for one in those])
+def _listed(sessions: Sequence[Session]) -> str:
+    return listed([f"{one.name} ({one.short})" if one.name else one.short for one in sessions])
 
 
 def _read(session_id: str, name: str, objects: int) -> Session:

@@ -96,7 +96,7 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--config", metavar="FILE", help="YAML file, or the name of a ready configuration; FILE#a.b reads one section"
     )
-    group.add_argument("--run-dir", metavar="DIR", help="each run gets a directory of its own in it (default: runs)")
+    group.add_argument("--run-dir", metavar="DIR", help="each run gets its own directory in it (default: runs)")
     group.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
 
 
@@ -120,16 +120,14 @@ def _add_start_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file, or the name of a ready configuration; FILE#a.b reads one section"
     )
-    parser.add_argument(
-        "--run-dir", metavar="DIR", help="the teacher gets a directory of its own in it (default: runs)"
-    )
+    parser.add_argument("--run-dir", metavar="DIR", help="the teacher gets its own directory in it (default: runs)")
     parser.add_argument("--train-gpus", metavar="GPUS", help="which GPUs will train (default: all others)")
     parser.add_argument("--cpu", metavar="N", type=int, help="how many ranks on the CPU are planned for")
     parser.add_argument("--foreground", action="store_true", help="stay in this terminal; Ctrl-C ends the teacher")
 
 
 def kept_teacher() -> argparse.ArgumentParser:
-    """The parser of `teacher status` and `teacher stop`; `teacher start` has a parser of its own."""
+    """The parser of `teacher status` and `teacher stop`; `teacher_start` parses `teacher start`."""
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} teacher", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("start", help="load a teacher and keep it (teacher start --help)")

@@ -26,7 +26,7 @@ class Progress:
 
     def __init__(self, console: Console, records: Sequence[Record]) -> None:
         self._console = console
-        self._waiting = dict(enumerate(records))  # those that are not ready
+        self._waiting = dict(enumerate(records))  # which are not ready
         self._alone = len(records) == 1
         self._started = time.monotonic()
         self._shown: States = {}
@@ -59,7 +59,7 @@ class Progress:
         return not self._shown or entered or now - self._shown_at >= _EVERY_S
 
     def _told(self, states: States) -> str:
-        """All teachers, those in one phase together."""
+        """What all teachers do; teachers in the same phase share a clause."""
         parts = []
         for phase, verbs in (_BEFORE_READY | _WAITING).items():
             replicas = [i for i, state in states.items() if state[0] is phase]

@@ -74,7 +74,7 @@ def driver_is_loaded() -> bool:
 def shm() -> Finding:
     directory = str(owner.SHM_DIRECTORY)
     mounts = [line.split() for line in _read(_PROC / "self/mounts").splitlines()]
-    kind = next((mount[2] for mount in reversed(mounts) if mount[1] == directory), "no mount of its own")
+    kind = next((mount[2] for mount in reversed(mounts) if mount[1] == directory), "not mounted by itself")
     try:
         stat = os.statvfs(directory)
     except OSError as error:

@@ -238,7 +238,7 @@ def mode(gpu: Gpu) -> str:
 
 
 def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
-    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then those across the bridge, each once. Without GPUs of its own it
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then the other job's, each once. A job without GPUs
     sees none."""
     return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
 

@@ -220,7 +220,7 @@ def _ranks(count: int) -> str:
 
 
 def _contexts(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Iterator[Item]:
-    """CUDA's own memory. A rank has none on the teacher's GPU: it opens handles in the context of its own."""
+    """CUDA's own memory. A rank has none on the teacher's GPU: it opens handles in its own GPU's context."""
     for gpu, count in Counter([*itertools.chain(*teachers), *train]).items():
         what = "CUDA context" if count == 1 else f"CUDA contexts of {count} processes"
         yield Item(Kind.CONTEXTS, what, _place(gpu), count * CONTEXT_BYTES)

@@ -25,7 +25,7 @@ def count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
     replicas = teacher.replicas or max(gpus, 1)
     fitting = [number for number in range(1, min(gpus, ranks) + 1) if gpus % number == 0]
     if gpus % replicas:
-        why = "each replica needs one of its own" if replicas > gpus else f"{replicas} does not divide {gpus}"
+        why = "each replica needs its own GPU" if replicas > gpus else f"{replicas} does not divide {gpus}"
         raise ConfigError(
             f"teacher.replicas is {replicas}, and teacher.gpus names {gpus} GPU{'s' if gpus > 1 else ''} "
             f"({teacher.gpus}): {why}. Set teacher.replicas to {listed(list(map(str, fitting)), 'or')}, or name other GPUs."

@@ -94,7 +94,7 @@ class _Failed(Exception):
 
 
 class _Process:
-    """One process of the trial, below a shim of its own."""
+    """One process of the trial, below its own shim."""
 
     def __init__(self, command: Command) -> None:
         self.who = command.who

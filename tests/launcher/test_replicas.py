@@ -39,7 +39,7 @@ def test_without_a_number_each_gpu_has_a_replica(wanted, gpus, ranks, found):
         ),
         (
             ["teacher.replicas=5", "teacher.gpus=4-7", "train.gpus=0-3"],
-            r"is 5, and teacher\.gpus names 4 GPUs \(4-7\): each replica needs one of its own\. .* 1, 2 or 4",
+            r"is 5, and teacher\.gpus names 4 GPUs \(4-7\): each replica needs its own GPU\. .* 1, 2 or 4",
         ),
         (
             ["teacher.gpus=4-7", "train.gpus=0-2"],
