@@ -98,6 +98,11 @@ class HostedSession(Session):
         return self._answered + sum(lane.ring.replied for lane in self._owner.lanes)
 
     @property
+    def _is_open(self) -> bool:
+        """A generation has begun, and its training group has not ended."""
+        return self._owner.generation > self._owner.control.words[ControlWord.TRAINING_DONE]
+
+    @property
     def _replicas(self) -> list[Replica]:
         return self._teachers.replicas if self._teachers else []
 
@@ -114,8 +119,6 @@ class HostedSession(Session):
             self._answered, self._stopping = answered, False
             self.ranks.close()
             self.ranks = Ranks(self._owner.lanes, ranks, settings.teacher.serve_until == "closed")
-            for replica in self._replicas:
-                replica.served = False
             self._create_replies()
         except ShmbridgeError:
             self._owner.describe(before)
@@ -125,6 +128,8 @@ class HostedSession(Session):
 
     def end(self) -> None:
         self._owner.end_training()
+        for replica in self._replicas:
+            replica.served = False  # ranks that crashed have not finished with it: those of the next generation need it
 
     def save(self) -> None:
         self._stopping = True
@@ -150,7 +155,7 @@ class HostedSession(Session):
         super().step(now)
         if not self._teachers and not self._closed:
             self._teachers = Teachers(self._config, self._owner, self._specs, self._loop.start, self._console)
-        if self._teachers and (self._trained or not (self._closed or self._kept)):
+        if self._teachers and (self._trained or (self._is_open and not self._closed and not self._kept)):
             self._tolerate_late_crashes(self._teachers)
         ends = self._closed or self.failure or (self._stopping and not self._kept)
         if self._teachers and not ends:
@@ -186,8 +191,7 @@ class HostedSession(Session):
 
     def _create_replies(self) -> None:
         words, generation = self._owner.control.words, self._owner.generation
-        is_open = generation > words[ControlWord.TRAINING_DONE]
-        agreed = self._owner.offered() if is_open and words[ControlWord.REPLIES_READY] != generation else None
+        agreed = self._owner.offered() if self._is_open and words[ControlWord.REPLIES_READY] != generation else None
         if agreed:
             memory.check_replies(self._config, self.ranks.count, agreed, machine.look(with_gpus=False))
             nbytes = self._owner.create_replies(agreed)

@@ -177,7 +177,7 @@ class TrainingJob:
                 self._fail(
                     cause.of_launcher(
                         f"the teacher has not finished what the crashed training has left after {seconds(patience_s)} "
-                        "(timeouts.request_s); its log tells where it is.",
+                        "(timeouts.request_s); its log tells where it is",
                         REFUSED,
                     )
                 )
@@ -198,9 +198,10 @@ class TrainingJob:
     # Ending
 
     def _fail(self, found: Cause, stands: bool = False) -> None:
-        """Tell everyone, and let those who will stop by themselves do so. `stands`: no other cause will be looked for."""
+        """Tell everyone, and let those who will stop by themselves do so. `stands`: no other cause will be looked for, such as the
+        crash that training was to begin again after."""
+        self._cause, self._cause_stands = found, stands or found.role == LAUNCHER or self._stage is Stage.CRASHED
         self._stage = Stage.FAILED
-        self._cause, self._cause_stands = found, stands or found.role == LAUNCHER
         self._console.say(f"{found.sentence}; stopping")
         self._session.fail(found.as_failure())
         ranks, of_teacher = self._session.ranks, found.role in (TEACHER, LAUNCHER)
