@@ -21,7 +21,7 @@ from launcher.console.text import seconds
 from launcher.keeper import agreement, messages
 from launcher.keeper.messages import Begin, Begun, Fingerprint, FromKeeper, Leaving, Refused, Waiting, Welcome
 from launcher.keeper.transport import Lines, credentials
-from launcher.process.signals import Signals
+from launcher.process.signals import STOP, Signals
 from launcher.process.trial import Stopped
 from launcher.supervisor import cause
 from launcher.supervisor.ranks import Ranks
@@ -94,15 +94,13 @@ class Connection:
 
     def hear(self) -> list[FromKeeper]:
         """What has come; whether the keeper ends, or is gone, is noted."""
-        if not self.lines.open:
-            return []
         heard = self.lines.receive()
         for message in heard:
             if isinstance(message, Leaving):
                 self.leaving = message.reason
         if self.lines.open:
             self.lines.flush()
-        if not self.lines.open:
+        if not self.lines.open and not self.lost_ns:  # a send may have been what found it gone
             self.lost_ns = time.monotonic_ns()
         return heard
 
@@ -218,7 +216,8 @@ class RemoteSession(Session):
             self._told.add(text)
             self._console.say(f"{text}; waiting")
         for number in self._signals.take():
-            raise Stopped(number)
+            if number in STOP:
+                raise Stopped(number)
 
     def end(self) -> None:
         self.connection.lines.send(messages.End())

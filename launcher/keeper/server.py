@@ -1,6 +1,7 @@
 """The keeper's socket: who comes, what they ask for, and which training group holds the session.
 
-It takes only processes of this user. One that says garbage is dropped; of too many the oldest makes room; nobody is waited for.
+It takes only processes of this user. One that says garbage is dropped; of too many the oldest that only asks makes room; nobody is
+waited for.
 
 One group at a time holds the session: it may begin while the teachers load, and waits only while they finish what the group before it
 has left.
@@ -130,6 +131,7 @@ class Listener:
             self._stopped_by = number
             self._leave(f"the kept teacher {self._name} is stopped by {number.name}")
         elif number == signal.SIGINT:
+            self._session.close()  # whatever the holder may still need
             self._loop.teardown.kill()
 
     def conclude(self, elapsed_s: float) -> int:
@@ -160,6 +162,7 @@ class Listener:
         if found:
             self._failed = True
             self._console.say(f"{found.sentence}; stopping")
+            self._refuse_queue(f"the kept teacher {self._name} ends: {found.sentence}.")
             self._session.fail(found.as_failure())
             self._close(found.rank if found.role == TEACHER else None)
 
@@ -181,7 +184,8 @@ class Listener:
                 continue
             self._visitors.append(Lines(connection, messages.AT_KEEPER))
             if len(self._visitors) > _MOST_VISITORS:
-                oldest = next(visitor for visitor in self._visitors if visitor is not self._visitor)
+                spared = [self._visitor, *(visitor for visitor, _ in self._queue)]
+                oldest = next(visitor for visitor in self._visitors if visitor not in spared)
                 oldest.close()
                 self._visitors.remove(oldest)
 
@@ -253,6 +257,10 @@ class Listener:
             for visitor, _ in self._queue:
                 self._tell_to_wait(visitor)
 
+    def _refuse_queue(self, why: str) -> None:
+        for visitor, _ in self._queue:
+            visitor.send(Refused("held", why))
+
     def _begin_or_refuse(self, visitor: Visitor, asked: Begin) -> None:
         one_holds = self._visitor not in (None, visitor)
         remedy = "One group at a time: wait for it to end, or end it."
@@ -282,7 +290,8 @@ class Listener:
             self._session.fail(gone.as_failure())
         self._session.end()
         how = "has ended" if self._ended_well else "is gone without a word; its generation is ended"
-        self._console.say(f"the training group of pid {pid} {how}; the teacher stays")
+        stays = "" if self._leaving or self._failed else "; the teacher stays"
+        self._console.say(f"the training group of pid {pid} {how}{stays}")
 
     # Telling
 
@@ -335,8 +344,7 @@ class Listener:
             return
         self._leaving = reason
         self._console.say(f"{reason}; stopping")
-        for visitor, _ in self._queue:
-            visitor.send(Refused("held", f"{reason}."))
+        self._refuse_queue(f"{reason}.")
         if self._visitor:
             self._visitor.send(self._farewell(reason))
             self._close_at = time.monotonic() + self._of_the_holder_s

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import select
 import signal
 from pathlib import Path
 
 import pytest
 
+from launcher.keeper.client import Connection
 from tests.harness import until
 from tests.launcher.kept import Kept, ended
-from tests.launcher.running import Launched
+from tests.launcher.running import Launched, faked
 
 LOADING = "loading (loading, 1 of 4)"
 DRAINING = "finishing what the last training group left"
@@ -182,3 +185,64 @@ def test_training_that_crashed_begins_again_only_once_the_teacher_has_drained(ke
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
     assert kept.status["held by"] == "nobody"
     kept.stop()
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_teacher_that_dies_before_training_begins_again_is_not_done_with(kept, gate, restarts):
+    """It is started again where that is allowed, and is the cause where it is not."""
+    more = ["--train-restarts", "1", "--teacher-restarts", str(restarts)]
+    with faked(kept.directory, "ok", "crashes once", more=more, FAKE_DRAINED=str(gate)) as run:
+        run.says("training starts again")
+        until(lambda: not run.processes("fake_training.py"), "the end of the ranks")
+        os.kill(run.below_shim("fake_teacher.py"), signal.SIGKILL)
+        if restarts:
+            run.says("teacher up", times=2)
+            gate.write_bytes(b"")
+            assert run.wait() == 0, run.text
+            assert "after the ranks had finished with it" not in run.text
+        else:
+            cause = run.cause(137)
+            assert (cause["who"], cause["signal"]) == ("teacher", signal.SIGKILL)
+
+
+def test_a_group_that_waits_is_told_of_the_death_of_the_teacher(kept, gate):
+    kept.start(FAKE_DRAINED=str(gate))
+    with kept.attach("ok") as run:
+        assert ended(run) == 0
+    with kept.attach("ok") as run:
+        run.says("waiting")
+        os.kill(kept.teacher, signal.SIGKILL)
+        assert ended(run) == 2
+        assert "the kept teacher big ends: teacher was killed by SIGKILL" in run.text
+    kept.is_gone()
+
+
+def test_neither_visitors_nor_sigusr1_end_the_wait_of_a_group(kept, gate):
+    kept.start(FAKE_DRAINED=str(gate))
+    with kept.attach("ok") as run:
+        assert ended(run) == 0
+    with kept.attach("ok") as run, contextlib.ExitStack() as visitors:
+        run.says("waiting")
+        for _ in range(40):
+            visitors.enter_context(contextlib.closing(Connection("big")))
+        run.signal(signal.SIGUSR1)
+        gate.write_bytes(b"")
+        run.says("up\n", times=2)
+        gate.write_bytes(b"")
+        assert ended(run) == 0, run.text
+    kept.stop()
+
+
+def test_a_second_ctrl_c_ends_a_keeper_at_once_though_a_group_holds_it(kept):
+    kept.start("timeouts.shutdown_s=60")
+    keeper = os.pidfd_open(kept.keeper)
+    with kept.attach("stubborn") as run:
+        run.says("up\n", times=2)
+        signal.pidfd_send_signal(keeper, signal.SIGINT)
+        run.says("stopping")
+        signal.pidfd_send_signal(keeper, signal.SIGINT)
+        assert select.select([keeper], [], [], 4)[0], kept.log
+        os.close(keeper)
+        run.signal(signal.SIGINT)
+        assert ended(run) == 143
+    kept.is_gone()
