@@ -178,10 +178,9 @@ def test_training_that_crashed_begins_again_only_once_the_teacher_has_drained(ke
             run.process.wait(60)
         gate.write_bytes(b"")
         if not killed:
-            run.says("up", times=4)
+            until(lambda: "generation 2" in kept.log, "the second generation")
             gate.write_bytes(b"")  # of the second generation
             assert ended(run) == 0, run.text
-            assert "generation 2" in kept.log
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
     assert kept.status["held by"] == "nobody"
     kept.stop()

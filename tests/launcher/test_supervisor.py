@@ -246,7 +246,7 @@ def test_training_that_crashed_begins_again_once_the_teacher_has_drained(tmp_pat
             run.signal(signal.SIGUSR1)
             run.says("SIGUSR1 was sent to no rank", times=times)
         gate.write_bytes(b"")
-        run.says("up", times=6)
+        run.says("teacher up", times=2)
         gate.write_bytes(b"")  # of the second generation
         assert run.wait() == 0
 
