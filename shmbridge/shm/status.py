@@ -172,7 +172,9 @@ class Record:
 
     def fail_with(self, error: BaseException) -> None:
         """`fail` for an exception; a PeerLost is marked as a consequence."""
-        reason = traceback.format_exception_only(error)[-1].strip()
+        told = traceback.TracebackException.from_exception(error)
+        told.__notes__ = None  # they follow the message, which alone is the reason
+        reason = list(told.format_exception_only())[-1].strip()
         trace = "".join(traceback.format_exception(error))
         phase = error.phase if isinstance(error, DeadlineExceeded) else ""  # the wait is over, and it was what failed
         self.fail(reason, trace, consequence=isinstance(error, PeerLost), phase=phase)

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "teacher": {*_SHARED, "head", "shm", "plane", "fingerprint", "model_path"},
     "rank": {*_SHARED, "head", "shm", "plane", "fingerprint"},
     "losses": {"errors", "head"},
-    "integrations": {"losses"},  # and the public names
+    "integrations": {"losses", "log"},  # and the public names
 }
 # The launcher's folders, and its modules beside them. Each may import what stands before it.
 FLOORS = (
@@ -39,7 +39,6 @@ EXCEPTIONS = {
         "shmbridge.rank.prefetch",
         "shmbridge.integrations.accelerate",
     ): "imports nothing; knows the loaders of accelerate",
-    ("shmbridge.integrations.transformers.stopping", "shmbridge.log"): "the logger",
     **{
         (module, f"shmbridge.plane.{name}"): "imports torch where it runs, in a process of its own"
         for module, name in (

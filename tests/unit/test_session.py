@@ -273,6 +273,18 @@ def test_the_first_cause_stands_before_every_consequence():
         assert [f.reason for f in it.owner.failures()] == ["ValueError: mine", "shmbridge.errors.TeacherDied: gone"]
 
 
+def test_the_reason_of_an_exception_with_notes_is_its_message():
+    error = FileNotFoundError("no missing.txt")
+    error.add_note("while the teacher was ahead of the loop:\n")
+    with bench() as it:
+        record = it.owner.lanes[0].records[0]
+        record.sign_in()
+        record.fail_with(error)
+        (failure,) = it.owner.failures()
+        assert failure.reason == "FileNotFoundError: no missing.txt"
+        assert "while the teacher was ahead" in failure.traceback
+
+
 class Preempted:
     """A record's memory whose first reader is preempted halfway; `meanwhile` runs then."""
 

@@ -33,7 +33,7 @@ class Computed(NamedTuple):
     kd: Tensor
     """(): the divergence, summed over the tokens."""
     ce: Tensor
-    """(): the cross entropy, summed over the tokens; 0 where ce_weight is 0."""
+    """(): the cross entropy, summed over the tokens; 0 without labels, and for the loss on candidates."""
     tokens: int
     """That the sums are over. 0 where the reply is missing."""
 

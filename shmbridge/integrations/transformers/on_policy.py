@@ -22,6 +22,7 @@ from shmbridge.integrations.transformers.sampling import (
 )
 from shmbridge.integrations.transformers.trainer import DistillationMixin
 from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place
+from shmbridge.log import logger
 
 
 class OnPolicyDistillationMixin(DistillationMixin):
@@ -51,6 +52,10 @@ class OnPolicyDistillationMixin(DistillationMixin):
         super().__init__(*args, distillation=distillation, **kwargs)
         if self.bridge.enabled:
             check_generation(self)
+        elif distillation.on_policy > 0:
+            logger.warning(
+                "The run has no teacher, so nothing is sampled: all steps train on the completions of the data set."
+            )
 
     def _prepare(self, batch: Batch, place: Place | None) -> MicroBatch:
         config, objective = self.distillation, self._objective
