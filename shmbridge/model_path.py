@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -37,6 +39,24 @@ def local(model: str) -> Path | None:
             f"teacher.model is {model!r}: there is no file or directory {os.path.abspath(path)}.{_nearest(path)}{hub}"
         )
     return None
+
+
+def converted(file: Path) -> Path:
+    """The directory that the converted copy of a .gguf file is kept in; it may not exist yet."""
+    file = file.resolve()
+    status = file.stat()
+    key = hashlib.sha256(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shmbridge" / "gguf"
+    return cache / f"{file.stem}-{key}"
+
+
+def require_gguf(file: Path) -> None:
+    """Raises ConfigError where a .gguf file has yet to be converted and the package that reads it is not installed."""
+    if importlib.util.find_spec("gguf") is None and not converted(file).is_dir():
+        raise ConfigError(
+            f"teacher.model is the .gguf file {file}, and the package gguf, which reads it, is not installed. Install it with "
+            "`pip install 'shmbridge[gguf]'`, or give the directory of a model."
+        )
 
 
 def cached(model: str, revision: str = "") -> Path | None:

@@ -82,7 +82,7 @@ def read(teacher: TeacherConfig) -> ModelCard:
     """The card of `teacher.model` from local files; empty if they do not have its sizes.
 
     Raises:
-        ConfigError: no model is given, or a local path does not exist.
+        ConfigError: no model is given, a local path does not exist, or it is a .gguf file that nothing here can read.
     """
     model = teacher.model
     if not model:
@@ -93,6 +93,7 @@ def read(teacher: TeacherConfig) -> ModelCard:
     if path and path.is_dir():
         return _of_directory(path, teacher.dtype)
     if path and path.suffix == ".gguf":
+        model_path.require_gguf(path)
         sizes = _gguf_sizes(path)
         dtype = _dtype(teacher.dtype) or "float32"  # what dequantising gives
         return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)

@@ -9,9 +9,7 @@ the next time.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -227,15 +225,12 @@ def local_copy(teacher: TeacherConfig) -> str:
 
 def _convert(file: Path) -> Path:
     """The cached conversion of a .gguf file, made now if it is not there. Safe for several processes at once."""
-    status = file.stat()
-    key = hashlib.sha256(f"{file}:{status.st_size}:{status.st_mtime_ns}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shmbridge" / "gguf"
-    target = cache / f"{file.stem}-{key}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f"{target.name}.lock", "w") as lock:
+    target = model_path.converted(file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
-            partial = cache / f"{target.name}.partial"
+            partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             _write_conversion(file, partial)
             partial.rename(target)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 
+from launcher.cli.main import main
 from launcher.plan import model_card
 from launcher.plan.model_card import ModelCard
+from shmbridge import model_path
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
 
@@ -96,3 +99,14 @@ def test_a_card_of_a_gguf_file(tmp_path, content, vocab, width):
     path.write_bytes(content)
     assert model_card.read(TeacherConfig(model=str(path))) == ModelCard(vocab, len(content), width, "float32")
     assert model_card.read(TeacherConfig(model=str(path), dtype="bfloat16")).dtype == "bfloat16"
+
+
+def test_a_gguf_file_without_the_package_that_reads_it_is_refused(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf(VOCAB, WIDTH))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    assert main(["--teacher", str(path), "--cpu", "1", "--dry-run", "--", "-m", "this"]) == 2
+    assert "pip install 'shmbridge[gguf]'" in capsys.readouterr().err
+    model_path.converted(path).mkdir(parents=True)
+    assert model_card.read(TeacherConfig(model=str(path))).vocab_size == 77
