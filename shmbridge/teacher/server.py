@@ -288,7 +288,7 @@ class Server:
     def _summary(self) -> str:
         padding = 1 - self._tokens / self._padded_tokens if self._padded_tokens else 0.0
         forwards = "1 forward" if self._forwards == 1 else f"{self._forwards} forwards"
-        return f"this training group is served: {forwards}, {padding:.1%} of the tokens padding"
+        return f"answered this training group in {forwards}; {padding:.1%} of their tokens were padding"
 
     def _hand_over(self, event: str, answer: Answer, nbytes: int, since_ns: int) -> None:
         assert self._trace

@@ -560,7 +560,7 @@ def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept, promi
             assert run.text.count("the right logits\n") >= ranks
     assert kept.teacher == teacher
     log = next(kept.directory.glob("runs/*/teacher.log")).read_text()
-    assert log.count("this training group is served: ") == 2
+    assert log.count("answered this training group in ") == 2
     assert "the teacher ends" not in log
     kept.stop()
     promise.kept("training was stopped; the next group was served by the teacher, loaded once", took_s, 137)
