@@ -25,6 +25,7 @@ from shmbridge.integrations.transformers import DistillationConfig, Distillation
 LENGTH = 512
 student_path, text = sys.argv[1], Path(sys.argv[2])
 parser = HfArgumentParser((TrainingArguments, DistillationConfig))
+parser.set_defaults(ddp_find_unused_parameters=False)  # every weight gets a gradient: no search, no warning
 args, distillation = parser.parse_args_into_dataclasses(sys.argv[3:])
 tokenizer = AutoTokenizer.from_pretrained(student_path)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

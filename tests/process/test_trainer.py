@@ -94,7 +94,11 @@ MATRIX: dict[str, dict[str, Any]] = {
     "fsdp, checkpointing": {"fsdp": True, "args": {"gradient_checkpointing": True}, "evaluate": 2, "metrics": True},
     "rows without a label": {
         "unlabelled": 2,
-        "args": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        "args": {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "ddp_find_unused_parameters": False,
+        },
     },
     "one row": {"rows": 1, "args": {"num_train_epochs": 3}},
     "no look-ahead": {"distillation": {"look_ahead": 0}, "args": {"gradient_accumulation_steps": 4}, "evaluate": 1},
