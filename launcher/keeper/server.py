@@ -153,7 +153,9 @@ class Listener:
         own launcher."""
         if self._session.ready and not self._was_ready:
             self._was_ready = True
-            self._console.say(f"ready; train with: shmbridge-launch --attach {self._name} ... -- train.py")
+            train = self._plan.config.train
+            group = f"--train-gpus {train.gpus}" if train.gpus else f"--cpu {train.cpu_ranks}"
+            self._console.say(f"ready; train with: shmbridge-launch --attach {self._name} {group} -- train.py")
             self._tell_ready()
         overdue = self._monitor.step(now)
         if overdue and overdue.who.role == TEACHER:

@@ -451,8 +451,8 @@ def test_ctrl_c_while_loading_ends_the_keeper(kept):
 
 
 def test_in_the_foreground_ctrl_c_ends_it(kept):
-    run = kept.begin("--foreground")
-    run.says("ready; train with")
+    run = kept.begin("--foreground", "--cpu", "3")
+    run.says("ready; train with: shmbridge-launch --attach big --cpu 3 -- train.py\n")
     run.signal(signal.SIGINT)
     assert run.process.wait(60) == 130
     kept.is_gone()
