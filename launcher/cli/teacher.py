@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     if argv[:1] == ["start"]:
         return _start(parsers.teacher_start().parse_intermixed_args(argv[1:]))
     args = parsers.kept_teacher().parse_args(argv)
-    with closing(Connection(args.name)) as connection:
+    with closing(Connection(args.name, to_stop=args.command == "stop")) as connection:
         return _status(connection) if args.command == "status" else _stop(connection, args.force)
 
 

@@ -42,10 +42,10 @@ M = TypeVar("M", bound=msgspec.Struct)
 class Connection:
     """A connection to a keeper, on which questions are asked one after the other."""
 
-    def __init__(self, name: str) -> None:
-        """Connect. Raises ConfigError where there is no kept teacher of this name."""
+    def __init__(self, name: str, to_stop: bool = False) -> None:
+        """Connect; `to_stop`, in order to stop it. Raises ConfigError where there is no kept teacher of this name."""
         self.name = name
-        self.lines: Lines[FromKeeper] = Lines(_connect(name), messages.AT_CLIENT)
+        self.lines: Lines[FromKeeper] = Lines(_connect(name, to_stop), messages.AT_CLIENT)
         self.leaving = ""  # why the keeper ends, where it has said so
         self.lost_ns = 0  # CLOCK_MONOTONIC, when the keeper was seen to be gone
         self.welcome = self.ask(messages.Hello(), Welcome)
@@ -116,7 +116,7 @@ class Connection:
         self.lines.close()
 
 
-def _connect(name: str) -> socket.socket:
+def _connect(name: str, to_stop: bool) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # A keeper that is stopped takes nobody from its queue; this bounds the wait for a place in it.
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(_ANSWER_S), 0))
@@ -125,24 +125,26 @@ def _connect(name: str) -> socket.socket:
             connection.connect(path)
     except OSError as error:
         connection.close()
-        raise ConfigError(_why_not(name, error)) from None
+        raise ConfigError(_why_not(name, error, to_stop)) from None
     if not credentials(connection).is_mine:
         connection.close()
         raise ConfigError(f"the socket of {name!r} is another user's: found uid {credentials(connection).uid}.")
     return connection
 
 
-def _why_not(name: str, error: OSError) -> str:
+def _why_not(name: str, error: OSError, to_stop: bool) -> str:
     """What there is instead of a keeper that takes connections."""
     entries = registry.entries()
     entry = entries.get(name)
     kept = sorted(other for other, one in entries.items() if one.get("kept") and _lives(one))
     there_are = f"there are: {', '.join(kept)}" if kept else "there is none"
-    start = f"Start it with `shmbridge-launch teacher start {name} --teacher MODEL`"
+    remedy = f"Start it with `shmbridge-launch teacher start {name} --teacher MODEL`"
+    if to_stop:
+        remedy = "There is nothing to stop"
     if entry is None:
-        return f"no teacher is kept under the name {name!r}; {there_are}. {start}."
+        return f"no teacher is kept under the name {name!r}; {there_are}. {remedy}."
     if not _lives(entry):
-        return f"the teacher {name!r} is not kept any more: its keeper (pid {entry.get('pid')}) was killed. {start}."
+        return f"the teacher {name!r} is not kept any more: its keeper (pid {entry.get('pid')}) was killed. {remedy}."
     where = f"pid {entry.get('pid')}, run directory {entry.get('run') or 'not made yet'}"
     if not entry.get("kept"):
         return f"{name!r} is a run ({where}), not a kept teacher; {there_are}."

@@ -482,6 +482,7 @@ def test_names_that_are_no_kept_teacher(kept):
         code, text = other.command("stop")
         assert code == 2
         assert "no teacher is kept under the name 'small'; there are: big" in text
+        assert "teacher start" not in text
     registry.directory().joinpath("big.sock").unlink()
     code, text = kept.command("status")
     assert code == 2
