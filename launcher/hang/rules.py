@@ -228,7 +228,8 @@ def _healthy(snapshot: Snapshot) -> Finding:
     moved = [rank for rank in snapshot.ranks if rank.open] or moved
     latest_s = max(participant.still_s for participant in moved)
     sentence = f"nothing hangs: {names(moved)} moved within the last {seconds(latest_s)}"
-    return _finding("moving", [], sentence, "Nothing to do; ask again while it stands still.")
+    action = f"Nothing to do: nobody has been waited for longer than {seconds(snapshot.patience_s)}."
+    return _finding("moving", [], sentence, action)
 
 
 RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (

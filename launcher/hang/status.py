@@ -26,12 +26,12 @@ def participants(snapshot: Snapshot, suspects: Collection[str] = ()) -> str:
 
 
 def rings(snapshot: Snapshot) -> str:
-    """A row for each lane: its cursors, and the age of the oldest request that is not answered."""
+    """A row for each lane: its cursors, the age of the oldest request that is not answered, and its state."""
     streamed = any(lane.chunks for lane in snapshot.lanes)
     head = ["", "lane", "depth", "requested", "replied", "released", "abandoned"]
     head += ["chunks", "streamed", "consumed"] if streamed else []
     rows = [_lane(lane, streamed) for lane in snapshot.lanes]
-    return _aligned([[*head, "oldest unanswered"], *rows], right=set(range(2, len(head) + 1))) if rows else ""
+    return _aligned([[*head, "oldest unanswered", "state"], *rows], right=set(range(2, len(head) + 1))) if rows else ""
 
 
 def page(snapshot: Snapshot, name: str, run: str) -> str:
@@ -58,8 +58,8 @@ def _lane(lane: LaneState, streamed: bool) -> tuple[str, ...]:
     cursors = [lane.depth, lane.requested, lane.replied, lane.released, lane.abandoned]
     cursors += [lane.chunks, lane.streamed, lane.consumed] if streamed else []
     age = "" if lane.oldest_s is None else seconds(lane.oldest_s)
-    note = " garbled" if lane.garbled else " closed" if lane.closed else " full" if lane.full else ""
-    return ("", f"rank {lane.rank}{note}", *map(str, cursors), age)
+    state = "garbled" if lane.garbled else "closed" if lane.closed else "full" if lane.full else "open"
+    return ("", f"rank {lane.rank}", *map(str, cursors), age, state)
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> str:

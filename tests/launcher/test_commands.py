@@ -59,7 +59,7 @@ def test_status_is_a_table_of_participants_and_lanes(session, capsys):
     assert lines[0].startswith(f"session exp ({session.session_id[:8]}), launcher pid {os.getpid()}, run ")
     assert re.search(rf"^  teacher +{os.getpid()} +- +starting", out, re.M)
     assert re.search(rf"^  rank 1 +{os.getpid()} +- +starting", out, re.M)
-    assert re.search(r"^  rank 0 +2 +0 +0 +0 +0$", out, re.M)
+    assert re.search(r"^  rank 0 +2 +0 +0 +0 +0 +open$", out, re.M)
     assert max(map(len, lines[1:])) <= 120
 
 
