@@ -90,10 +90,12 @@ def require_on_hub(model: str, revision: str = "") -> None:
             return  # it may pass, and transformers waits for that
         reason = (str(error).strip() or "no answer").splitlines()[0]
         at = f" (revision {revision})" if revision else ""
+        hub = f"the hub {huggingface_hub.constants.ENDPOINT}"
+        refused = status or isinstance(error, ValueError)  # the latter: it is not a name that a model can have
+        found = f"was not found on {hub}" if refused else f"is not in the cache, and {hub} could not be asked for it"
         raise ConfigError(
-            f"teacher.model is {model!r}: there is no directory {os.path.abspath(model)}, and the model {model}{at} was not "
-            f"found on the hub {huggingface_hub.constants.ENDPOINT} ({type(error).__name__}: {reason})."
-            f"{_nearest(Path(model))} {_hub_remedy()}"
+            f"teacher.model is {model!r}: there is no directory {os.path.abspath(model)}, and the model {model}{at} {found} "
+            f"({type(error).__name__}: {reason}).{_nearest(Path(model))} {_hub_remedy()}"
         ) from None
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from launcher.cli.main import main
 from launcher.plan import model_card
@@ -110,3 +112,12 @@ def test_a_gguf_file_without_the_package_that_reads_it_is_refused(tmp_path, monk
     assert "pip install 'shmbridge[gguf]'" in capsys.readouterr().err
     model_path.converted(path).mkdir(parents=True)
     assert model_card.read(TeacherConfig(model=str(path))).vocab_size == 77
+
+
+def test_a_hub_that_cannot_be_reached_is_not_told_as_one_without_the_model(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"  # where nobody listens any more
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigError, match=f"the hub {address} could not be asked for it"):
+        model_path.require_on_hub("organisation/not-in-the-cache")
