@@ -166,6 +166,8 @@ def _action(cause: Cause, oom_kills: int | None) -> str:
         return "A crash in native code: run with PYTHONFAULTHANDLER=1 to see the stack."
     if cause.role == TEACHER and cause.phase in (str(Phase.STARTING), str(Phase.LOADING), str(Phase.PROBING), ""):
         return "Correct teacher.model or its settings; nothing was trained."
+    if "ParityError: parity check, vocabulary" in cause.reason:
+        return "Take a student with the teacher's vocabulary, or cut the padding as the message says."
     if cause.traceback:
         return "Correct what the traceback tells."
     return "Its log tells why it ended."

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from launcher.process import shim
-from shmbridge.errors import PeerLost
+from shmbridge.errors import ParityError, PeerLost
 from shmbridge.output_spec import Extent
 from shmbridge.shm import process
 from shmbridge.shm.session import SESSION_VARIABLE, Token
@@ -108,6 +108,8 @@ def end(mode: str, rank: int, session: TrainerSession) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "raise" and rank == 1:
         raise RuntimeError("boom")
+    if mode == "parity":
+        raise ParityError("parity check, vocabulary: the teacher's distribution has 8 words, the student's 9.")
     if mode == "exit7" and rank == 1:
         sys.exit(7)
     if mode == "killed" and rank == 1:

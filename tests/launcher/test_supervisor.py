@@ -139,6 +139,14 @@ def test_an_exception_in_a_rank_needs_no_decorator(tmp_path):
         assert "fake_training.py" in report["cause"]["traceback"]
 
 
+def test_the_next_step_after_a_parity_error_of_the_vocabulary_is_another_student(tmp_path):
+    with faked(tmp_path, training="parity") as run:
+        assert run.wait() == 1
+        report = json.loads((run.path / "report.json").read_text())
+        assert "ParityError" in report["cause"]["reason"]
+        assert "a student with the teacher's vocabulary" in report["action"]
+
+
 def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_path):
     with faked(tmp_path, training="wait") as run:
         run.says("up", times=3)
