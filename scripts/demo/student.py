@@ -185,9 +185,10 @@ class Trainee:
         if time.monotonic() - self._shown < (0.5 if self._terminal else 5.0):
             return
         self._shown = time.monotonic()
-        full = round(min(1.0, share) * 20)
-        bar, speed = "█" * full + "░" * (20 - full), self.tokens / self.seconds
-        line = f"{self.name:<10} {bar} step {self.steps:<4} {speed:>6.0f} tokens/s  loss {loss:6.3f}{note}"
+        full = round(min(1.0, share) * 8)
+        bar, speed = "█" * full + "░" * (8 - full), self.tokens / self.seconds
+        # With the prefix of the launcher and a note of 13 characters this fits a terminal of 80 columns.
+        line = f"{self.name:<10} {bar} step {self.steps:<4} {speed:>6.0f} tok/s  loss {loss:6.3f}{note}"
         print(f"\r{line}" if self._terminal else line, end="" if self._terminal else "\n", flush=True)
 
 

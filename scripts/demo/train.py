@@ -5,7 +5,8 @@
 Both students are the same cut of the teacher (student.py). For --minutes the first minimises the KL divergence to the
 teacher's distribution (Hinton et al. 2015). The second, the control, then minimises the cross-entropy of the text, for the
 same steps, on the same batches, at the same learning rates; the teacher is idle meanwhile. Held-out text is scored before,
-after, and three times in between. --out gets both students' losses, summary.json and losses.png.
+after, and three times in between. --out gets both students' losses, summary.json, losses.png, and the distilled student with
+its tokenizer.
 
 This script is made to be watched. The one to copy is scripts/example.py.
 """
@@ -29,8 +30,9 @@ from shmbridge.losses import LazyLogits, forward_kl
 LEGS = 4  # held-out text is scored after each of so many parts of the training
 SCORED = 128  # tokens of a held-out row
 NEXT = """\
-On a node with eight GPUs, with a model, text and student of your own:
-  shmbridge-launch --config configs/eight-gpus.yaml --teacher meta-llama/Llama-3.1-8B -- scripts/example.py STUDENT TEXT OUT"""
+On a node with eight GPUs, with your own teacher, student and text:
+  shmbridge-launch --config eight-gpus --teacher TEACHER -- \\
+    scripts/example.py STUDENT TEXT OUT"""
 
 
 def main() -> None:
@@ -63,11 +65,15 @@ def run(args: argparse.Namespace, bridge: shmbridge.Bridge, device: torch.device
         for name, each in (("distilled", student), ("text alone", copy.deepcopy(student)))
     )
     before = text.score(student)
+    if stage.rank == 0:
+        print("hidden: the share of the teacher's time without a wait in this rank")
     shares = distil(distilled, bridge.prefetch(stage.batches()), text, Budget(args.minutes, device), bridge)
     with bridge.phase("control", timeout=600 + 180 * args.minutes):  # it makes no request: the teacher is idle
         train_on_text(control, stage.batches(), text, shares)
     teacher = text.teacher()
     if stage.rank == 0:
+        stage.tokenizer.save_pretrained(args.out / "student")
+        distilled.student.save_pretrained(args.out / "student")
         report(args.out, before, distilled, control, teacher)
 
 
@@ -86,7 +92,7 @@ def distil(
                 with pending.wait() as reply:
                     loss = forward_kl(LazyLogits(hidden, student.head), LazyLogits(reply.hidden, bridge.head))
                     hid = hidden_share(begin, bridge.stats())
-                    student.learn(loss, share, f"  {hid:4.0%} of the teacher's time hidden")
+                    student.learn(loss, share, f"  {hid:4.0%} hidden")
             student.score(text)
     return legs
 
@@ -131,12 +137,14 @@ def report(out: Path, before: Score, distilled: Trainee, control: Trainee, teach
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot(out)
     print(f"""
-held-out text             {"before":>10} {distilled.name:>11} {control.name:>11} {"teacher":>9}
-KL to the teacher, nats   {before.kl:10.3f} {after[0].kl:11.3f} {after[1].kl:11.3f} {0:9}
-perplexity                {before.perplexity:10,.0f} {after[0].perplexity:11.1f} {after[1].perplexity:11.1f} {teacher.perplexity:9.1f}
-training time             {distilled.seconds:20.0f} s {control.seconds:9.0f} s
+held-out text           {"before":>10} {distilled.name:>11} {control.name:>11} {"teacher":>9}
+KL to the teacher, nats {before.kl:10.3f} {after[0].kl:11.3f} {after[1].kl:11.3f} {0:9}
+perplexity              {before.perplexity:10,.0f} {after[0].perplexity:11.1f} {after[1].perplexity:11.1f} {teacher.perplexity:9.1f}
+training time           {distilled.seconds:20.0f} s {control.seconds:9.0f} s
 
-{distilled.steps} steps of each student on the same {distilled.tokens:,} tokens; see {out / "losses.png"} and {out / "summary.json"}
+{distilled.steps} steps of each student on the same {distilled.tokens:,} tokens
+losses    {out / "losses.png"}, {out / "summary.json"}
+student   {out / "student"}, a model with its tokenizer
 
 {NEXT}""")
 

@@ -64,9 +64,7 @@ def test_the_demo_distils_a_student_and_trains_another_on_the_text_alone(tmp_pat
     ]
     script = "scripts/demo/train.py --minutes 0.05 --batch 2 --seq 32 --layers 1 --lr 1e-2 --characters 500000 --out"
     output = run(*launch, "--teacher", str(teacher), "--", *script.split(), str(out), XDG_CACHE_HOME=str(tmp_path))
-    assert re.search(
-        r"distilled +[█░]+ step \d+ +\d+ tokens/s  loss +[\d.]+ +\d+% of the teacher's time hidden", output
-    )
+    assert re.search(r"distilled +[█░]+ step \d+ +\d+ tok/s  loss +[\d.]+ +\d+% hidden", output)
     assert "KL to the teacher, nats" in output
     summary = json.loads((out / "summary.json").read_text())
     distilled, control = summary["students"]["distilled"], summary["students"]["text alone"]
@@ -77,6 +75,8 @@ def test_the_demo_distils_a_student_and_trains_another_on_the_text_alone(tmp_pat
     for name in ("distilled", "text-alone"):
         lines = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == list(range(1, summary["steps"] + 1))
+    assert len(AutoModelForCausalLM.from_pretrained(out / "student").model.layers) == 1
+    assert AutoTokenizer.from_pretrained(out / "student")("1 2").input_ids
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
