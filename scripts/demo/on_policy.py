@@ -165,7 +165,7 @@ def report(out: Path, before: Way, ways: list[Way]) -> None:
     (out / "on-policy.json").write_text(json.dumps(summary, indent=2) + "\n")
 
     def line(text: str, values: Iterable[Any], form: str) -> str:
-        return f"{text:<36}" + "".join(f"{value:>12{form}}" for value in values)
+        return f"{text:<36}" + "".join(f"{value:>11{form}}" for value in values)
 
     both = (before, *ways)
     print()
