@@ -37,8 +37,8 @@ CRASHES = [
 HANDED_OVER = [
     Case(handovers=1),
     Case(requests=1, handovers=1, crashes=True),
-    pytest.param(Case(handovers=2), marks=pytest.mark.slow),
-    pytest.param(Case(handovers=1, crashes=True), marks=pytest.mark.slow),
+    pytest.param(Case(handovers=2), marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
+    pytest.param(Case(handovers=1, crashes=True), marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
 ]
 
 
@@ -61,7 +61,12 @@ def test_every_interleaving_ends_and_gives_each_reply_to_its_request(case):
         ("publish_before_write_reply", Case(abandon=0, requests=3), "refused|cursors out of order"),
         ("publish_before_write_chunk", Case(chunks=2), "chunk .* refused"),
         ("release_before_read", Case(requests=3, ahead=True), "half . of 0"),
-        ("hand_over_what_is_not_published", Case(handovers=1), "cursor fell|cursors out of order|half . of"),
+        pytest.param(
+            "hand_over_what_is_not_published",
+            Case(handovers=1),
+            "cursor fell|cursors out of order|half . of",
+            marks=[pytest.mark.slow, pytest.mark.timeout(600)],
+        ),
     ],
 )
 def test_a_ring_that_is_broken_on_purpose_is_found(mutant, case, what, monkeypatch):
