@@ -93,7 +93,8 @@ def read(teacher: TeacherConfig) -> ModelCard:
     if path and path.is_dir():
         return _of_directory(path, teacher.dtype)
     if path and path.suffix == ".gguf":
-        model_path.require_gguf(path)
+        if not teacher.python:  # another environment may have the package
+            model_path.require_gguf(path)
         sizes = _gguf_sizes(path)
         dtype = _dtype(teacher.dtype) or "float32"  # what dequantising gives
         return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)
