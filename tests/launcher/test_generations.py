@@ -117,7 +117,7 @@ def test_a_teacher_that_is_loaded_again_under_a_group_keeps_the_session_as_it_is
     gate.write_bytes(b"")
     assert start.process.wait(60) == 0
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         first = str(kept.teacher)
         os.kill(int(first), signal.SIGKILL)
         until(lambda: kept.status["teacher"].rpartition("pid ")[2] not in (first, "none"), "the next teacher")
@@ -143,7 +143,7 @@ def test_groups_wait_while_the_teacher_drains_and_one_of_them_is_served(kept, ga
         winner = other if loser is one else one
         assert loser.process.returncode == 2
         assert f"held by pid {winner.process.pid}" in loser.text
-        winner.says(" up\n", times=2)
+        winner.says(" up", times=2)
         winner.signal(signal.SIGINT)
         assert ended(winner) == 130
     gate.write_bytes(b"")

@@ -84,7 +84,7 @@ def test_groups_follow_each_other_under_one_loaded_teacher(kept):
 def test_the_second_group_is_told_who_holds_it(kept):
     kept.start()
     with kept.attach("wait") as first:
-        first.says(" up\n", times=2)
+        first.says(" up", times=2)
         with kept.attach("ok") as second:
             assert second.process.wait(60) == 2
             assert re.search(
@@ -120,7 +120,7 @@ def test_the_first_to_come_holds_a_session_that_loads(kept):
         assert "up" not in first.text
         gate.write_bytes(b"")
         assert start.process.wait(60) == 0
-        first.says(" up\n", times=2)
+        first.says(" up", times=2)
         code, text = kept.command("stop", "--force")
         assert code == 0, text
         assert ended(first) == 143
@@ -163,7 +163,7 @@ def test_the_death_of_the_launcher_ends_its_group_and_not_the_teacher(kept):
     kept.start()
     teacher = kept.teacher
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         run.signal(signal.SIGKILL)
         run.process.wait(60)
         until(lambda: not run.processes(), "the end of the ranks")
@@ -229,7 +229,7 @@ def test_training_is_restarted_beside_a_kept_teacher(kept):
 def test_a_teacher_that_died_for_good_is_the_cause_in_both_reports(kept):
     start = kept.start()
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         os.kill(kept.teacher, signal.SIGKILL)
         assert ended(run) == 137
         assert re.search(r"The run failed after [\d.]+ s: teacher was killed by SIGKILL", run.text)
@@ -254,7 +254,7 @@ def test_a_teacher_that_dies_under_a_group_is_started_again(kept):
     kept.start("--teacher-restarts", "1")
     first = kept.teacher
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         os.kill(first, signal.SIGKILL)
         until(lambda: kept.loaded == 2, "a new teacher")
         run.signal(signal.SIGTERM)
@@ -269,7 +269,7 @@ def test_a_stopped_group_is_served_until_its_ranks_have_saved_and_the_teacher_st
     kept.start()
     gate = kept.directory / "gate"
     with kept.attach("notes", FAKE_GATE=str(gate)) as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         run.signal(signal.SIGINT)
         run.says("takes note of 2", times=2)
         gate.with_name("gate0").touch()
@@ -288,7 +288,7 @@ def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kep
     start = kept.start()
     session = kept.status["session"]
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         os.kill(kept.keeper, signal.SIGKILL)
         assert ended(run) == 1
         assert "the keeper of the teacher big (pid" in run.text
@@ -307,7 +307,7 @@ def test_a_signal_to_the_keeper_ends_everything(kept, number, held):
     start = kept.start()
     if held:
         with kept.attach("wait") as run:
-            run.says(" up\n", times=2)
+            run.says(" up", times=2)
             os.kill(kept.keeper, number)
             assert ended(run) == 143
             assert f"is stopped by {number.name}" in run.text
@@ -504,7 +504,7 @@ def test_a_name_that_cannot_be_one_is_refused(name, message, capsys):
 def test_garbage_and_silence_on_the_socket_do_nothing(kept):
     kept.start()
     with kept.attach("wait") as run:
-        run.says(" up\n", times=2)
+        run.says(" up", times=2)
         for said in (
             b"\0\xff\n",
             b"{}\n",

@@ -163,7 +163,7 @@ def test_reply_memory_waits_for_the_last_to_load(tmp_path):
 
 def test_one_that_is_killed_is_named_and_the_other_ends(tmp_path):
     with faked(tmp_path, teacher="ok,ok", training="wait") as run:
-        run.says(" up\n", times=4)
+        run.says(" up", times=4)
         os.kill(run.below_shim("fake_teacher.py ok 1"), signal.SIGKILL)
         assert run.wait() == 137
         assert "The run failed" in run.text
@@ -195,7 +195,7 @@ def test_one_whose_ranks_have_closed_ends_before_the_other(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     with faked(tmp_path, teacher="ok,ok", training="leaves", FAKE_GATE=str(gate)) as run:
-        run.says(" up\n", times=4)
+        run.says(" up", times=4)
         until(lambda: not replica(run, 0), "the end of teacher 0")
         assert replica(run, 1)
         assert run.process.poll() is None
@@ -229,7 +229,7 @@ def test_replicas_that_offer_different_things_are_refused(tmp_path):
 
 def test_all_that_do_not_end_are_killed_after_one_grace(tmp_path):
     with faked(tmp_path, teacher="stubborn,stubborn", training="stubborn", grace_s=0.3) as run:
-        run.says(" up\n", times=4)
+        run.says(" up", times=4)
         run.signal(signal.SIGINT)
         assert run.wait() == 130
         assert run.text.count("SIGKILL for") == 1

@@ -149,7 +149,7 @@ def test_the_next_step_after_a_parity_error_of_the_vocabulary_is_another_student
 
 def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_path):
     with faked(tmp_path, training="wait") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         os.kill(run.below_shim("fake_teacher.py"), signal.SIGKILL)
         assert run.wait() == 137
         assert "The run failed" in run.text
@@ -160,7 +160,7 @@ def test_the_death_of_the_teacher_is_the_cause_and_not_what_the_ranks_say(tmp_pa
 def test_the_teacher_is_the_cause_though_its_end_is_seen_after_what_the_ranks_say(tmp_path):
     """With a shim that tells late: the ranks' TeacherDied alone decides only for want of anything better."""
     with faked(tmp_path, training="wait") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         teacher = run.below_shim("fake_teacher.py")
         os.kill(parent(teacher), signal.SIGSTOP)
         os.kill(teacher, signal.SIGKILL)
@@ -189,7 +189,7 @@ def test_a_teacher_that_crashes_when_the_ranks_have_finished_takes_nothing_from_
 
 def test_the_death_of_torchrun_takes_ranks_and_workers_along(tmp_path):
     with faked(tmp_path, training="workers") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         assert len(run.processes("sleep 600")) == 2
         os.kill(run.below_shim("fake_training.py"), signal.SIGKILL)
         assert run.wait() == 137
@@ -207,7 +207,7 @@ def test_the_death_of_the_launcher_ends_both_jobs(tmp_path, teacher, line, times
 
 def test_the_death_of_a_shim_leaves_nothing(tmp_path):
     with faked(tmp_path, training="workers") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         os.kill(run.processes("shim.py")[-1], signal.SIGKILL)
         assert run.wait() == 137
 
@@ -215,7 +215,7 @@ def test_the_death_of_a_shim_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_both_jobs(tmp_path, number, code):
     with faked(tmp_path, training="wait") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         run.signal(number)
         assert run.wait() == code
         assert f"stopped by {number.name}" in run.text
@@ -229,7 +229,7 @@ def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_sav
     """One rank ends at once; the teacher waits for the other."""
     gate = tmp_path / "gate"
     with faked(tmp_path, training="notes", grace_s=60, FAKE_GATE=str(gate)) as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         run.signal(number)
         run.says(f"takes note of {taken}", times=2)
         (tmp_path / "gate0").touch()
@@ -262,7 +262,7 @@ def test_training_that_crashed_begins_again_once_the_teacher_has_drained(tmp_pat
 @pytest.mark.parametrize("restarts", ["0", "1"])
 def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path, restarts):
     with faked(tmp_path, training="waits", grace_s=60, more=["--teacher-restarts", restarts]) as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         run.signal(signal.SIGTERM)
         run.says("takes note", times=2)
         os.kill(run.below_shim("fake_teacher.py"), signal.SIGKILL)
@@ -277,7 +277,7 @@ def test_a_teacher_that_dies_in_a_run_that_stops_ends_the_ranks_waits(tmp_path, 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_jobs_that_ignore_sigterm_are_killed_after_one_grace(tmp_path, promise, number, code):
     with faked(tmp_path, teacher="stubborn", training="stubborn", grace_s=0.3) as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         asked = run.signal(number)
         assert run.wait() == code
         took_s = time.monotonic() - asked
@@ -289,7 +289,7 @@ def test_jobs_that_ignore_sigterm_are_killed_after_one_grace(tmp_path, promise, 
 def test_a_second_ctrl_c_kills_at_once(tmp_path, promise):
     """The grace of five minutes is not waited for."""
     with faked(tmp_path, teacher="stubborn", training="stubborn", grace_s=300) as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         run.signal(signal.SIGINT)
         run.says("Ctrl-C kills at once")
         asked = run.signal(signal.SIGINT)
@@ -301,7 +301,7 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path, promise):
 
 def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
     with faked(tmp_path, training="usr1") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         run.signal(signal.SIGUSR1)
         run.says("rank 0 saved")
         run.says("SIGUSR1 was sent to rank 0; not to 1, without a handler")
@@ -314,7 +314,7 @@ def test_sigusr1_goes_to_the_ranks_that_handle_it_and_to_nothing_else(tmp_path):
 def test_signals_sent_to_everything_end_neither_teacher_nor_shims(tmp_path):
     """As Slurm sends them to every process of a step."""
     with faked(tmp_path, training="wait") as run:
-        run.says(" up\n", times=3)
+        run.says(" up", times=3)
         for pid in [*run.processes("shim.py"), *run.processes("fake_teacher.py")]:
             for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                 os.kill(pid, number)
