@@ -202,8 +202,15 @@ def test_the_example_goes_on_from_where_it_was_stopped(example, tmp_path):
 
 @pytest.mark.parametrize(
     ("learner", "payload"),
-    [("teacher", ["payload.hidden={}"]), ("student", ["payload.logits=null", "payload.logprobs={candidates: 8}"])],
-    ids=["reverse_kl", "candidate_reverse_kl"],
+    [
+        pytest.param("teacher", ["payload.hidden={}"], id="reverse_kl"),
+        pytest.param(
+            "student",
+            ["payload.logits=null", "payload.logprobs={candidates: 8}"],
+            id="candidate_reverse_kl",
+            marks=pytest.mark.matrix,
+        ),
+    ],
 )
 def test_on_policy(example, tmp_path, learner, payload):
     """Prompts of unlike lengths, samples that end at unlike lengths, text in half of the steps. A student that is the teacher has

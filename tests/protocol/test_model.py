@@ -36,7 +36,7 @@ CRASHES = [
 # With two teachers. One of them may die in the cases with crashes.
 HANDED_OVER = [
     Case(handovers=1),
-    Case(requests=1, handovers=1, crashes=True),
+    pytest.param(Case(requests=1, handovers=1, crashes=True), marks=pytest.mark.slow),
     pytest.param(Case(handovers=2), marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
     pytest.param(Case(handovers=1, crashes=True), marks=[pytest.mark.slow, pytest.mark.timeout(600)]),
 ]
