@@ -225,7 +225,7 @@ def _participant(
 
 
 def _lane(lane: Lane, lost: bool) -> LaneState:
-    """The cursors of a lane, `lost`: its teacher is; what is garbled is told, never raised."""
+    """The cursors of a lane. `lost`: whether its teacher is lost. A garbled lane does not raise: `LaneState.garbled` has the error."""
     ring = lane.ring
     replied = ring.replied  # before `requested`, which it never passes
     oldest_s, garbled = None, ""

@@ -1,7 +1,7 @@
 """Which of the failures that were seen came first, and is the cause of the others.
 
-Three witnesses are heard: the board, where a participant writes its own exception; torchrun's record of how its ranks
-ended; and the exit status of the jobs. A PeerLost on the board is a consequence by its nature: it decides only where
+Three witnesses are heard: the records, where a participant writes its own exception; torchrun's record of how its ranks
+ended; and the exit status of the jobs. A PeerLost in a record is a consequence by its nature: it decides only where
 no other witness has come forward within a second, or by the time that every job has ended. Of the rest the earliest
 counts. A death by a hard signal is dated back by a second, because an exception in another rank may be its echo
 (a lost connection) and be written before the death is seen.
@@ -66,7 +66,7 @@ class Cause(msgspec.Struct, frozen=True):
         return f"{self.who} {verb}{line}"
 
     def as_failure(self) -> Failure:
-        """For the board, so that everyone stops with this cause."""
+        """For the owner's record, so that everyone stops with this cause."""
         return Failure(
             role=self.role,
             rank=self.rank,
@@ -94,20 +94,20 @@ def find(
 
     Args:
         jobs: of the run; one that was asked to end is no witness.
-        view: of the session, for its board. None where the bridge is off.
+        view: of the session, for its records. None where the bridge is off.
         record: elastic.py's file; it may not exist.
         ended_ns: when ranks were seen to end, by rank.
         oom_kills: how many processes the kernel has killed for want of memory; None where that is unknown.
         excused: replicas that are no witnesses.
-        roles: of the witnesses on the board. None: all.
+        roles: of the participants whose records count. None: all.
     """
-    board = [failure for failure in (view.failures() if view else []) if roles is None or failure.role in roles]
+    recorded = [failure for failure in (view.failures() if view else []) if roles is None or failure.role in roles]
     jobs = [job for job in jobs if job.spec.replica not in excused]
-    board = [failure for failure in board if failure.role != TEACHER or failure.rank not in excused]
+    recorded = [failure for failure in recorded if failure.role != TEACHER or failure.rank not in excused]
     first = _read_record(record) if record else None
-    spoke = {(failure.role, failure.rank) for failure in board}
+    spoke = {(failure.role, failure.rank) for failure in recorded}
     count = len(view.control.teachers) if view else 0
-    causes = [_raised(failure, jobs, first, count) for failure in board if not failure.consequence]
+    causes = [_raised(failure, jobs, first, count) for failure in recorded if not failure.consequence]
     if first and (TRAINER, first["local_rank"]) not in spoke:
         causes.append(_of_rank(first, ended_ns, oom_kills))
     spoken: set[int | None] = {rank if role == TEACHER else None for role, rank in spoke}  # None: training
@@ -115,7 +115,7 @@ def find(
     causes += [of_exit(job, job.exit, oom_kills) for job in silent if job.exit and job.died]
     if not causes:
         settled_ns = time.monotonic_ns() - (_PATIENCE_NS if any(job.alive for job in jobs) else 0)
-        causes = [_raised(failure, jobs, first, count) for failure in board if failure.at_ns <= settled_ns]
+        causes = [_raised(failure, jobs, first, count) for failure in recorded if failure.at_ns <= settled_ns]
     found = min(causes, key=_order, default=None)
     return found and _located(found, view)
 
@@ -128,7 +128,8 @@ def of_launcher(reason: str, status: int) -> Cause:
 def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -> str:
     """`exited with code 7`, `killed by SIGSEGV`, or `killed by SIGKILL, likely out of memory`.
 
-    The last unless the kernel has counted its kills for want of memory, and there was none.
+    `oom_kills`: processes that the kernel killed for lack of memory, by the cgroup's counter; None where it cannot be read. With 0
+    the last part is left out.
     """
     if number is None:
         return f"exited with code {code}"
@@ -137,7 +138,7 @@ def describe_exit(code: int | None, number: int | None, oom_kills: int | None) -
 
 
 def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None, teachers: int) -> Cause:
-    """A failure that its own process wrote on the board; one of `teachers` may be a keeper's, whose word it is then."""
+    """The cause that a process has recorded itself. A teacher without a job here is a keeper's: its record gives the exit status."""
     status, who = failure.status, f"rank {failure.rank}"
     if failure.role == LAUNCHER:
         who = LAUNCHER
@@ -163,7 +164,7 @@ def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None,
 
 
 def _of_rank(first: dict[str, Any], ended_ns: Mapping[int, int], oom_kills: int | None) -> Cause:
-    """A rank that ended without a word on the board."""
+    """A rank that ended without a failure in its record."""
     code, rank = first["exitcode"], first["local_rank"]
     number = -code if code < 0 else None
     at_ns = ended_ns.get(rank, time.monotonic_ns() - int((time.time() - first["timestamp"] - 1) * 1e9))
@@ -190,7 +191,7 @@ def of_overdue(overdue: Overdue) -> Cause:
 
 
 def _located(cause: Cause, view: MappedSession | None) -> Cause:
-    """Add from the board where the participant was; one that was killed could not write it into its failure."""
+    """Add from the record where the participant was; one that was killed could not write it into its failure."""
     if view is None or cause.role not in (TEACHER, TRAINER):
         return cause
     record = view.control.teachers[cause.rank] if cause.role == TEACHER else view.lanes[cause.rank].records[0]

@@ -28,7 +28,7 @@ class Ranks:
         self._watched: dict[int, int] = {}  # rank -> pidfd
 
     def identity(self, rank: int) -> Identity | None:
-        """None until the rank has signed in on the board."""
+        """None until the rank has signed in."""
         return self._lanes[rank].records[0].identity if self._lanes else None
 
     @property
@@ -101,7 +101,7 @@ class Ranks:
         return f"{number.name} was sent to rank {', '.join(sent)}{rest}"
 
     def _processes(self, training: Job | None) -> dict[int, Identity]:
-        """By rank: from the board, else torchrun's children, which tell their LOCAL_RANK."""
+        """By rank: from the records, else torchrun's children, which tell their LOCAL_RANK."""
         found = ranks_among(training.children() if training else ())
         found |= {lane.index: who for lane in self._lanes if (who := lane.records[0].identity)}
         return found

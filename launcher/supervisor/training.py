@@ -2,7 +2,7 @@
 
     STARTING -> RUNNING -> DONE        it ends with 0: the teachers are told, drain and end by themselves
                         -> CRASHED     and may begin again: RUNNING, in a generation of its own, once the teachers have drained
-                        -> FAILED      the cause goes on the board, so that everyone stops with it; then the jobs are ended
+                        -> FAILED      the cause goes into the owner's record, so that everyone stops with it; then the jobs are ended
                         -> STOPPED     SIGINT or SIGTERM goes on to each rank (SIGHUP as SIGTERM), so that the script's own handlers
                                        save; the teachers serve until the last rank has ended
 

@@ -1,7 +1,7 @@
 """The device on which a rank reads its replies, and what a teacher's death does to it.
 
 A GPU that waits for a dead teacher waits for ever, and the host thread that waits for this GPU is stuck in C, where neither an
-exception nor a signal handler reaches it. The heartbeat's thread sees that, writes the reason to the status board and ends the
+exception nor a signal handler reaches it. The heartbeat's thread sees that, writes the reason to its record and ends the
 process. In the other case every call of CUDA raises an error, and the rank's own thread tells it from an error of the training loop.
 """
 

@@ -1,4 +1,4 @@
-"""A thread that shows a live process on the board.
+"""A thread that shows a live process in its record.
 
 A heartbeat tells a process whose interpreter runs from one that is stopped, or holds the GIL in native code. Whether its
 loop moves, the phase, step and sequence words tell.

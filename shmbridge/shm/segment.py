@@ -1,4 +1,6 @@
-"""POSIX shared-memory objects: created and reserved by the owner, attached with every check, never unlinked here.
+"""POSIX shared-memory objects: created and reserved by the owner, attached with every check.
+
+Only the owner unlinks them. An object that could not be reserved is unlinked here, before anyone has seen it.
 
 A segment is reserved with posix_fallocate before it is mapped: on a full tmpfs ftruncate and mmap succeed and the first
 write dies of SIGBUS, while posix_fallocate answers ENOSPC. It is then populated, so that no page fault is left for the

@@ -1,7 +1,7 @@
-"""The status board: one record per participant, written by it alone, read by everyone.
+"""One status record per participant, written by it alone, read by everyone.
 
 A record tells who the participant is, where it is in its loop, and why it failed. The waits, the launcher's progress
-line and the reports all read this board and nothing else.
+line and the reports all read these records and nothing else.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class TeacherSession(Participant):
         self.wake_ranks()
 
     def wake_ranks(self) -> None:
-        """Ring every rank, so that it looks at the board now."""
+        """Ring every rank, so that it reads the records now."""
         for lane in self.served:
             self.ring_members(lane)
 

@@ -1,7 +1,7 @@
 """The teacher's process: `python -m shmbridge.teacher.main`, started by the launcher.
 
 Sign in, load the model, probe it, publish what it returns; then serve one generation after the other. Whatever is raised on the
-way is written on the board before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is
+way is written to the record before the process ends, so that every rank stops with the teacher's own traceback; a ConfigError is
 told without one.
 """
 
