@@ -40,9 +40,9 @@ from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import Lane, Token
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.main import serve
 from tests.harness import Child, until
 
@@ -148,7 +148,7 @@ def _generation(session: Owner, token: Token, number: int, each: int) -> int:
 
 def _train(token: Token, lane: int, number: int, each: int) -> None:
     """`each` requests of unlike shapes, in one of five ways of handling them at a time."""
-    with Bridge(TrainerSession(token, lane)) as bridge:
+    with Bridge(RankSession(token, lane)) as bridge:
         bridge.wait_ready()
         made = 0
         while made < each:

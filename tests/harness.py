@@ -17,9 +17,9 @@ from shmbridge import config
 from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import Token
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Batch, Forward
 from shmbridge.teacher.main import serve
 
@@ -119,7 +119,7 @@ class Bench:
 
     def bridge(self, lane: int = 0) -> Bridge:
         """A rank in the test's own process."""
-        return Bridge(TrainerSession(self.token, lane))
+        return Bridge(RankSession(self.token, lane))
 
     def close(self) -> None:
         for child in self.children:

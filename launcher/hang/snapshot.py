@@ -20,8 +20,8 @@ from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import process
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Identity
+from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, MappedSession, Token
-from shmbridge.shm.status import Phase, Record
 
 TEACHER, TRAINER = "teacher", "trainer"
 STILL_S = 5.0  # nobody who has moved within so many seconds is waited for; less where timeouts.report_s is short

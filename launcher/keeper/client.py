@@ -30,8 +30,8 @@ from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.shm import process
+from shmbridge.shm.record import Failure, Phase
 from shmbridge.shm.session import MappedSession, Token
-from shmbridge.shm.status import Failure, Phase
 
 _ANSWER_S = 30.0  # a keeper says something at once, unless it is stopped or creates memory for a group
 _BUSY_S, _SERVED_S = 0.1, 0.5

@@ -48,7 +48,7 @@ from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.session import LOADING_PHASES, MAY_BEGIN, State
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.shm.status import Phase
+from shmbridge.shm.record import Phase
 
 Visitor = Lines[ToKeeper]
 _MOST_VISITORS = 32

@@ -25,8 +25,8 @@ from launcher.hang.monitor import Overdue
 from launcher.plan import replicas
 from launcher.plan.plan import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
+from shmbridge.shm.record import Failure
 from shmbridge.shm.session import MappedSession
-from shmbridge.shm.status import Failure
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _ECHO_NS = 1_000_000_000

@@ -23,8 +23,8 @@ from shmbridge.config import Config
 from shmbridge.errors import SessionInUse, ShmbridgeError
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.record import Failure
 from shmbridge.shm.session import Token
-from shmbridge.shm.status import Failure
 
 # Only a look tells how far a teacher has come; a session that serves or idles can be left alone.
 _BUSY_S, _SERVING_S, _IDLE_S = 0.1, 1.0, 2.0

@@ -20,7 +20,7 @@ from launcher.plan.plan import TEACHER, TORCHRUN, Plan
 from launcher.process.job import Exit
 from launcher.supervisor.cause import TRAINER, Cause
 from launcher.supervisor.loop import EventLoop
-from shmbridge.shm.status import Phase
+from shmbridge.shm.record import Phase
 
 _SHOW_S = 5.0
 _MACHINE_S = 2.0  # a name server that does not answer must not hold up a report

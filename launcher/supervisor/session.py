@@ -16,8 +16,8 @@ from launcher.process.job import Job
 from launcher.supervisor.ranks import Ranks
 from shmbridge.config import Config
 from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.record import Failure, Phase
 from shmbridge.shm.session import Control, MappedSession, Token
-from shmbridge.shm.status import Failure, Phase
 
 if TYPE_CHECKING:
     from launcher.supervisor.cause import Cause

@@ -20,8 +20,8 @@ from shmbridge.config import Config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import Lane
-from shmbridge.shm.status import Phase, Record
 
 _LONGEST_PAUSE_S = 60.0
 

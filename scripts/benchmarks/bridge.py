@@ -8,7 +8,7 @@ from shmbridge import config
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.session import Token
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.payload import Verbatim
 from shmbridge.teacher.server import Server

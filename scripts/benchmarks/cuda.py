@@ -29,8 +29,8 @@ from benchmarks.processes import Failed
 from benchmarks.tables import Target, size_text
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.rank.bridge import Bridge
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import Token
-from shmbridge.shm.trainer import TrainerSession
 
 ITEM = 1024  # float32 of each token
 MIB = 2**20
@@ -219,7 +219,7 @@ def _session(options: argparse.Namespace, *settings: str) -> Iterator[Callable[.
 def _rank(token: Token, card: int, pipe: Connection) -> None:
     device = torch.device("cuda", card)
     torch.cuda.set_device(device)
-    with Bridge(TrainerSession(token, 0), device) as bridge:
+    with Bridge(RankSession(token, 0), device) as bridge:
         bridge.wait_ready()
         while (order := pipe.recv()) is not None:
             work, *arguments = order

@@ -32,8 +32,8 @@ from benchmarks.processes import Failed, Processes, precise_sleeps, sleep_until,
 from shmbridge import config
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import serve
 
@@ -183,7 +183,7 @@ class Group:
 
     def _train(self, index: int, pipe: Connection) -> None:
         precise_sleeps()
-        with Bridge(TrainerSession(self._token, index)) as bridge:
+        with Bridge(RankSession(self._token, index)) as bridge:
             bridge.wait_ready()
             pipe.send(None)
             while (order := pipe.recv()) is not None:

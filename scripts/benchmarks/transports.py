@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 from benchmarks.bridge import open_session, teach
 from shmbridge.output_spec import OutputSpec
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.teacher.batch import Batch
 
 TOKENS = 8192  # int64: 64 KB of IDs for each request of each rank
@@ -212,7 +212,7 @@ class Shmbridge(Transport):
 
     @contextmanager
     def rank(self, index: int) -> Iterator[Ask]:
-        with Bridge(TrainerSession(self._token, index)) as bridge:
+        with Bridge(RankSession(self._token, index)) as bridge:
             bridge.wait_ready()
             yield self._ask(bridge, token_ids())
 

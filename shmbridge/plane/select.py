@@ -10,9 +10,9 @@ from shmbridge.plane.base import RankPlane, TeacherPlane
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import Lane
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 
 
 def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch.device, slabs: Slabs) -> TeacherPlane:
@@ -21,7 +21,7 @@ def of_teacher(session: TeacherSession, lane: Lane, agreed: Offer, device: torch
     return TeacherCudaPlane(*place, slabs) if _on_gpu(session.settings) else TeacherHostPlane(*place)
 
 
-def of_rank(session: TrainerSession, agreed: Offer, device: torch.device) -> RankPlane:
+def of_rank(session: RankSession, agreed: Offer, device: torch.device) -> RankPlane:
     """Of the rank's lane; replies are wanted on `device`. Raises AttachError."""
     place = session.token, session.control.shape, session.lane, agreed, device
     if _on_gpu(session.settings):

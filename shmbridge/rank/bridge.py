@@ -30,15 +30,15 @@ from shmbridge.head import Head
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import shared_head
 from shmbridge.rank import parity
+from shmbridge.rank.descriptor import CheckedRequest, Extras, IntArray, check_request
 from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.pending import Lease, Pending
 from shmbridge.rank.prefetch import Prefetch, Tokens
 from shmbridge.rank.reply import Reply
 from shmbridge.rank.requests import Request, Requests
 from shmbridge.rank.stats import Stats
-from shmbridge.rank.validate import CheckedRequest, Extras, IntArray, check_request
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
 
 __all__ = ["Bridge", "Lease", "Pending", "Reply"]
 
@@ -51,7 +51,7 @@ class Bridge:
     Where the bridge is off (`enabled` is False) the same calls work, nobody answers, and every reply is `missing`.
     """
 
-    def __init__(self, session: TrainerSession | None, device: torch.device | None = None, *, rank: int = 0) -> None:
+    def __init__(self, session: RankSession | None, device: torch.device | None = None, *, rank: int = 0) -> None:
         """`session` is None where the bridge is off; `rank` counts only then."""
         self.enabled = session is not None
         self.rank = session.lane.index if session else rank
@@ -300,9 +300,9 @@ class Bridge:
         """Show that this process lives, and watch its GPU, until the bridge is closed."""
         self._heartbeat = Heartbeat(self._life.session.record, self._requests.watchdog.look)
 
-    def give_way(self) -> TrainerSession | None:
+    def give_way(self) -> RankSession | None:
         """Close this bridge, and open its lane for another one of this process. None: the bridge is that of the process which this
-        one was forked from. Raises what TrainerSession.reopen raises, and TornReply."""
+        one was forked from. Raises what RankSession.reopen raises, and TornReply."""
         if os.getpid() != self._life.process:
             return None
         self._close(

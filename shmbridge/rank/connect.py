@@ -15,8 +15,8 @@ from shmbridge import log
 from shmbridge.errors import NotLaunched
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import stacks
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
-from shmbridge.shm.trainer import TrainerSession
 
 
 def connect(*, lane: int | None = None, device: torch.device | str | None = None) -> Bridge:
@@ -54,7 +54,7 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
         )
     token = Token.parse(text)
     earlier = _bridges.get((token, lane))
-    session = (earlier.give_way() if earlier else None) or TrainerSession(token, lane)
+    session = (earlier.give_way() if earlier else None) or RankSession(token, lane)
     log.configure(session.settings.log.level)
     stacks.listen(Path(session.settings.run_dir))
     bridge = Bridge(session, None if device is None else torch.device(device))

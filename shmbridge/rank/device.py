@@ -16,14 +16,14 @@ from shmbridge import log
 from shmbridge.errors import TeacherDied
 from shmbridge.plane import cuda_runtime
 from shmbridge.shm.process import Identity, Peer
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
 
 PATIENCE_S = 5.0
 EXIT_CODE = 75
 DEATH_S = 2.0  # the memory of a process that is killed is freed before the process is seen to end
 
 
-def choose(session: TrainerSession, given: torch.device | None) -> torch.device:
+def choose(session: RankSession, given: torch.device | None) -> torch.device:
     """The given device; None: the current CUDA device where the launcher gave training GPUs, else the CPU.
 
     Logs a warning where the current device is not the rank's own, unless the rank has opened its replies before.
@@ -60,7 +60,7 @@ def _warn_of_another(lane: int, gpus: str) -> None:
 class Watchdog:
     """Watches the GPU of one rank for a teacher that has died. Without a session, and on the CPU, it sees nothing."""
 
-    def __init__(self, session: TrainerSession | None) -> None:
+    def __init__(self, session: RankSession | None) -> None:
         self._session = session
         self.broken_at: tuple[Identity, int] | None = None
         """The teacher and the reply that have made CUDA unusable in this process."""

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 from shmbridge import log
 from shmbridge.errors import Closed, DeadlineExceeded, PeerLost, RunStopped, TeacherDied
-from shmbridge.shm.status import Phase
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
 
 Hook = Callable[[], object]
 
@@ -20,7 +20,7 @@ Hook = Callable[[], object]
 class Lifecycle:
     """The life of one bridge. A bridge that is off has no session: nothing stops it, and signals end the rank as without it."""
 
-    def __init__(self, session: TrainerSession | None) -> None:
+    def __init__(self, session: RankSession | None) -> None:
         self._session = session
         self.enabled = session is not None
         self.process = os.getpid()
@@ -45,7 +45,7 @@ class Lifecycle:
             raise Closed(f"the bridge belongs to pid {self.process}; a forked child cannot use it.")
 
     @property
-    def session(self) -> TrainerSession:
+    def session(self) -> RankSession:
         """The session of a usable bridge. Raises Closed."""
         if self._session is None or self._why_closed or os.getpid() != self.process:
             self.check()
@@ -67,8 +67,8 @@ class Lifecycle:
         if closes_lane and self._session is not None:
             self._session.close()
 
-    def reopen(self) -> TrainerSession:
-        """The session of a closed bridge, for the next one of this process. Raises what TrainerSession.reopen raises."""
+    def reopen(self) -> RankSession:
+        """The session of a closed bridge, for the next one of this process. Raises what RankSession.reopen raises."""
         assert self._session is not None, "a bridge that is off gives way to nobody"
         self._session.reopen()
         return self._session

@@ -14,8 +14,8 @@ from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import select
 from shmbridge.plane.base import RankPlane
 from shmbridge.rank.device import Watchdog, choose
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.ring import Composition
-from shmbridge.shm.trainer import TrainerSession
 
 _GPU_LOOK_S = 0.001
 _EXPLAINED = 256  # ended leases and chunks of which an error can tell the sequence
@@ -114,7 +114,7 @@ class Lent(NamedTuple):
 class Replies:
     """Reads the replies of one bridge. A `number` is a sequence, or the number of a chunk where replies are streamed."""
 
-    def __init__(self, session: TrainerSession, agreed: Offer, device: torch.device | None, watchdog: Watchdog) -> None:
+    def __init__(self, session: RankSession, agreed: Offer, device: torch.device | None, watchdog: Watchdog) -> None:
         """Map the reply memory.
 
         Args:

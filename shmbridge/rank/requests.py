@@ -20,14 +20,14 @@ import torch
 from shmbridge import log
 from shmbridge.errors import RequestRefused, RingFull, TeacherDied, TeacherError
 from shmbridge.output_spec import Offer
+from shmbridge.rank.descriptor import CheckedRequest
 from shmbridge.rank.device import Watchdog
 from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.reply import Lent, Replies, Reply
 from shmbridge.rank.stats import Meter
-from shmbridge.rank.validate import CheckedRequest
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import ReplyHead
-from shmbridge.shm.status import Phase
-from shmbridge.shm.trainer import TrainerSession
 
 UNSENT = -1  # the sequence of a request that is not in the ring
 
@@ -60,7 +60,7 @@ class Request:
 class Requests:
     """The requests of one bridge, from connect to close."""
 
-    def __init__(self, life: Lifecycle, session: TrainerSession | None) -> None:
+    def __init__(self, life: Lifecycle, session: RankSession | None) -> None:
         """Without a session the bridge is off: nobody answers."""
         self.life = life
         self.watchdog = Watchdog(session)

@@ -25,9 +25,9 @@ from shmbridge.shm import layout
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord, LaneWord
 from shmbridge.shm.process import myself
+from shmbridge.shm.record import Failure
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Lane, MappedSession, Names, Shape, Token, by_cause
-from shmbridge.shm.status import Failure
 
 SHM_DIRECTORY = Path("/dev/shm")
 _OBJECT = re.compile(r"(?:sem\.)?shmbridge-([0-9a-f]{32})-[a-z0-9.-]+")

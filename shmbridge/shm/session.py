@@ -21,9 +21,9 @@ from shmbridge.output_spec import OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.layout import ControlWord, LaneLayout, LaneWord
 from shmbridge.shm.process import Identity, Peer
+from shmbridge.shm.record import Failure, Record
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
-from shmbridge.shm.status import Failure, Record
 
 _SPIN_US = 50
 SESSION_VARIABLE = "SHMBRIDGE_SESSION"

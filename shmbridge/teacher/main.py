@@ -26,9 +26,9 @@ from shmbridge.plane import shared_head
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.record import Phase
 from shmbridge.shm.session import SESSION_VARIABLE, Token
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import discovery, startup
 from shmbridge.teacher.batch import Forward, TokenLimit
 from shmbridge.teacher.payload import Encoder

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from shmbridge.log import logger
 from shmbridge.shm.session import Lane
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Answer
 from shmbridge.teacher.stream import Streams
 

@@ -23,10 +23,10 @@ from shmbridge.output_spec import Extent, Offer, reply_bytes
 from shmbridge.plane import cuda_runtime, select
 from shmbridge.plane.base import TeacherPlane
 from shmbridge.plane.cuda_slab import Slabs
+from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import Lane
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import payload
 from shmbridge.teacher.batch import (
     Answer,

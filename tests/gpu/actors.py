@@ -23,10 +23,10 @@ from shmbridge.plane import cuda_ipc
 from shmbridge.plane.cuda import TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.reply import Reply
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import SESSION_VARIABLE, Token
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import payload
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import build, serve
@@ -172,7 +172,7 @@ def unusable(device: torch.device) -> None:
 def connected(device: torch.device, lane: int) -> Iterator[Bridge]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with Bridge(TrainerSession(token(), lane), device) as bridge:
+    with Bridge(RankSession(token(), lane), device) as bridge:
         bridge.wait_ready()
         yield bridge
 
@@ -333,7 +333,7 @@ def outlive(device: torch.device, lane: int) -> None:
     """
     own = table(device)
     counts = {"right": 0, "nan": 0, "wrong": 0, "stuck": 0, "raised": ""}
-    bridge = Bridge(TrainerSession(token(), lane), device)
+    bridge = Bridge(RankSession(token(), lane), device)
     torch.cuda.set_device(device)
     try:
         bridge.wait_ready()

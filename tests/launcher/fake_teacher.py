@@ -11,10 +11,10 @@ from pathlib import Path
 from shmbridge.errors import PeerLost
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, Token
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 
 
 def load(session: TeacherSession, mode: str) -> None:

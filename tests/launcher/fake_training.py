@@ -18,8 +18,8 @@ from launcher.process import shim
 from shmbridge.errors import ParityError, PeerLost
 from shmbridge.output_spec import Extent
 from shmbridge.shm import process
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import SESSION_VARIABLE, Token
-from shmbridge.shm.trainer import TrainerSession
 
 RANKS = int(os.environ.get("FAKE_RANKS", "2"))
 
@@ -82,7 +82,7 @@ def train(mode: str, rank: int) -> None:
         time.sleep(600)
     if mode == "alone" or (mode == "half" and rank == 1):
         return
-    session = TrainerSession(Token.parse(os.environ[SESSION_VARIABLE]), rank)
+    session = RankSession(Token.parse(os.environ[SESSION_VARIABLE]), rank)
     try:
         session.wait_ready(60)
         session.record.at(41, 42)
@@ -101,7 +101,7 @@ def take_note(rank: int, number: int) -> None:
     print(f"rank {rank} takes note of {number}", flush=True)
 
 
-def end(mode: str, rank: int, session: TrainerSession) -> None:
+def end(mode: str, rank: int, session: RankSession) -> None:
     if mode in ("asks", "crashes once"):
         ask(session)
     if mode == "crashes once" and rank == 1 and session.token.generation == 1:
@@ -144,7 +144,7 @@ def did(what: str) -> None:
     print(f"{time.monotonic():.6f} {what}", flush=True)
 
 
-def ask(session: TrainerSession) -> None:
+def ask(session: RankSession) -> None:
     """One request, and its reply."""
     sequence = session.ring.claim()
     session.ring.write_request(sequence, 0, Extent(1, 1), memoryview(bytes(8)))

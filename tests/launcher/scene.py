@@ -17,9 +17,9 @@ from launcher.hang.report import Report, make, write
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import stacks
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.main import serve
 from tests.harness import Bench, Child, Echo, bench, until
@@ -56,7 +56,7 @@ class Scene:
         return self.bench.start(lambda: self._train(lane, body))
 
     def _train(self, lane: int, body: Callable[[Bridge], Any]) -> None:
-        session = TrainerSession(self.bench.token, lane)
+        session = RankSession(self.bench.token, lane)
         stacks.listen(self.run)
         Heartbeat(session.record)
         with Bridge(session) as bridge:

@@ -13,7 +13,7 @@ from launcher.plan.plan import TEACHER, TORCHRUN
 from launcher.supervisor import cause
 from shmbridge import config
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.status import Failure
+from shmbridge.shm.record import Failure
 
 NOWHERE = Path("/nowhere/failures.json")
 

@@ -22,8 +22,8 @@ from launcher.keeper import transport
 from shmbridge.errors import SessionInUse
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.harness import until
 from tests.launcher.test_sessions import SETTINGS, dead_session, own_world
 
@@ -43,7 +43,7 @@ def session(tmp_path):
             teacher.attach(token.generation)
             teacher.open_barrier()
             for rank in (0, 1):
-                TrainerSession(token, rank)
+                RankSession(token, rank)
             yield made
 
 

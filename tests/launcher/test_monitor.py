@@ -18,9 +18,9 @@ from shmbridge.output_spec import Extent
 from shmbridge.shm import process
 from shmbridge.shm.layout import RecordWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.harness import Child, until
 
 REPORT_S, STARTUP_S = 20.0, 60.0
@@ -51,8 +51,8 @@ class Clocked:
         session.record.enter(Phase.COLLECTING)
         return session
 
-    def rank(self, lane: int) -> TrainerSession:
-        session = TrainerSession(self.token, lane)
+    def rank(self, lane: int) -> RankSession:
+        session = RankSession(self.token, lane)
         session.record.enter(Phase.TRAINING)
         return session
 
@@ -67,7 +67,7 @@ class Clocked:
         return found
 
 
-def ask(rank: TrainerSession) -> int:
+def ask(rank: RankSession) -> int:
     ring = rank.ring
     sequence = ring.claim()
     ring.write_request(sequence, 1, Extent(1, 1, None), memoryview(bytes(8)))
@@ -76,12 +76,12 @@ def ask(rank: TrainerSession) -> int:
     return sequence
 
 
-def answer(rank: TrainerSession, sequence: int) -> None:
+def answer(rank: RankSession, sequence: int) -> None:
     rank.ring.publish_reply(sequence)
     rank.ring.release(sequence)
 
 
-def fall_silent(rank: TrainerSession) -> None:
+def fall_silent(rank: RankSession) -> None:
     rank.record._words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
 
 

@@ -14,7 +14,7 @@ from shmbridge.errors import ConfigError
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
 
 SETTINGS = config.load(overrides=["teacher.model=a:b", "ring.max_tokens=64", "run_dir=/runs/one"])
 
@@ -67,7 +67,7 @@ def dead_session(mine: set[str]) -> str:
 
 
 def test_a_live_session_is_told_with_its_name_run_and_ranks(session):
-    rank = TrainerSession(session.start_generation(), 1)
+    rank = RankSession(session.start_generation(), 1)
     with registry.claim("exp") as name:
         name.describe(f"{session.session_id}@2", "/runs/one")
         (found,) = sessions.every()

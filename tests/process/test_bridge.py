@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherDied, TeacherError
 from shmbridge.shm import process
-from shmbridge.shm.status import Phase
+from shmbridge.shm.record import Phase
 from shmbridge.teacher.batch import Batch
 from tests.harness import Echo, bench, until
 

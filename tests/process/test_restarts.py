@@ -18,9 +18,9 @@ from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.layout import LaneWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.status import Failure, Phase
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Failure, Phase
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import main as teacher_main
 from tests import harness
 from tests.harness import Bench, Child, until
@@ -465,7 +465,7 @@ def test_the_next_generation_is_served_by_the_same_teacher_and_nothing_of_the_ol
             assert bridge.submit(ids(0)).sequence == 0
             check(bridge.exchange(ids(1)), 1)
         try:
-            TrainerSession(late, 0)
+            RankSession(late, 0)
         except AttachError as error:
             assert "left behind by a restart" in str(error)
         else:

@@ -17,7 +17,7 @@ from shmbridge.rank.device import Watchdog
 from shmbridge.shm import heartbeat
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.process import Identity
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
 from tests.fake_cuda import FakeCuda, FakeEvent, FakeStream
 from tests.harness import Echo, bench, until
 
@@ -139,7 +139,7 @@ def test_a_gpu_that_waits_for_a_living_teacher_is_left_alone(monkeypatch):
         it.teacher(Echo())
         with it.bridge() as bridge:
             bridge.wait_ready()
-            session: TrainerSession = bridge._life.session
+            session: RankSession = bridge._life.session
             for read in ((session.teacher.identity, 0), None):
                 session.plane = SimpleNamespace(stands_at=lambda read=read: read)
                 Watchdog(session).look()
@@ -152,7 +152,7 @@ def test_only_one_read_that_stands_still_ends_the_rank(monkeypatch):
     monkeypatch.setattr(device, "time", clock)
     monkeypatch.setattr(device.os, "_exit", left.append)
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         dead, other = Identity(2**22 + 1, 1), Identity(2**22 + 2, 1)
         reads = [(dead, number) for number in range(9)] + [(other, 9), (dead, 9), None, (dead, 9)]
         session.plane = SimpleNamespace(stands_at=lambda: read)

@@ -19,12 +19,12 @@ from shmbridge.output_spec import Extent, Offer, OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.layout import ControlWord, Header
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import Chunk, Composition, ReplyHead, Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Token
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 
 TOKENS = 8
 NBYTES = 64  # of the IDs, of a reply and of a chunk
@@ -204,7 +204,7 @@ class TinyTeacher:
 class TinyRank:
     """Submits, waits, reads and releases."""
 
-    def __init__(self, session: TrainerSession) -> None:
+    def __init__(self, session: RankSession) -> None:
         self.session = session
         self.ring = session.ring
         self.generation = session.token.generation
@@ -296,7 +296,7 @@ def exchange_afresh(owner: Owner) -> None:
     owner.control.words[ControlWord.SESSION_ENDING] = 0
     token = owner.start_generation()
     teacher = TinyTeacher(TeacherSession(token))
-    rank = TinyRank(TrainerSession(token, 0))
+    rank = TinyRank(RankSession(token, 0))
     ring = rank.ring
     try:
         cursors = (ring.requested, ring.replied, ring.released, ring.streamed, ring.consumed, ring.abandoned)

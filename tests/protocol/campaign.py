@@ -3,7 +3,7 @@
     python -m tests.protocol.campaign --victim teacher --scenario whole
 
 One side is a forked process, the victim; the other, the survivor, runs here, and so does the owner. Memory, semaphores and
-liveness are the real ones. A point is one line of ring.py, doorbell.py, status.py, session.py, teacher.py, trainer.py or segment.py, executed by the victim (with `--opcodes`
+liveness are the real ones. A point is one line of ring.py, doorbell.py, record.py, session.py, teacher_session.py, rank_session.py or segment.py, executed by the victim (with `--opcodes`
 each bytecode of the first three); sys.settrace counts them, so they cost nothing outside this module.
 
 The two sides take turns: one moves until it would sleep, and hands the turn over through a pipe; when it gets the turn back
@@ -28,14 +28,14 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from shmbridge.errors import DeadlineExceeded, PeerLost
-from shmbridge.shm import doorbell, owner, ring, segment, session, status, teacher, trainer
+from shmbridge.shm import doorbell, owner, rank_session, record, ring, segment, session, teacher_session
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
 from shmbridge.shm.session import Token
-from shmbridge.shm.status import Phase
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors, mutants
 from tests.protocol.actors import FAILS, OFFER, Broken, TinyRank, TinyTeacher, Witness, exchange_afresh, require
 
@@ -43,8 +43,10 @@ SLICE_S = 0.001  # of the survivor, so that it notices a death at once
 PATIENCE_S = 10.0
 REACHED = 7  # exit status of a victim that was paused
 MOST_IDLE = 10  # turns in a row in which a side was not rung
-BY_OPCODE = (ring, doorbell, status)
-TRACED = {module.__file__: module in BY_OPCODE for module in (*BY_OPCODE, session, teacher, trainer, segment)}
+BY_OPCODE = (ring, doorbell, record)
+TRACED = {
+    module.__file__: module in BY_OPCODE for module in (*BY_OPCODE, session, teacher_session, rank_session, segment)
+}
 
 
 # What the rank does; the teacher serves it.
@@ -155,7 +157,7 @@ class Turns:
         os.close(self._writes)
 
 
-class RankSession(TrainerSession):
+class RankSession(RankSession):
     """A rank that takes turns."""
 
     def __init__(self, token: Token, turns: Turns) -> None:

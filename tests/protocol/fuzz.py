@@ -23,9 +23,9 @@ from shmbridge.errors import ShmbridgeError
 from shmbridge.shm import doorbell, layout
 from shmbridge.shm.layout import RECORD_BYTES, RECORDS_OFFSET, SETTINGS_OFFSET
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.status import Failure
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Failure
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors
 from tests.protocol.actors import FAILS, OFFER, TOKENS, Broken, TinyRank, TinyTeacher, content, require
 
@@ -42,7 +42,7 @@ class Scene:
         self.owner = Owner(actors.settings(depth=2, chunks=chunks), 1)
         self.token = self.owner.start_generation()
         teacher = TinyTeacher(TeacherSession(self.token))
-        rank = TinyRank(TrainerSession(self.token, 0))
+        rank = TinyRank(RankSession(self.token, 0))
         self.owner.create_replies(OFFER)
         teacher.open()
         rank.open(0.0)
@@ -142,7 +142,7 @@ def _refused(call: Callable[..., object], *arguments: object) -> bool:
 
 
 def _as_rank(scene: Scene) -> None:
-    session = TrainerSession(scene.token, 0)
+    session = RankSession(scene.token, 0)
     rank = TinyRank(session)
     ring = rank.ring
     _refused(session.check)

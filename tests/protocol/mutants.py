@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmbridge.shm.ring import Ring
-from shmbridge.shm.teacher import TeacherSession
+from shmbridge.shm.teacher_session import TeacherSession
 
 Set = Callable[[Any, str, Any], None]
 

@@ -9,7 +9,7 @@ from shmbridge.errors import AttachError, ConfigError, ShmbridgeError
 from shmbridge.output_spec import Offer
 from shmbridge.shm import layout
 from shmbridge.shm.layout import RECORD_BYTES, RecordWord
-from shmbridge.shm.status import Record
+from shmbridge.shm.record import Record
 from tests.protocol.running import module
 
 

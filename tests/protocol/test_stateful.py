@@ -9,8 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from shmbridge.errors import AttachError, RingFull
 from shmbridge.shm import owner
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors
 from tests.protocol.actors import (
     CHUNKS_OF_A_REPLY,
@@ -116,7 +116,7 @@ class Machine(RuleBasedStateMachine):
             side.close()
         token = self.owner.start_generation()
         self.teacher = TinyTeacher(TeacherSession(token))
-        self.rank = TinyRank(TrainerSession(token, 0))
+        self.rank = TinyRank(RankSession(token, 0))
         self.sides = [self.rank, self.teacher]
         self.owner.create_replies(OFFER)
         self.teacher.open()

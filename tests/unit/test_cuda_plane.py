@@ -22,11 +22,11 @@ from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import layout
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.server import Server
@@ -75,7 +75,7 @@ class Pair:
 
     def open_rank(self) -> None:
         with self.gpu.process("rank"):
-            self.bridge = Bridge(TrainerSession(self.token, 0))
+            self.bridge = Bridge(RankSession(self.token, 0))
             self.bridge.wait_ready()
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:

@@ -20,9 +20,9 @@ from shmbridge.plane import cuda_runtime, host
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.ring import Ring
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import discovery
 from shmbridge.teacher.server import Server
 from tests.harness import PATIENCE_S, until
@@ -135,7 +135,7 @@ class Pair:
         self.server._planes[0] = TeacherHostPlane(token, shape, lane, agreed, GPU)
         session.open_barrier()
         cuda.side = "rank"
-        self.bridge = Bridge(TrainerSession(token, 0))
+        self.bridge = Bridge(RankSession(token, 0))
         self.bridge.wait_ready()
         self.bridge._requests.replies.plane = RankHostPlane(token, shape, lane, agreed, GPU)
         cuda.calls.clear()

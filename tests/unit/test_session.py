@@ -28,11 +28,11 @@ from shmbridge.errors import (
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import ControlWord, Header
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Failure, Phase, Record
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Lane, MappedSession, Names, Token, lost
-from shmbridge.shm.status import Failure, Phase, Record
-from shmbridge.shm.teacher import TeacherSession
-from shmbridge.shm.trainer import TrainerSession
+from shmbridge.shm.teacher_session import TeacherSession
 from tests.harness import Echo, bench, until
 
 OFFER = Offer((OutputSpec("out", "float32", ("seq", 8)),), "m")
@@ -72,7 +72,7 @@ def test_connect_switched_off(monkeypatch):
 
 def test_a_session_that_ended_is_named():
     with pytest.raises(AttachError, match="does not exist: the session has ended"):
-        TrainerSession(Token("0" * 32, 1), 0)
+        RankSession(Token("0" * 32, 1), 0)
 
 
 def test_objects_are_private_and_found_by_session():
@@ -102,7 +102,7 @@ def test_a_garbled_lane_is_refused(word, value, message, promise):
     with bench() as it:
         it.owner.lanes[0].segment.words[word] = value
         with pytest.raises(AttachError, match=message):
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
     promise.kept("a garbled, foreign or other-version header: AttachError with what was found and expected")
 
 
@@ -125,7 +125,7 @@ def test_a_segment_that_others_may_write_is_refused():
     with bench() as it:
         os.chmod(shm(it.owner.names.lane(1, 0)), 0o666)
         with pytest.raises(AttachError, match="mode 0666, expected 0600"):
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
 
 
 @pytest.mark.promise(20)
@@ -134,14 +134,14 @@ def test_a_segment_of_another_user_is_refused(promise):
     with bench() as it:
         os.chown(shm(it.owner.names.lane(1, 0)), 12345, -1)
         with pytest.raises(AttachError, match="belongs to uid 12345"):
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
     promise.kept("another user's segment: AttachError")
 
 
 def attach_and_look(it) -> None:
     """What a rank does with a segment before it trains; errors of ours are what we want."""
     try:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         session.wait_ready(0.001)
     except ShmbridgeError:
         pass
@@ -187,12 +187,12 @@ def test_a_rank_of_an_older_generation_is_refused():
     with bench() as it:
         it.owner.start_generation()
         with pytest.raises(AttachError, match="generation 1 of the session, which is at generation 2"):
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
 
 
 def test_a_rank_beyond_the_lanes_is_refused():
     with bench(2) as it, pytest.raises(AttachError, match="asks for lane 2, the session has lanes 0 to 1"):
-        TrainerSession(it.token, 2)
+        RankSession(it.token, 2)
 
 
 def test_two_ranks_with_one_lane_are_refused():
@@ -215,15 +215,15 @@ def test_of_two_ranks_that_sign_in_at_once_one_is_refused(killed, monkeypatch):
     with bench() as it:
         with monkeypatch.context() as patch:
             patch.setattr(Record, "sign_in", held)
-            first = it.start(lambda: TrainerSession(it.token, 0))
+            first = it.start(lambda: RankSession(it.token, 0))
         os.read(at_entry[0], 1)
         if killed:
             first.kill()
             first.join()
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
             return
         with pytest.raises(AttachError, match="two processes have the same LOCAL_RANK"):
-            TrainerSession(it.token, 0)
+            RankSession(it.token, 0)
         os.write(go_on[1], b".")
         assert first.join() == 0
         assert it.owner.lanes[0].records[0].identity.pid == first.pid
@@ -231,7 +231,7 @@ def test_of_two_ranks_that_sign_in_at_once_one_is_refused(killed, monkeypatch):
 
 def test_the_barrier_names_a_teacher_that_never_came_and_one_that_is_slow():
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         with pytest.raises(DeadlineExceeded, match="has not attached to the session after 0.01 s"):
             session.wait_ready(0.01)
         record = it.owner.control.teachers[0]
@@ -247,7 +247,7 @@ def test_the_barrier_names_a_teacher_that_never_came_and_one_that_is_slow():
 
 def test_a_rank_at_the_barrier_learns_that_the_teacher_died():
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         teacher = it.start(it.owner.control.teachers[0].sign_in)
         teacher.join()
         with pytest.raises(TeacherDied, match=rf"pid {teacher.pid}, is gone; it was in phase starting"):
@@ -256,7 +256,7 @@ def test_a_rank_at_the_barrier_learns_that_the_teacher_died():
 
 def test_a_failure_on_the_board_stops_a_wait_with_its_cause():
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         it.owner.fail(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7"))
         with pytest.raises(TrainerDied, match="trainer 3 .*step 5, sequence 9: exit code 7"):
             session.wait_ready(30)
@@ -302,7 +302,7 @@ class Preempted:
 def test_a_failure_that_is_replaced_while_a_rank_reads_it_is_read_whole():
     """A mixture of both would be garbled: an AttachError, and the rank's save hook would not run."""
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         it.owner.fail_generation(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7" * 20))
         worse = Failure("launcher", 0, 2, "training", 5, 9, "interrupted" * 300)
         board = session.control.owner
@@ -343,7 +343,7 @@ def test_a_dead_owner_is_noticed_and_its_objects_can_be_reclaimed():
         child = it.start(body)
         child.join()
         token = Token.parse(os.read(read, 64).decode())
-        session = TrainerSession(token, 0)
+        session = RankSession(token, 0)
         with pytest.raises(LauncherDied, match=f"pid {child.pid}"):
             session.wait_ready(30)
         with owner.lock_if_dead(it.token.session_id) as dead:
@@ -422,7 +422,7 @@ def test_a_generation_that_cannot_be_created_changes_nothing_and_the_next_one_wo
             else:
                 break
         assert steps == 1 + 3 * (1 + 2)
-        assert [TrainerSession(token, lane).lane.index for lane in range(3)] == [0, 1, 2]
+        assert [RankSession(token, lane).lane.index for lane in range(3)] == [0, 1, 2]
         before = owner.objects(session.session_id)
         for steps in itertools.count(1):
             full.at = steps
@@ -504,7 +504,7 @@ def test_a_rank_learns_of_a_failure_elsewhere_in_one_line_that_says_where_the_tr
     told = "teacher 0 (pid 7) in phase loading: OSError: no model (its traceback: /runs/x/report.txt)"
     assert str(lost(failure, "/runs/x")) == told
     with bench() as it:
-        session = TrainerSession(it.token, 0)
+        session = RankSession(it.token, 0)
         it.owner.fail(failure)
         with pytest.raises(TeacherDied) as caught:
             session.wait_ready(30)
@@ -540,7 +540,7 @@ def test_a_rank_waits_for_every_replica():
     with owner.Owner(settings, 2, teachers=2) as it:
         token = it.start_generation()
         teachers = [TeacherSession(token, index) for index in range(2)]
-        rank = TrainerSession(token, 1)
+        rank = RankSession(token, 1)
         for teacher in teachers:
             teacher.publish(Offer((), "m"))
             teacher.attach(token.generation)

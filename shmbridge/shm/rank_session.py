@@ -13,8 +13,8 @@ from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Identity, Peer
+from shmbridge.shm.record import Failure, Phase, Record
 from shmbridge.shm.session import Lane, Participant, Token, lost
-from shmbridge.shm.status import Failure, Phase, Record
 
 _OWNER_SPEAKS_S = 2.0
 _STOP_IS_TOLD_S = 0.5
@@ -22,7 +22,7 @@ _STOP_IS_TOLD_S = 0.5
 T = TypeVar("T")
 
 
-class TrainerSession(Participant):
+class RankSession(Participant):
     """One training rank's side of a session: its lane, its doorbell, its teacher's."""
 
     def __init__(self, token: Token, lane: int) -> None:

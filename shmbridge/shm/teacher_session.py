@@ -15,8 +15,8 @@ from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Peer
+from shmbridge.shm.record import Phase
 from shmbridge.shm.session import Lane, Participant, Token
-from shmbridge.shm.status import Phase
 
 T = TypeVar("T")
 
