@@ -11,13 +11,13 @@ Rows are aligned with input_ids: row i is the distribution after token i. docs/l
 under data parallelism, and a streamed teacher.
 
     divergence   the formulas, for one chunk of rows
-    rows         the rows that a loss reads, a few at a time
+    sources      what a loss reads, a few rows at a time: logits, hidden states and a head, tables
     student      returns logits of a few rows and takes their gradient
     chunked      the loop and its autograd node
     checks       shapes, dtypes and settings, checked before anything is computed
     functional   the losses
     candidates   the loss on the student's candidates, and their choice
-    items        masks, targets and the normaliser
+    labels       masks and targets from labels; the normaliser
 """
 
 from shmbridge.head import Head
@@ -32,8 +32,8 @@ from shmbridge.losses.functional import (
     reverse_kl,
     topk_kl,
 )
-from shmbridge.losses.items import count_items, mask_from_labels, targets_from_labels
-from shmbridge.losses.rows import LazyLogits
+from shmbridge.losses.labels import count_items, mask_from_labels, targets_from_labels
+from shmbridge.losses.sources import LazyLogits
 
 __all__ = [
     "LOG_FLOOR",

@@ -12,8 +12,8 @@ from shmbridge.losses import divergence
 from shmbridge.losses.checks import check_candidates, check_mask, check_settings, check_student, check_words
 from shmbridge.losses.chunked import Term, default_chunk_rows, run
 from shmbridge.losses.divergence import Candidates
-from shmbridge.losses.items import IGNORE_INDEX
-from shmbridge.losses.rows import LazyLogits, chunks, device_of, plain, read, ready
+from shmbridge.losses.labels import IGNORE_INDEX
+from shmbridge.losses.sources import LazyLogits, chunks, device_of, plain, read, ready
 
 
 def candidate_reverse_kl(

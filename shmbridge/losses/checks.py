@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shmbridge.losses.chunked import Piece
 from shmbridge.losses.divergence import TopK
-from shmbridge.losses.items import IGNORE_INDEX
-from shmbridge.losses.rows import LazyLogits, Source, plain, shape
+from shmbridge.losses.labels import IGNORE_INDEX
+from shmbridge.losses.sources import LazyLogits, Source, plain, shape
 
 
 def pieces(

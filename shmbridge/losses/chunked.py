@@ -20,7 +20,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shmbridge.losses.divergence import TEMPORARIES, LossAndGradient
-from shmbridge.losses.rows import LazyLogits, Rows, Source, among, as_dtensor, chunks, flat, plain, read, ready, shape
+from shmbridge.losses.sources import (
+    LazyLogits,
+    Rows,
+    Source,
+    among,
+    as_dtensor,
+    chunks,
+    flat,
+    plain,
+    read,
+    ready,
+    shape,
+)
 from shmbridge.losses.student import Gradients, Student, Wanted, computed_in, make_student, matmul_dtype
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shmbridge.losses.items import IGNORE_INDEX
+from shmbridge.losses.labels import IGNORE_INDEX
 
 TEMPORARIES = 5
 LOG_FLOOR = -1e5

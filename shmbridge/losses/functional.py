@@ -14,8 +14,8 @@ from shmbridge.losses import divergence
 from shmbridge.losses.checks import check_mask, check_settings, check_student, check_weights, check_words, pieces
 from shmbridge.losses.chunked import Term, run
 from shmbridge.losses.divergence import LossAndGradient, Targets, TopK
-from shmbridge.losses.items import IGNORE_INDEX
-from shmbridge.losses.rows import LazyLogits, Source, device_of
+from shmbridge.losses.labels import IGNORE_INDEX
+from shmbridge.losses.sources import LazyLogits, Source, device_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 Logits = Tensor | LazyLogits

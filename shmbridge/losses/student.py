@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shmbridge.head import Head
-from shmbridge.losses.rows import Rows, flat, put, ready_head, take
+from shmbridge.losses.sources import Rows, flat, put, ready_head, take
 
 Wanted = tuple[bool, bool, bool]
 """Which gradients autograd asks for: of the logits or hidden states, the head's weight, its bias."""
