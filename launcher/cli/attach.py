@@ -15,9 +15,9 @@ from launcher.console.logs import Logs
 from launcher.console.terminal import Console
 from launcher.keeper import client
 from launcher.keeper.client import Connection, RemoteSession
-from launcher.plan import machine, plan, replicas, torchrun
-from launcher.plan.plan import Plan
-from launcher.plan.plane import Choice
+from launcher.plan import jobs, machine, placement, summary, torchrun
+from launcher.plan.jobs import Plan
+from launcher.plan.plane_choice import PlaneChoice
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
 from launcher.supervisor.loop import EventLoop
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
         torchrun.check_module(script)
         if args.dry_run:
             job = _training(planned, run_path(settings, args.attach), "SESSION@1")
-            print(plan.describe(planned, [job], os.environ), end="")
+            print(summary.describe(planned, [job], os.environ), end="")
             return 0
         registration = stack.enter_context(registry.claim(settings.name)) if settings.name else None
         session = RemoteSession(connection, mine, console, signals)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
         announce(planned, [training], str(token), directory, console)
         logs = Logs(console, directory / "train", planned.ranks)
         for replica, log in enumerate(session.logs):
-            logs.follow(replicas.called(replica, len(session.logs)), log, from_end=True)
+            logs.follow(placement.teacher_name(replica, len(session.logs)), log, from_end=True)
         loop = EventLoop(os.environ, logs, console, signals, settings.timeouts.shutdown_s)
         return loop.run(session, TrainingJob(planned, training, session, token, directory, loop))
 
@@ -78,9 +78,9 @@ def _plan(settings: Config, script: Sequence[str], name: str) -> Plan:
         raise ConfigError("no training ranks: give --train-gpus 0-6, or --cpu 2 for two ranks on the CPU.")
     found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
     assert settings.plane != "auto"
-    planned = plan.make(settings, script, found, Choice(settings.plane, f"as the kept teacher {name} has it"))
+    planned = jobs.plan(settings, script, found, PlaneChoice(settings.plane, f"as the kept teacher {name} has it"))
     return dataclasses.replace(planned, memory=None)
 
 
-def _training(planned: Plan, directory: Path, session: str) -> plan.JobSpec:
+def _training(planned: Plan, directory: Path, session: str) -> jobs.JobSpec:
     return next(job for job in planned.jobs(directory, session) if job.replica is None)

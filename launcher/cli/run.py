@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launcher.console.terminal import Console
+    from launcher.plan.jobs import JobSpec, Plan
     from launcher.plan.machine import Machine
-    from launcher.plan.plan import JobSpec, Plan
     from launcher.process.signals import Signals
     from launcher.registry import Registration
     from shmbridge.config import Config
@@ -36,19 +36,19 @@ _FLAGS = {
 
 def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> int:
     """Plan the run and run it: a teacher and a training group. Raises ShmbridgeError where it is refused."""
-    from launcher.plan import machine, plan, torchrun
+    from launcher.plan import jobs, machine, summary, torchrun
     from shmbridge import config
 
     settings = config.load(args.config, args.overrides, values(args))
     if not args.dry_run:
         reclaim(console)
     found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
-    planned = plan.make(settings, script, found)
+    planned = jobs.plan(settings, script, found)
     torchrun.check_module(script)
     if args.dry_run:
         check_memory(planned)
-        jobs = planned.jobs(run_path(settings, "SESSION"), "SESSION@1")
-        print(plan.describe(planned, jobs, os.environ), end="")
+        specs = planned.jobs(run_path(settings, "SESSION"), "SESSION@1")
+        print(summary.describe(planned, specs, os.environ), end="")
         return 0
     return _run(settings, planned, found, console)
 
@@ -109,16 +109,16 @@ def settle(settings: Config, planned: Plan, found: Machine, console: Console, si
         PlanError: the plane that was asked for does not work.
         Stopped: the user ended the launcher meanwhile.
     """
-    from launcher.plan import plan, plane
+    from launcher.plan import jobs, plane_choice
     from launcher.process import trial
 
     if not planned.plane or not planned.plane.untried:
         return planned
-    pairs = plane.pairs(planned.teachers, planned.train_gpus)
-    console.say(f"trying CUDA IPC between {plane.between(pairs)}")
+    pairs = plane_choice.pairs(planned.teachers, planned.train_gpus)
+    console.say(f"trying CUDA IPC between {plane_choice.between(pairs)}")
     exporters, importer = trial.commands(planned, pairs, os.environ)
-    chosen = plane.choose(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))
-    return plan.make(settings, planned.script, found, chosen)
+    chosen = plane_choice.by_trial(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))
+    return jobs.plan(settings, planned.script, found, chosen)
 
 
 def check_memory(planned: Plan) -> None:
@@ -156,14 +156,14 @@ def _supervise(
 
 def announce(planned: Plan, jobs: Sequence[JobSpec], session: str, run: Path, console: Console) -> None:
     """Write what is planned into the run directory, and show its header."""
-    from launcher.plan import header, plan
+    from launcher.plan import summary
     from shmbridge import config
 
     (run / "config.yaml").write_text(config.dump(planned.config))
-    (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
+    (run / "plan.txt").write_text(summary.describe(planned, jobs, os.environ))
     for job in jobs:
         console.expect(job.who)
-    console.say(header.make(planned, session, run, os.environ))
+    console.say(summary.header(planned, session, run, os.environ))
 
 
 def run_path(settings: Config, label: str) -> Path:

@@ -18,9 +18,9 @@ from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import table
 from launcher.keeper import agreement, transport
 from launcher.keeper.server import Listener
-from launcher.plan import gpus, machine, plan
+from launcher.plan import jobs, machine, placement, summary
+from launcher.plan.jobs import JobSpec, Plan
 from launcher.plan.machine import Machine
-from launcher.plan.plan import JobSpec, Plan
 from launcher.process.signals import Signals
 from launcher.process.trial import Stopped
 from launcher.supervisor.hosted import HostedSession
@@ -47,7 +47,7 @@ def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], N
     reclaim(console)
     found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
     expected = _expecting(settings, found)
-    planned = plan.make(expected, ("-m", "training"), found)
+    planned = jobs.plan(expected, ("-m", "training"), found)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
         registration = stack.enter_context(registry.claim(settings.name, kept=True))
@@ -63,10 +63,10 @@ def keep(settings: Config, logged: Callable[[Path], None], ready: Callable[[], N
         owner = stack.enter_context(Owner(planned.config, 1, len(planned.teachers)))
         owner.describe(msgspec.structs.replace(planned.config, run_dir=str(run.resolve())))
         registration.describe(owner.session_id, str(run.resolve()))
-        jobs = _teachers(planned, run, owner.session_id)
-        _describe(planned, jobs, run, owner.session_id, console)
+        specs = _teachers(planned, run, owner.session_id)
+        _describe(planned, specs, run, owner.session_id, console)
         loop = EventLoop(os.environ, Logs(console, run / "none", 0), console, signals, settings.timeouts.shutdown_s)
-        session = HostedSession(planned.config, owner, jobs, loop)
+        session = HostedSession(planned.config, owner, specs, loop)
         return loop.run(session, Listener(planned, session, run, loop, listener, ready))
 
 
@@ -75,7 +75,7 @@ def _expecting(settings: Config, found: Machine) -> Config:
     if settings.train.gpus or settings.train.cpu_ranks or not settings.enabled:
         return settings
     if settings.teacher.gpus:
-        own = gpus.parse(settings.teacher.gpus, "teacher.gpus")
+        own = placement.parse_gpus(settings.teacher.gpus, "teacher.gpus")
         others = [number for number in range(len(found.gpus)) if number not in own] or own
         train = msgspec.structs.replace(settings.train, gpus=",".join(map(str, others)))
     else:
@@ -87,10 +87,10 @@ def _teachers(planned: Plan, run: Path, session: str) -> tuple[JobSpec, ...]:
     return tuple(job for job in planned.jobs(run, f"{session}@1") if job.replica is not None)
 
 
-def _describe(planned: Plan, jobs: tuple[JobSpec, ...], run: Path, session: str, console: Console) -> None:
+def _describe(planned: Plan, specs: tuple[JobSpec, ...], run: Path, session: str, console: Console) -> None:
     (run / "config.yaml").write_text(config.dump(planned.config))
-    (run / "plan.txt").write_text(plan.describe(planned, jobs, os.environ))
-    for job in jobs:
+    (run / "plan.txt").write_text(summary.describe(planned, specs, os.environ))
+    for job in specs:
         console.expect(job.who)
     teacher = planned.config.teacher
     where = f"GPU {teacher.gpus}" if teacher.gpus else "the CPU"

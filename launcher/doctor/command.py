@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from launcher.doctor import host
-from launcher.doctor.fact import STATUSES, Fact, gather, worst
+from launcher.doctor.checks import STATUSES, Fact, gather, worst
 from launcher.process.trial import Stopped
 from shmbridge import __version__
 

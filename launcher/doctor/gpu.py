@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from launcher.console.text import size
 from launcher.doctor import host
-from launcher.doctor.fact import Fact, Finding, run
-from launcher.plan import allocator, gpus, plane
+from launcher.doctor.checks import Fact, Finding, run
+from launcher.plan import gpus, jobs, placement, plane_choice
 from launcher.plan.gpus import Gpu
-from launcher.plan.plane import Pair
+from launcher.plan.plane_choice import GpuPair
 from launcher.process import trial
 from launcher.process.signals import Signals
 from launcher.process.trial import Command
@@ -97,15 +97,15 @@ class _Look:
         found = f"{_counted(len(self._gpus))}: {', '.join(names)}"
         found += f"; compute mode {', '.join(modes)}" if modes else ""
         divided = [gpu.number for gpu in self._gpus if gpu.mig]
-        found += f"; MIG on {plane.called(divided)}" if divided else ""
+        found += f"; MIG on {placement.gpu_names(divided)}" if divided else ""
         found += f"; {self._smi_problem}" if self._smi_problem else ""
-        never = [problem for gpu in self._gpus if (problem := gpus.unusable(gpu, processes=1))]
+        never = [problem for gpu in self._gpus if (problem := placement.unusable(gpu, processes=1))]
         if never:
             more = f" ({len(never) - 1} more)" if never[1:] else ""
             return Finding("warning", found, never[0] + more)
         exclusive = next((gpu for gpu in self._gpus if gpu.compute_mode.startswith("Exclusive")), None)
         if exclusive:
-            return Finding("warning", found, f"{gpus.mode(exclusive)}; several: sudo nvidia-smi -c 0")
+            return Finding("warning", found, f"{placement.mode(exclusive)}; several: sudo nvidia-smi -c 0")
         return Finding("ok", found)
 
     def peer_access(self) -> Finding:
@@ -127,12 +127,12 @@ class _Look:
         if not self._seen_by_torch or not self._gpus:
             return Finding("ok", _NO_GPU)
         *train, teacher = self._gpus
-        pairs = [Pair(0, teacher, gpu, device) for device, gpu in enumerate(train or [teacher])]
-        self._note(f"trying CUDA IPC between {plane.between(pairs)}")
+        pairs = [GpuPair(0, teacher, gpu, device) for device, gpu in enumerate(train or [teacher])]
+        self._note(f"trying CUDA IPC between {plane_choice.between(pairs)}")
         with Signals() as signals:
             reason = trial.run(pairs, *_commands(pairs, self._gpus, self._environment), signals)
         if reason is None:
-            return Finding("ok", f"opened, read and checked between {plane.between(pairs)}")
+            return Finding("ok", f"opened, read and checked between {plane_choice.between(pairs)}")
         return Finding(
             "warning", reason, "Until it is mended replies go through host memory (plane host): docs/gpu.md."
         )
@@ -155,16 +155,16 @@ class _Look:
 
 
 def _commands(
-    pairs: Sequence[Pair], cards: Sequence[Gpu], environment: Mapping[str, str]
+    pairs: Sequence[GpuPair], cards: Sequence[Gpu], environment: Mapping[str, str]
 ) -> tuple[list[Command], Command]:
     """The commands of exporter and importer, as jobs of a run on these GPUs."""
     teacher, train = [pairs[0].teacher.number], [pair.train.number for pair in pairs]
 
     def command(job: str, base: Mapping[str, str], own: list[int], others: list[int], *arguments: str) -> Command:
-        variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpus.visible(own, others, cards)}
+        variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": placement.visible(own, others, cards)}
         return Command(f"the {job}", (sys.executable, "-m", probe.__name__, *arguments), {**base, **variables})
 
-    exporter = command("exporter", allocator.shareable(environment), teacher, train, "export", str(len(pairs)))
+    exporter = command("exporter", jobs.shareable(environment), teacher, train, "export", str(len(pairs)))
     return [exporter], command("importer", environment, train, teacher, "import")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher import stale
 from launcher.console.text import ranges, size
-from launcher.doctor.fact import Check, Finding, Status
+from launcher.doctor.checks import Check, Finding, Status
 from shmbridge.shm import owner
 
 OLDEST_TORCH = (2, 6)

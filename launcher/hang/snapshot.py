@@ -14,7 +14,7 @@ import msgspec
 
 from launcher.console.text import ranges, seconds
 from launcher.hang.stacks import COLLECTIVE, GONE, Stacks
-from launcher.plan import gpus, replicas
+from launcher.plan import placement
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import process
@@ -167,7 +167,7 @@ def look(view: MappedSession, stacks: Mapping[int, Stacks] = {}, *, search: bool
     search = search and any(lane.records[0].identity is None for lane in lanes)
     pids = processes_of(view) if search else {}
     count, generation = len(control.teachers), view.generation
-    seen = [_participant(record, replicas.called(record.rank, count), generation) for record in control.teachers]
+    seen = [_participant(record, placement.teacher_name(record.rank, count), generation) for record in control.teachers]
     for i, lane in enumerate(lanes):
         seen.append(_participant(lane.records[0], f"rank {i}", generation, pids.get(i, 0), _since_request(lane)))
     gpu_of = _gpus(settings, count, len(lanes))
@@ -266,12 +266,12 @@ def _since_request(lane: Lane) -> float:
 def _gpus(settings: Config, teachers: int, ranks: int) -> dict[str, str]:
     """Who has which GPU, as people number them."""
     try:
-        of_teachers = gpus.parse(settings.teacher.gpus, "teacher.gpus") if settings.teacher.gpus else []
-        of_ranks = gpus.parse(settings.train.gpus, "train.gpus", shared=True) if settings.train.gpus else []
+        of_teachers = placement.parse_gpus(settings.teacher.gpus, "teacher.gpus") if settings.teacher.gpus else []
+        of_ranks = placement.parse_gpus(settings.train.gpus, "train.gpus", shared=True) if settings.train.gpus else []
     except ConfigError:
         return {}
-    shares = enumerate(replicas.shares(of_teachers, teachers))
-    found = {replicas.called(i, teachers): ",".join(map(str, share)) for i, share in shares}
+    shares = enumerate(placement.shares(of_teachers, teachers))
+    found = {placement.teacher_name(i, teachers): ",".join(map(str, share)) for i, share in shares}
     return found | {f"rank {rank}": str(number) for rank, number in list(enumerate(of_ranks))[:ranks]}
 
 

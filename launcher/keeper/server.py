@@ -40,7 +40,7 @@ from launcher.keeper.messages import (
     Welcome,
 )
 from launcher.keeper.transport import BACKLOG, Lines, credentials
-from launcher.plan.plan import TEACHER, Plan
+from launcher.plan.jobs import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report
 from launcher.supervisor.hosted import HostedSession

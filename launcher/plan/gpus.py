@@ -1,14 +1,12 @@
-"""Which GPUs there are, and which of them each job sees. nvidia-smi lists them, or torch in a separate process.
+"""Which GPUs there are. nvidia-smi lists them, or torch in a separate process.
 
 A user's numbers count within what CUDA_VISIBLE_DEVICES allows, as Slurm and containers set it: with `4,5,6,7`, GPU 0 of
-the command line is the fourth of the machine. A job sees the GPUs on the other side of its bridge too, because a CUDA
-IPC handle opens only on a device that the process sees. Its own GPUs come first, so that cuda:0 is one of them.
+the command line is GPU 4 of the machine.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -168,79 +166,6 @@ def select_visible(table: str, visible: str | None) -> list[Gpu]:
         memory = _mebibytes(row[2]), _mebibytes(row[3])
         found.append(Gpu(len(found), name, *memory, row[4], row[5] == "Enabled", row[6], ",".join(row[7:])))
     return found
-
-
-def parse(text: str, setting: str, shared: bool = False) -> list[int]:
-    """The numbers of `0-6`, `7` or `0,2,5`, in the order given; `shared`: one GPU may have several ranks, as in `0,0`.
-
-    Raises:
-        ConfigError: the list is empty or garbled, names a GPU twice that is not shared, or ranks do not share GPUs in turn;
-            names `setting`.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not found:
-            raise ConfigError(f"{setting} is {text!r}: {part!r} is no GPU. Write 7, 0-6 or 0,2,5.")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first:
-            raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
-        numbers += range(first, last + 1)
-    twice = sorted({number for number in numbers if numbers.count(number) > 1})
-    if twice and not shared:
-        raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
-    cards = list(dict.fromkeys(numbers))
-    in_turn = [cards[rank % len(cards)] for rank in range(len(numbers))]
-    if numbers != in_turn:
-        raise ConfigError(
-            f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
-            f"{','.join(map(str, in_turn))}."
-        )
-    return numbers
-
-
-def check(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> None:
-    """Raises ConfigError where a GPU does not exist, or its mode does not allow what the run does with it."""
-    for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
-        missing = [number for number in numbers if number >= len(gpus)]
-        if missing:
-            there_is = "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
-            if gpus:
-                these = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
-                there_is = f"there {these} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."
-            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {there_is}")
-        for number in numbers:
-            processes = list(teacher).count(number) + list(train).count(number)
-            problem = unusable(gpus[number], processes)
-            if problem:
-                raise ConfigError(f"{setting} names GPU {number}. {problem}")
-
-
-def unusable(gpu: Gpu, processes: int) -> str | None:
-    """Why `processes` cannot use a GPU, with the remedy; None where its mode allows them."""
-    if gpu.mig:
-        return (
-            f"GPU {gpu.number} has MIG enabled, and MIG slices are not supported: name another GPU, or turn MIG off "
-            f"(`sudo nvidia-smi -i {gpu.visible} -mig 0`)."
-        )
-    if gpu.compute_mode == "Prohibited" or (gpu.compute_mode.startswith("Exclusive") and processes > 1):
-        return (
-            f"{mode(gpu)}, and {processes} process{'es' if processes > 1 else ''} would use it: name another GPU, or allow "
-            f"it (`sudo nvidia-smi -i {gpu.visible} -c 0`)."
-        )
-    return None
-
-
-def mode(gpu: Gpu) -> str:
-    """A compute mode that excludes processes, and what it means."""
-    allows = "no process" if gpu.compute_mode == "Prohibited" else "one process at a time"
-    return f"GPU {gpu.number} is in compute mode {gpu.compute_mode}, which allows {allows}"
-
-
-def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
-    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then the other job's, each once. A job without GPUs
-    sees none."""
-    return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
 
 
 def _names(name: str, row: Sequence[str]) -> bool:

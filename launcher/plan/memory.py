@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.console.text import size, table
-from launcher.plan import plane, remedy, replicas
+from launcher.plan import placement, remedy
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
 from launcher.plan.model_card import ModelCard
@@ -73,7 +73,7 @@ def _merged(items: Sequence[Item]) -> tuple[str, str, str]:
     if len(items) == 1:
         return first.what, first.where, amount
     numbers = [int(item.where.removeprefix(GPU)) for item in items]
-    return first.what, plane.called(numbers), amount if first.nbytes is None else f"{amount} each"
+    return first.what, placement.gpu_names(numbers), amount if first.nbytes is None else f"{amount} each"
 
 
 def plan(
@@ -183,7 +183,7 @@ def _replies(config: Config, shape: Shape, slot: int | None) -> Item:
 def _slabs(shape: Shape, slot: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[Item]:
     """The replies in the memory of each replica's first GPU, a slab for each of its lanes."""
     for index, own in enumerate(teachers):
-        count = len(replicas.lanes(index, len(teachers), shape.lanes))
+        count = len(placement.lanes(index, len(teachers), shape.lanes))
         what = _of_slots(f"replies: {_ranks(count)} x {_slots(shape)}", slot)
         nbytes = None if slot is None else count * layout.block_bytes(layout.slab_bytes(shape.reply_slots, slot))
         yield Item(Kind.REPLIES, what, _place(own[0]), nbytes)
@@ -229,7 +229,7 @@ def _contexts(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Iterat
 def _weights(nbytes: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[Item]:
     """A row for each replica, or for each of its GPUs if it has several."""
     for index, own in enumerate(teachers):
-        what = f"{replicas.called(index, len(teachers))}'s weights"
+        what = f"{placement.teacher_name(index, len(teachers))}'s weights"
         places = [_place(gpu) for gpu in own] or [RAM]
         each = None if nbytes is None else -(-nbytes // len(places))
         for part, place in enumerate(places, 1):

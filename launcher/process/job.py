@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.plan.plan import JobSpec
+from launcher.plan.jobs import JobSpec
 from launcher.process import shim
 from shmbridge.shm import process
 

@@ -22,8 +22,8 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from launcher.plan.plan import Plan
-from launcher.plan.plane import Pair
+from launcher.plan.jobs import Plan
+from launcher.plan.plane_choice import GpuPair
 from launcher.process import job, shim
 from launcher.process.signals import STOP, Signals
 from shmbridge.plane import probe
@@ -54,7 +54,7 @@ class Stopped(BaseException):  # like KeyboardInterrupt: no check that goes on a
         self.number = number
 
 
-def commands(planned: Plan, pairs: Sequence[Pair], base: Mapping[str, str]) -> tuple[list[Command], Command]:
+def commands(planned: Plan, pairs: Sequence[GpuPair], base: Mapping[str, str]) -> tuple[list[Command], Command]:
     """An exporter for each replica that has a pair, and the importer: interpreters and environments of the jobs."""
     *teachers, train = planned.jobs(Path(), OFF)
     exporters = []
@@ -69,7 +69,7 @@ def commands(planned: Plan, pairs: Sequence[Pair], base: Mapping[str, str]) -> t
 
 
 def run(
-    pairs: Sequence[Pair],
+    pairs: Sequence[GpuPair],
     exporters: Sequence[Command],
     importer: Command,
     signals: Signals,
@@ -179,7 +179,7 @@ class _Trial:
             raise
         self._importer, *self._exporters = self._all
 
-    def talk(self, pairs: Sequence[Pair]) -> str | None:
+    def talk(self, pairs: Sequence[GpuPair]) -> str | None:
         """Bring exports to the importer, and collect what it says of each; the reason, where something is wrong."""
         offered = []
         for exporter in self._exporters:

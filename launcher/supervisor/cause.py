@@ -22,8 +22,8 @@ import msgspec
 from launcher.console.terminal import LAUNCHER
 from launcher.hang import report as hang_report
 from launcher.hang.monitor import Overdue
-from launcher.plan import replicas
-from launcher.plan.plan import TEACHER, TORCHRUN
+from launcher.plan import placement
+from launcher.plan.jobs import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
 from shmbridge.shm.record import Failure
 from shmbridge.shm.session import MappedSession
@@ -144,7 +144,7 @@ def _raised(failure: Failure, jobs: Sequence[Job], first: dict[str, Any] | None,
         who = LAUNCHER
     elif failure.role == TEACHER:
         job = next((job for job in jobs if job.spec.replica == failure.rank), None)
-        who = replicas.called(failure.rank, teachers)
+        who = placement.teacher_name(failure.rank, teachers)
         status = job.exit.status if job and job.exit and not job.asked else failure.status
     elif first and first["local_rank"] == failure.rank:
         status = first["exitcode"]

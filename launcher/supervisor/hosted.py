@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from launcher.codes import REFUSED
 from launcher.console.progress import Progress
 from launcher.plan import machine, memory
-from launcher.plan.plan import TEACHER, JobSpec
+from launcher.plan.jobs import TEACHER, JobSpec
 from launcher.process.job import Job
 from launcher.supervisor import cause
 from launcher.supervisor.cause import Cause

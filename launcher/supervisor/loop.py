@@ -12,7 +12,7 @@ from typing import Protocol
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
 from launcher.plan import machine
-from launcher.plan.plan import JobSpec
+from launcher.plan.jobs import JobSpec
 from launcher.process import job
 from launcher.process.job import Job
 from launcher.process.signals import Signals

@@ -15,8 +15,8 @@ from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import seconds, size, table
 from launcher.doctor import command as doctor
 from launcher.doctor import host
-from launcher.doctor.fact import Fact, gather
-from launcher.plan.plan import TEACHER, TORCHRUN, Plan
+from launcher.doctor.checks import Fact, gather
+from launcher.plan.jobs import TEACHER, TORCHRUN, Plan
 from launcher.process.job import Exit
 from launcher.supervisor.cause import TRAINER, Cause
 from launcher.supervisor.loop import EventLoop

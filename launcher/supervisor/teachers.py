@@ -12,8 +12,8 @@ from typing import Protocol
 
 from launcher.console.terminal import Console
 from launcher.console.text import seconds
-from launcher.plan import replicas
-from launcher.plan.plan import JobSpec
+from launcher.plan import placement
+from launcher.plan.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor.cause import Cause
 from shmbridge.config import Config
@@ -130,14 +130,16 @@ class Teachers:
         text = replica.record.offer if replica.died_at is not None else None
         found = Offer.decode(text).differs(self._agreed) if text is not None and self._agreed else ""
         if found:
-            who = replicas.called(replica.index, len(self.replicas))
+            who = placement.teacher_name(replica.index, len(self.replicas))
             raise PlanError(
                 f"the new {who} offers something else than the first one: {found}. Did the model change on the disk?"
             )
 
     def _is_back(self, replica: Replica, took_s: float) -> None:
         replica.died_at = None
-        self._console.say(f"{replicas.called(replica.index, len(self.replicas))} is back after {seconds(took_s)}")
+        self._console.say(
+            f"{placement.teacher_name(replica.index, len(self.replicas))} is back after {seconds(took_s)}"
+        )
         for lane in self._owner.lanes:
             if self._home(lane) == replica.index != lane.teacher:
                 self._owner.ask_to_hand_over(lane.index, replica.index)
@@ -154,7 +156,7 @@ class Teachers:
         return [lane.index for lane in self._owner.lanes if lane.teacher == replica.index and self._home(lane) in stay]
 
     def _home(self, lane: Lane) -> int:
-        return replicas.home(lane.index, len(self.replicas))
+        return placement.replica_of(lane.index, len(self.replicas))
 
     def _give_lanes_away(self) -> None:
         """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from launcher.console.terminal import Console
 from launcher.console.text import listed, seconds
-from launcher.plan.plan import TRAIN
+from launcher.plan.jobs import TRAIN
 from launcher.process.job import Job
 
 _NEVER = float("inf")

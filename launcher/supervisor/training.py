@@ -23,7 +23,7 @@ from launcher.codes import REFUSED
 from launcher.console.terminal import LAUNCHER
 from launcher.console.text import listed, seconds
 from launcher.hang.monitor import Monitor
-from launcher.plan.plan import TEACHER, JobSpec, Plan
+from launcher.plan.jobs import TEACHER, JobSpec, Plan
 from launcher.process.job import Job
 from launcher.process.signals import USER
 from launcher.process.trial import Stopped

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.cli.main import main
 from launcher.plan import machine
-from launcher.plan.plan import JobSpec, Plan
+from launcher.plan.jobs import JobSpec, Plan
 
 HERE = Path(__file__).parent
 TEACHERS, TRAINING, ARGUMENTS = sys.argv[1].split(","), sys.argv[2], sys.argv[3:]

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.plan.plan import TEACHER, TORCHRUN
+from launcher.plan.jobs import TEACHER, TORCHRUN
 from launcher.supervisor import cause
 from shmbridge import config
 from shmbridge.shm.owner import Owner

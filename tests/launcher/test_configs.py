@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.console.text import size
-from launcher.plan import memory, plan
+from launcher.plan import jobs, memory
 from launcher.plan.model_card import ModelCard
 from launcher.plan.remedy import SHM
 from shmbridge import config
@@ -18,10 +18,10 @@ LLAMA = ModelCard(128_256, 16 * 2**30, 4096, "bfloat16")
 MIB = 2**20
 
 
-def planned(name: str, *overrides: str) -> tuple[plan.Plan, memory.MemoryPlan]:
+def planned(name: str, *overrides: str) -> tuple[jobs.Plan, memory.MemoryPlan]:
     """The plan of a file, and its memory for a model of 128,256 words."""
     settings = config.load(str(CONFIGS / name), ["teacher.model=toy:build", *overrides])
-    made = plan.make(settings, ("-m", "package.train"), MACHINE)
+    made = jobs.plan(settings, ("-m", "package.train"), MACHINE)
     settings = config.load(str(CONFIGS / name), ["teacher.model=m", *overrides])
     return made, memory.plan(settings, made.ranks, LLAMA, made.teachers, MACHINE)
 

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.cli.main import main
-from launcher.doctor import command, fact, gpu, host
-from launcher.doctor.fact import Fact, Finding
+from launcher.doctor import checks, command, gpu, host
+from launcher.doctor.checks import Fact, Finding
 from launcher.plan import gpus
 from launcher.process import trial
 from tests.launcher import fake_gpus
@@ -231,7 +231,7 @@ def test_no_check_can_fail_or_hang_its_caller():
         return Finding("ok", "yes")
 
     began = time.monotonic()
-    assert fact.gather([raises, hangs, answers], 0.3) == [
+    assert checks.gather([raises, hangs, answers], 0.3) == [
         Fact("raises", "warning", "not known: ValueError: odd"),
         Fact("hangs", "warning", "not known: no answer within 0.3 s"),
         Fact("answers", "ok", "yes"),

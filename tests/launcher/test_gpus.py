@@ -7,7 +7,7 @@ import time
 import pytest
 
 from launcher.cli.main import main
-from launcher.plan import gpus, plane
+from launcher.plan import gpus, placement, plane_choice
 from launcher.plan.gpus import Gpu
 from shmbridge import config
 from shmbridge.errors import ConfigError
@@ -63,7 +63,7 @@ EIGHT = tuple(Gpu(i, str(i), 80, 79, compute_mode="Exclusive_Process") for i in 
 )
 def test_a_gpu_that_a_run_cannot_use_is_refused_with_the_remedy(teacher, train, cards, message):
     with pytest.raises(ConfigError, match=message):
-        gpus.check(teacher, train, cards)
+        placement.check_gpus(teacher, train, cards)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +88,8 @@ def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsy
 
 
 def test_one_process_on_an_exclusive_gpu_is_allowed_and_named_where_the_trial_fails():
-    gpus.check([7], range(7), EIGHT)
-    chosen = plane.choose(config.load(), plane.pairs([EIGHT[7:]], EIGHT[:7]), lambda: "cudaErrorDevicesUnavailable")
+    placement.check_gpus([7], range(7), EIGHT)
+    chosen = plane_choice.by_trial(
+        config.load(), plane_choice.pairs([EIGHT[7:]], EIGHT[:7]), lambda: "cudaErrorDevicesUnavailable"
+    )
     assert "cudaErrorDevicesUnavailable; GPU 7 is in compute mode Exclusive_Process" in chosen.reason

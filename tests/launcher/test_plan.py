@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import gpus, plan, torchrun
+from launcher.plan import gpus, jobs, placement, summary, torchrun
 from launcher.plan.gpus import Gpu
+from launcher.plan.jobs import TEACHER, TRAIN
 from launcher.plan.machine import Machine
-from launcher.plan.plan import TEACHER, TRAIN
 from shmbridge import config
 from shmbridge.errors import ConfigError
 
@@ -19,11 +19,11 @@ EIGHT = tuple(Gpu(i, str(i), 80 * GIB, 79 * GIB) for i in range(8))
 MACHINE = Machine(cores=8, shm_free=64 * GIB, ram_free=512 * GIB, gpus=EIGHT)
 
 
-def make(*overrides: str, machine: Machine = MACHINE, script: tuple[str, ...] = ("-m", "package.train")) -> plan.Plan:
-    return plan.make(config.load(overrides=["teacher.model=toy:build", *overrides]), script, machine)
+def make(*overrides: str, machine: Machine = MACHINE, script: tuple[str, ...] = ("-m", "package.train")) -> jobs.Plan:
+    return jobs.plan(config.load(overrides=["teacher.model=toy:build", *overrides]), script, machine)
 
 
-def specs(planned: plan.Plan) -> dict[str, plan.JobSpec]:
+def specs(planned: jobs.Plan) -> dict[str, jobs.JobSpec]:
     return {spec.name: spec for spec in planned.jobs(Path("runs/x"), "TOKEN@1")}
 
 
@@ -31,14 +31,14 @@ def specs(planned: plan.Plan) -> dict[str, plan.JobSpec]:
     ("text", "numbers"), [("7", [7]), ("0-6", [0, 1, 2, 3, 4, 5, 6]), ("0,2,5", [0, 2, 5]), ("4-5, 1", [4, 5, 1])]
 )
 def test_gpu_lists(text, numbers):
-    assert gpus.parse(text, "train.gpus") == numbers
+    assert placement.parse_gpus(text, "train.gpus") == numbers
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("text", ["", ",", "0,,1", "a", "-1", "3-1"])
 def test_gpu_lists_that_are_refused(text, shared):
     with pytest.raises(ConfigError, match=r"train\.gpus is"):
-        gpus.parse(text, "train.gpus", shared)
+        placement.parse_gpus(text, "train.gpus", shared)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_gpus_are_counted_within_cuda_visible_devices(visible, names):
     found = gpus.select_visible(TABLE, visible)
     assert [gpu.visible for gpu in found] == names
     assert [gpu.number for gpu in found] == list(range(len(names)))
-    assert gpus.visible(range(len(names)), [], found) == ",".join(names), "as Slurm named them"
+    assert placement.visible(range(len(names)), [], found) == ",".join(names), "as Slurm named them"
 
 
 def test_mig_slices_are_refused_by_name():
@@ -228,7 +228,7 @@ def test_training_commands_that_are_refused(script, message):
 def test_a_description_shows_no_variable_but_ours():
     planned = make("train.cpu_ranks=2")
     base = {"HF_TOKEN": "hf_secret", "WANDB_API_KEY": "secret", "SLURM_JWT": "secret", "RANK": "3"}
-    text = plan.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), base)
+    text = summary.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), base)
     assert "secret" not in text
     assert "without RANK SLURM_JWT" in text
     assert "OMP_NUM_THREADS=4" in text

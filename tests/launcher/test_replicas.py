@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import header, plan, replicas
-from launcher.plan.plan import TRAIN
+from launcher.plan import placement, summary
+from launcher.plan.jobs import TRAIN
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
 from tests.harness import until
@@ -27,7 +27,7 @@ from tests.launcher.test_plan import MACHINE, make, specs
     [(None, 0, 2, 1), (None, 1, 7, 1), (None, 4, 4, 4), (2, 4, 4, 2), (1, 4, 4, 1), (3, 0, 3, 3)],
 )
 def test_without_a_number_each_gpu_has_a_replica(wanted, gpus, ranks, found):
-    assert replicas.count(TeacherConfig(replicas=wanted), gpus, ranks) == found
+    assert placement.replica_count(TeacherConfig(replicas=wanted), gpus, ranks) == found
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_replicas_on_the_cpu_share_half_of_the_cores():
 def test_ranks_that_do_not_divide_are_told():
     line = "7 ranks over 4 replicas: 2, 2, 2 and 1. The slowest replica sets the step; 4 or 8 ranks would be even"
     planned = make("train.cpu_ranks=7", "teacher.replicas=4")
-    assert replicas.imbalance(7, 4) == line
-    assert f"lanes     {line}" in header.make(planned, "TOKEN@1", Path("runs/x"), {})
-    assert line in plan.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), {})
-    assert [list(replicas.lanes(i, 4, 7)) for i in range(4)] == [[0, 4], [1, 5], [2, 6], [3]]
+    assert placement.imbalance(7, 4) == line
+    assert f"lanes     {line}" in summary.header(planned, "TOKEN@1", Path("runs/x"), {})
+    assert line in summary.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), {})
+    assert [list(placement.lanes(i, 4, 7)) for i in range(4)] == [[0, 4], [1, 5], [2, 6], [3]]
 
 
 @pytest.mark.parametrize(("ranks", "teachers"), [(8, 4), (4, 4), (7, 1), (7, 0)])
 def test_ranks_that_divide_are_not_worth_a_line(ranks, teachers):
-    assert replicas.imbalance(ranks, teachers) == ""
+    assert placement.imbalance(ranks, teachers) == ""
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_ranks_that_divide_are_not_worth_a_line(ranks, teachers):
     ],
 )
 def test_the_header_tells_where_the_replicas_are(overrides, where):
-    lines = header.make(make(*overrides, machine=MACHINE), "TOKEN@1", Path("runs/x"), {}).splitlines()
+    lines = summary.header(make(*overrides, machine=MACHINE), "TOKEN@1", Path("runs/x"), {}).splitlines()
     assert f"teacher   {where}" in lines
 
 

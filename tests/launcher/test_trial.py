@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import plane
+from launcher.plan import plane_choice
 from launcher.plan.gpus import Gpu
 from launcher.process import trial
 from launcher.process.signals import Signals
@@ -21,7 +21,7 @@ from tests.harness import until
 from tests.launcher.test_plan import EIGHT, make
 
 FAKE = str(Path(__file__).with_name("fake_probe.py"))
-TWO = plane.pairs([(EIGHT[7],)], EIGHT[:2])
+TWO = plane_choice.pairs([(EIGHT[7],)], EIGHT[:2])
 MARK = "SHMBRIDGE_TEST_MARK"
 
 
@@ -139,7 +139,7 @@ def test_the_end_has_a_limit_of_its_own(fakes, monkeypatch):
 
 
 def test_each_pair_has_an_export_of_its_replica(fakes):
-    pairs = plane.pairs([(EIGHT[6],), (EIGHT[7],)], (EIGHT[0], EIGHT[1], EIGHT[2]))
+    pairs = plane_choice.pairs([(EIGHT[6],), (EIGHT[7],)], (EIGHT[0], EIGHT[1], EIGHT[2]))
     exporters = [fakes.command("a", "export", "2", "ok"), fakes.command("b", "export", "1", "ok")]
     reason = trial.run(pairs, exporters, fakes.command("the importer", "import", "tells"), fakes.signals)
     # devices 0 and 2 are of replica 0, device 1 is of replica 1, as the importer was told
@@ -168,7 +168,7 @@ def test_a_signal_for_the_ranks_ends_nothing(fakes):
 
 def test_the_processes_are_the_jobs_own():
     planned = make("teacher.gpus=6-7", "train.gpus=0-2", "teacher.python=/opt/env/bin/python")
-    pairs = plane.pairs(planned.teachers, planned.train_gpus)
+    pairs = plane_choice.pairs(planned.teachers, planned.train_gpus)
     base = {"RANK": "3", "HF_HOME": "x", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     exporters, importer = trial.commands(planned, pairs, base)
     assert [(one.who, one.argv) for one in exporters] == [
@@ -186,4 +186,4 @@ def test_the_processes_are_the_jobs_own():
 
 def test_ranks_that_share_a_gpu_are_one_pair():
     gpu = Gpu(0, "0", 80, 80)
-    assert [(pair.device, str(pair)) for pair in plane.pairs([(gpu,)], (gpu, gpu))] == [(0, "GPU 0 and GPU 0")]
+    assert [(pair.device, str(pair)) for pair in plane_choice.pairs([(gpu,)], (gpu, gpu))] == [(0, "GPU 0 and GPU 0")]

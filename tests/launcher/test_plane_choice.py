@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import allocator, header, plan, plane
-from launcher.plan.plan import TEACHER, TRAIN
-from launcher.plan.plane import Choice
+from launcher.plan import jobs, plane_choice, summary
+from launcher.plan.jobs import TEACHER, TRAIN
+from launcher.plan.plane_choice import PlaneChoice
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
 from tests.harness import until
@@ -19,15 +19,15 @@ from tests.launcher.test_cli import TEACHER as TOY
 from tests.launcher.test_plan import EIGHT, MACHINE, make, specs
 
 GPUS = ["teacher.gpus='7'", "train.gpus=0-6"]
-SEVEN = plane.pairs([EIGHT[7:]], EIGHT[:7])
+SEVEN = plane_choice.pairs([EIGHT[7:]], EIGHT[:7])
 
 
-def described(planned: plan.Plan, **base: str) -> str:
-    return plan.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), base)
+def described(planned: jobs.Plan, **base: str) -> str:
+    return summary.describe(planned, planned.jobs(Path("runs/x"), "TOKEN@1"), base)
 
 
-def headed(planned: plan.Plan, **base: str) -> list[str]:
-    return header.make(planned, "TOKEN@1", Path("runs/x"), base).splitlines()
+def headed(planned: jobs.Plan, **base: str) -> list[str]:
+    return summary.header(planned, "TOKEN@1", Path("runs/x"), base).splitlines()
 
 
 # What the settings alone decide
@@ -76,19 +76,21 @@ def test_without_a_bridge_there_is_no_plane():
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda_ipc"])
 def test_a_trial_that_passes(wanted):
-    chosen = plane.choose(config.load(overrides=[f"plane={wanted}"]), SEVEN, lambda: None)
+    chosen = plane_choice.by_trial(config.load(overrides=[f"plane={wanted}"]), SEVEN, lambda: None)
     assert str(chosen) == "cuda_ipc: opened, read and checked between GPU 7 and GPUs 0-6"
 
 
 def test_a_trial_that_fails_leaves_the_host():
-    chosen = plane.choose(config.load(), SEVEN, lambda: "GPU 7 and GPU 3: no peer access")
+    chosen = plane_choice.by_trial(config.load(), SEVEN, lambda: "GPU 7 and GPU 3: no peer access")
     assert str(chosen) == "host: GPU 7 and GPU 3: no peer access"
     assert not chosen.untried
 
 
 def test_a_trial_that_fails_is_an_error_where_it_must_not():
     with pytest.raises(PlanError) as caught:
-        plane.choose(config.load(overrides=["plane=cuda_ipc"]), SEVEN, lambda: "GPU 7 and GPU 3: no peer access")
+        plane_choice.by_trial(
+            config.load(overrides=["plane=cuda_ipc"]), SEVEN, lambda: "GPU 7 and GPU 3: no peer access"
+        )
     assert str(caught.value).startswith("plane is cuda_ipc, and its trial failed: GPU 7 and GPU 3: no peer access.\n")
     assert "between GPU 7 and GPUs 0-6" in str(caught.value)
     assert "set plane=host" in str(caught.value)
@@ -96,25 +98,25 @@ def test_a_trial_that_fails_is_an_error_where_it_must_not():
 
 def test_what_was_chosen_is_what_is_planned():
     settings = config.load(overrides=["teacher.model=toy:build", *GPUS])
-    chosen = Choice("host", "GPU 7 and GPU 3: no peer access")
-    planned = plan.make(settings, ["-m", "x"], MACHINE, chosen)
+    chosen = PlaneChoice("host", "GPU 7 and GPU 3: no peer access")
+    planned = jobs.plan(settings, ["-m", "x"], MACHINE, chosen)
     assert planned.config.plane == "host"
     assert "plane     host: GPU 7 and GPU 3: no peer access" in headed(planned)
     assert not any("handles" in item.what for item in planned.memory.items)
-    planned = plan.make(settings, ["-m", "x"], MACHINE, Choice("cuda_ipc", "tried"))
+    planned = jobs.plan(settings, ["-m", "x"], MACHINE, PlaneChoice("cuda_ipc", "tried"))
     assert any("handles" in item.what for item in planned.memory.items)
 
 
 def test_pairs_are_those_of_the_lanes():
-    found = plane.pairs([EIGHT[4:6], EIGHT[6:]], (EIGHT[2], EIGHT[0], EIGHT[1]))
+    found = plane_choice.pairs([EIGHT[4:6], EIGHT[6:]], (EIGHT[2], EIGHT[0], EIGHT[1]))
     assert [(str(pair), pair.replica, pair.device) for pair in found] == [
         ("GPU 4 and GPU 2", 0, 0),
         ("GPU 4 and GPU 1", 0, 2),
         ("GPU 6 and GPU 0", 1, 1),
     ]
-    repeated = plane.pairs([EIGHT[7:]], (EIGHT[0], EIGHT[0], EIGHT[1]))
+    repeated = plane_choice.pairs([EIGHT[7:]], (EIGHT[0], EIGHT[0], EIGHT[1]))
     assert [pair.device for pair in repeated] == [0, 1], "as CUDA_VISIBLE_DEVICES lists each once"
-    assert plane.between(found) == "GPU 4 and GPUs 2,1, GPU 6 and GPU 0"
+    assert plane_choice.between(found) == "GPU 4 and GPUs 2,1, GPU 6 and GPU 0"
 
 
 # The allocator
@@ -144,9 +146,9 @@ OLD, NEW = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 )
 def test_options_that_hide_memory_are_taken_out(name, value, kept, stripped):
     base = {name: value, "HF_HOME": "x"}
-    assert allocator.shareable(base).get(name) == kept
-    assert allocator.shareable(base)["HF_HOME"] == "x"
-    assert allocator.unshareable(base) == ({name: stripped} if stripped else {})
+    assert jobs.shareable(base).get(name) == kept
+    assert jobs.shareable(base)["HF_HOME"] == "x"
+    assert jobs.unshareable(base) == ({name: stripped} if stripped else {})
     assert base[name] == value
 
 

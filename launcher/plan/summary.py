@@ -1,4 +1,4 @@
-"""The header of a run, printed before anything starts: which job runs on which GPUs, with how many threads."""
+"""What a user is shown of a plan: the header of a run, printed before anything starts, and the whole plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.console.text import listed, table
-from launcher.plan import plane, replicas
+from launcher.plan import placement
 from launcher.plan.gpus import Gpu
-from launcher.plan.plan import Plan
+from launcher.plan.jobs import JobSpec, Plan
 
 
-def make(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:
+def header(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:
     """The header of a run in directory `run`. `session` is empty if the bridge is off; `base` is the launcher's
     environment."""
     rows = [("run", str(run))]
@@ -29,9 +29,29 @@ def make(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str
     remarks = {
         "allocator": _allocator(planned, run, base),
         "sharing": _sharing(planned),
-        "lanes": replicas.imbalance(planned.ranks, len(planned.teachers)),
+        "lanes": placement.imbalance(planned.ranks, len(planned.teachers)),
     }
     return table([*rows, *((name, line) for name, line in remarks.items() if line)], indent="")
+
+
+def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> str:
+    """The command lines, the variables that are set or removed, and the memory plan."""
+    parts = []
+    for job in jobs:
+        rows = [(f"{name}={shlex.quote(value)}",) for name, value in job.set.items()]
+        removed = job.removes(base)
+        if removed:
+            rows.append((f"without {' '.join(removed)}",))
+        rows += [(f"without {' '.join(options)} in {name}",) for name, options in job.strips(base).items()]
+        parts.append(f"{job.name}\n  {shlex.join(job.argv)}\n\n{table(rows)}\n\n  log {job.log}")
+    if plan.plane:
+        parts.append(f"plane\n  {plan.plane}")
+    if plan.memory:
+        parts.append(f"memory\n{plan.memory}")
+    uneven = placement.imbalance(plan.ranks, len(plan.teachers))
+    if uneven:
+        parts.append(f"lanes\n  {uneven}")
+    return "\n\n".join(parts) + "\n"
 
 
 def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int) -> str:
@@ -54,10 +74,10 @@ def _sharing(planned: Plan) -> str:
     """A remark about processes that share a GPU."""
     cards = list(dict.fromkeys(planned.train_gpus))
     both = [gpu.number for own in planned.teachers for gpu in own if gpu in cards]
-    lines = [f"{plane.called(both)}: the teacher's and training's"] if both else []
+    lines = [f"{placement.gpu_names(both)}: the teacher's and training's"] if both else []
     if len(cards) < len(planned.train_gpus):
         lines.append(
-            f"{planned.ranks} ranks on {plane.called([gpu.number for gpu in cards])}: they need "
+            f"{planned.ranks} ranks on {placement.gpu_names([gpu.number for gpu in cards])}: they need "
             f"torch.cuda.set_device(LOCAL_RANK % {len(cards)}) and the gloo backend, because NCCL refuses two ranks on one GPU"
         )
     return "; ".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.console.text import table
-from launcher.plan import allocator, gpus, memory, model_card, plane, replicas, torchrun
+from launcher.plan import memory, model_card, placement, plane_choice, torchrun
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
 from launcher.plan.memory import MemoryPlan
 from launcher.plan.model_card import ModelCard
-from launcher.plan.plane import Choice
+from launcher.plan.plane_choice import PlaneChoice
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
@@ -32,6 +30,10 @@ OF_A_RANK = (
 )
 # Of torchrun: defaults for its flags, which train.torchrun_args is the way to set; and what tells its ranks, which it is none of.
 _OF_TORCHRUN = ("PET_*", "LOCAL_RANK")
+# Options of torch's CUDA allocator under which other processes cannot open its memory. Training often needs them and the
+# teacher rarely does, so they are removed from the teacher's environment alone.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 and later reads the first too
+_UNSHAREABLE = {("expandable_segments", "true"), ("backend", "cudamallocasync")}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class JobSpec:
         """The whole environment of the job, from the launcher's."""
         kept = {name: value for name, value in base.items() if not _matches(name, self.removed)}
         if self.exports:
-            kept = allocator.shareable(kept)
+            kept = shareable(kept)
         return {"PYTHONUNBUFFERED": "1", **kept, **self.set}  # so that a log shows a line when it is printed
 
     def removes(self, base: Mapping[str, str]) -> list[str]:
@@ -65,7 +67,7 @@ class JobSpec:
 
     def strips(self, base: Mapping[str, str]) -> dict[str, list[str]]:
         """Options that are removed for the job, by the variable of `base` that has them."""
-        return allocator.unshareable(base) if self.exports else {}
+        return unshareable(base) if self.exports else {}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Plan:
     visible: tuple[tuple[str, ...], str]  # CUDA_VISIBLE_DEVICES of each teacher, of training
     threads: tuple[int | None, int | None]  # of each teacher, of each rank; None: torch's or torchrun's default
     memory: MemoryPlan | None  # None where the bridge is off
-    plane: Choice | None  # None where the bridge is off
+    plane: PlaneChoice | None  # None where the bridge is off
 
     def jobs(self, run: Path, session: str) -> tuple[JobSpec, ...]:
         """The jobs of a run in directory `run`; `session` is the text of SHMBRIDGE_SESSION."""
@@ -94,7 +96,7 @@ class Plan:
         variables = _variables(session, self.visible[0][replica], self.threads[0])
         if own != "0":  # a stream for each lane; streams that share one of CUDA's connections hold each other up
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
-        who = replicas.called(replica, len(self.teachers))
+        who = placement.teacher_name(replica, len(self.teachers))
         name = who.replace(" ", "")
         log = run / f"{name}.log"
         return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, exports=self.config.plane == "cuda_ipc")
@@ -110,7 +112,7 @@ class Plan:
         return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, log, reads_terminal=alone)
 
 
-def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice | None = None) -> Plan:
+def plan(config: Config, script: Sequence[str], machine: Machine, chosen: PlaneChoice | None = None) -> Plan:
     """The plan for the plane that was `chosen`, or for the one that the settings imply.
 
     Raises:
@@ -119,15 +121,15 @@ def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice
     """
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
     teacher, train = _gpu_numbers(config)
-    gpus.check(teacher, train, machine.gpus)
+    placement.check_gpus(teacher, train, machine.gpus)
     ranks = len(train) or config.train.cpu_ranks
-    count = replicas.count(config.teacher, len(teacher), ranks) if config.enabled else 0
-    shares = replicas.shares(teacher, count)
+    count = placement.replica_count(config.teacher, len(teacher), ranks) if config.enabled else 0
+    shares = placement.shares(teacher, count)
     found = machine.gpus
     placed = tuple(tuple(found[i] for i in own) for own in shares)
     trained = tuple(found[i] for i in train)
     if placed:
-        chosen = chosen or plane.expect(config, placed, trained)
+        chosen = chosen or plane_choice.by_settings(config, placed, trained)
         config = msgspec.structs.replace(config, plane=chosen.plane)
     card = model_card.read(config.teacher) if placed else ModelCard()
     return Plan(
@@ -136,31 +138,14 @@ def make(config: Config, script: Sequence[str], machine: Machine, chosen: Choice
         ranks=ranks,
         teachers=placed,
         train_gpus=trained,
-        visible=(tuple(gpus.visible(own, train, found) for own in shares), gpus.visible(train, teacher, found)),
+        visible=(
+            tuple(placement.visible(own, train, found) for own in shares),
+            placement.visible(train, teacher, found),
+        ),
         threads=_threads(config, machine.cores, ranks, count),
         memory=memory.plan(config, ranks, card, placed, machine, trained) if placed else None,
         plane=chosen,
     )
-
-
-def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> str:
-    """The command lines, the variables that are set or removed, and the memory plan."""
-    parts = []
-    for job in jobs:
-        rows = [(f"{name}={shlex.quote(value)}",) for name, value in job.set.items()]
-        removed = job.removes(base)
-        if removed:
-            rows.append((f"without {' '.join(removed)}",))
-        rows += [(f"without {' '.join(options)} in {name}",) for name, options in job.strips(base).items()]
-        parts.append(f"{job.name}\n  {shlex.join(job.argv)}\n\n{table(rows)}\n\n  log {job.log}")
-    if plan.plane:
-        parts.append(f"plane\n  {plan.plane}")
-    if plan.memory:
-        parts.append(f"memory\n{plan.memory}")
-    uneven = replicas.imbalance(plan.ranks, len(plan.teachers))
-    if uneven:
-        parts.append(f"lanes\n  {uneven}")
-    return "\n\n".join(parts) + "\n"
 
 
 def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
@@ -173,8 +158,8 @@ def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
         raise ConfigError("no training ranks: give --train-gpus 0-6, or --cpu 2 for two ranks on the CPU.")
     with_teacher = bool(teacher) and config.enabled
     return (
-        gpus.parse(teacher, "teacher.gpus") if with_teacher else [],
-        gpus.parse(train, "train.gpus", shared=True) if train else [],
+        placement.parse_gpus(teacher, "teacher.gpus") if with_teacher else [],
+        placement.parse_gpus(train, "train.gpus", shared=True) if train else [],
     )
 
 
@@ -198,3 +183,32 @@ def _threads(config: Config, cores: int, ranks: int, teachers: int) -> tuple[int
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def unshareable(environment: Mapping[str, str]) -> dict[str, list[str]]:
+    """These options in `environment`, by the variable that has them."""
+    found = {
+        name: [option for option in _options(environment.get(name, "")) if _in_question(option)]
+        for name in _ALLOCATOR_VARIABLES
+    }
+    return {name: options for name, options in found.items() if options}
+
+
+def shareable(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without these options. A variable that becomes empty is removed."""
+    made = dict(environment)
+    for name in unshareable(environment):
+        kept = [option for option in _options(made.pop(name)) if not _in_question(option)]
+        if kept:
+            made[name] = ",".join(kept)
+    return made
+
+
+def _options(text: str) -> list[str]:
+    """Split at every comma, also within brackets; joining the rest restores them."""
+    return [option.strip() for option in text.split(",") if option.strip()]
+
+
+def _in_question(option: str) -> bool:
+    name, _, value = option.partition(":")
+    return (name.strip().lower(), value.strip().lower()) in _UNSHAREABLE
