@@ -360,6 +360,39 @@ def test_without_a_teacher_the_loss_is_the_hosts_own(saved, tmp_path, monkeypatc
         distilled(Case(), tmp_path)
 
 
+def test_without_replies_the_loss_is_the_cross_entropy(saved, tmp_path):
+    """on_teacher_lost=continue: a lost teacher leaves the host's own loss, and nothing is learned from a sample."""
+    settings = (f"teacher.model={saved}", "teacher.dtype=float32", "ring.max_tokens=512", *HIDDEN)
+    candidates = ("payload.logprobs={candidates: 4}", "on_teacher_lost=continue", "teacher.restarts=0")
+
+    def body(bridge):
+        bridge.wait_ready()
+        until(lambda: bridge.exchange(torch.ones(1, 2, dtype=torch.int64)).missing, "the loss of the teacher")
+        case = Case(distillation={"ce_weight": 0.5, "kd_weight": 3.0}, evaluate=2)
+        logs = []
+        for trainer in (distilled(case, tmp_path, bridge=bridge), control(case, tmp_path, None)):
+            trainer.train()
+            logs.append(trainer.state.log_history)
+        compare(*logs, "forward_kl")
+        for loss in ("reverse_kl", "candidate_reverse_kl"):
+            samples = {"loss": loss, "on_policy": 1.0, "max_new_tokens": 4, "look_ahead": 0}
+            trainer = distilled(Case(distillation=samples), tmp_path, bridge=bridge)
+            trainer.train()
+            first, *others = (logs["loss"] for logs in trainer.state.log_history if "loss" in logs)
+            assert first == 0.0  # it was sampled before its reply was found to be missing
+            assert min(others) > 0.0
+
+    with bench(1, *settings, *candidates) as it:
+        teacher = it.teacher(huggingface.HuggingFaceTeacher(it.settings, torch.device("cpu"), lambda *_: None))
+        rank = it.rank(0, body)
+        until(lambda: it.owner.lanes[0].records[0].sequence, "a reply")
+        teacher.kill()
+        teacher.join()
+        it.owner.control.teachers[0].set_lost()
+        it.owner.ring_all()
+        assert rank.join() == 0
+
+
 REFUSED = [
     (Case(args={"label_smoothing_factor": 0.1}), (), "label_smoothing_factor"),
     pytest.param(Case(trainer="sft", args={"loss_type": "dft"}), (), "loss_type", marks=with_trl),

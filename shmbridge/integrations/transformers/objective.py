@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from shmbridge import Bridge, Reply
-from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, DistillationConfig
+from shmbridge.integrations.transformers.config import DistillationConfig
 from shmbridge.integrations.transformers.payload import CandidateLogprobs, Source, Stream, TeacherRows
 from shmbridge.integrations.transformers.student import StudentHead
 from shmbridge.integrations.transformers.window import Batch, Turn
@@ -94,6 +94,12 @@ class Objective:
     ) -> DistillationLoss:
         """The loss of the student's rows (n, width), with the teacher's outputs for them and their labels (n,)."""
         config = self._config
+        if teacher is None:
+            found = distillation_loss(
+                student, None, ce_weight=1.0, targets=labels, num_items=items, chunk_rows=config.chunk_rows
+            )
+            # Nothing is learned from a sample that the teacher has not scored.
+            return DistillationLoss(*(part * 0.0 for part in found)) if turn.sampled else found
         if isinstance(teacher, CandidateLogprobs):
             assert turn.candidates is not None
             kd = candidate_reverse_kl(
@@ -106,21 +112,18 @@ class Objective:
                 chunk_rows=config.chunk_rows,
             )
             return DistillationLoss(config.kd_weight * kd, kd.detach(), kd.new_zeros(()))
-        found = distillation_loss(
+        return distillation_loss(
             student,
             teacher,
-            loss="forward_kl" if config.loss == CANDIDATE_LOSS else config.loss,
+            loss=config.loss,
             temperature=config.temperature,
             beta=config.beta,
             kd_weight=config.kd_weight,
-            ce_weight=config.ce_weight if teacher is not None else 1.0,
+            ce_weight=config.ce_weight,
             targets=labels,
             num_items=items,
             chunk_rows=config.chunk_rows,
         )
-        if teacher is None and turn.sampled:  # without the teacher's opinion nothing is learned from a sample
-            return DistillationLoss(*(part * 0.0 for part in found))
-        return found
 
     def divergence(self, student: Tensor, reply: Reply) -> Tensor:
         """The KD of logits (batch, seq, vocab) from a whole reply, for the check of `Bridge.wait_ready`."""
