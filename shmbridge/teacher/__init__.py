@@ -6,7 +6,8 @@ discovery     what a loaded teacher offers
 startup       forwards at startup: the parity probe, the packing check, the warm-up
 server        the loop over forward(batch) -> named tensors
 scheduler     when a round begins, and which requests are in it
-batch         requests as batches: how they become forwards, what each wants of one, how large one may be
+compose       how a round becomes forwards, and how large one may be
+batch         requests as batches, and which rows and positions of a forward each wants
 payload       from what a forward returned to what the payload asks for
 stream        replies on their way: published in their order, streamed in chunks
 """

@@ -30,7 +30,8 @@ from shmbridge.shm.record import Phase
 from shmbridge.shm.session import SESSION_VARIABLE, Token
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import discovery, startup
-from shmbridge.teacher.batch import Forward, TokenLimit
+from shmbridge.teacher.batch import Forward
+from shmbridge.teacher.compose import TokenLimit
 from shmbridge.teacher.payload import Encoder
 from shmbridge.teacher.server import Server
 

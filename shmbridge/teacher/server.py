@@ -28,21 +28,8 @@ from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import Lane
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import payload
-from shmbridge.teacher.batch import (
-    Answer,
-    Forward,
-    Piece,
-    TokenLimit,
-    by_request,
-    choice,
-    combine,
-    compose,
-    first_position,
-    halve,
-    packed,
-    padded_tokens,
-    tokens,
-)
+from shmbridge.teacher.batch import Answer, Forward, choice, combine, first_position, packed, tokens
+from shmbridge.teacher.compose import Piece, TokenLimit, by_request, compose, halve, padded_tokens
 from shmbridge.teacher.payload import Encoder, Rows
 from shmbridge.teacher.scheduler import Collector
 from shmbridge.teacher.stream import Publisher, Streams

@@ -14,7 +14,8 @@ from shmbridge.log import logger
 from shmbridge.output_spec import BY_HEAD, Extent, OutputSpec, Probe, by_head
 from shmbridge.plane import cuda_runtime
 from shmbridge.shm.session import Shape
-from shmbridge.teacher.batch import Batch, Forward, TokenLimit, next_tokens
+from shmbridge.teacher.batch import Batch, Forward, next_tokens
+from shmbridge.teacher.compose import TokenLimit
 from shmbridge.teacher.payload import Choice, Encoder, LanguageModel
 
 _ROWS, _SEQ = 2, 6

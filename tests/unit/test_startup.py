@@ -7,7 +7,8 @@ import torch
 
 from shmbridge import config
 from shmbridge.teacher import discovery, startup
-from shmbridge.teacher.batch import Batch, TokenLimit
+from shmbridge.teacher.batch import Batch
+from shmbridge.teacher.compose import TokenLimit
 
 CPU = torch.device("cpu")
 SETTINGS = config.load(
