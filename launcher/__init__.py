@@ -10,6 +10,5 @@ console      what is printed, and the log files that are followed
 doctor       checks of this machine
 codes        exit codes
 registry     names of live sessions
-sessions     the sessions of this user on this machine
-stale        what dead sessions left in shared memory
+sessions     the sessions of this user on this machine, and the removal of dead ones
 """

@@ -7,14 +7,43 @@ left from a launcher that was killed, and its name is free.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from shmbridge.errors import ConfigError, SessionInUse
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file of a name tells of the process that has claimed it."""
+
+    pid: int = 0
+    session: str = ""
+    run: str = ""  # directory
+    kept: bool = False  # it keeps a teacher across runs
+
+    @property
+    def where(self) -> str:
+        return f"pid {self.pid or 'unknown'}, run directory {self.run or 'not made yet'}"
+
+
+class Registration:
+    """A name that this process holds."""
+
+    def __init__(self, file: int, kept: bool) -> None:
+        self._file = file
+        self._kept = kept
+        self.describe(session="", run="")
+
+    def describe(self, session: str, run: str) -> None:
+        """Tell others which session and run directory the name stands for."""
+        text = msgspec.json.encode(Entry(pid=os.getpid(), session=session, run=run, kept=self._kept))
+        os.pwrite(self._file, text, 0)
+        os.ftruncate(self._file, len(text))
 
 
 def directory() -> Path:
@@ -57,7 +86,17 @@ def claim(name: str, kept: bool = False) -> Iterator[Registration]:
     try:
         file = _lock(path, os.O_CREAT)
     except BlockingIOError:
-        raise SessionInUse(_held(name, entries().get(name, {}), kept)) from None
+        held = entries().get(name, Entry())
+        by, ways = "live launcher", "Stop it"
+        if held.kept:
+            by = "kept teacher"
+            ways = (
+                f"Train with it (shmbridge-launch --attach {name} ...), end it (shmbridge-launch teacher stop {name})"
+            )
+        another = "shmbridge-launch teacher start NAME ..." if kept else "--name NAME"
+        raise SessionInUse(
+            f"the name {name!r} is held by a {by} ({held.where}). {ways}, or choose another: {another}."
+        ) from None
     try:
         yield Registration(file, kept)
     finally:
@@ -65,24 +104,16 @@ def claim(name: str, kept: bool = False) -> Iterator[Registration]:
         os.close(file)
 
 
-def is_free(name: str) -> bool:
-    """Whether no process holds a name that has a file."""
-    try:
-        os.close(_lock(directory() / f"{name}.json"))
-    except OSError:
-        return False
-    return True
-
-
-def remove_if_free(name: str) -> bool:
-    """Remove the file and the socket of a name that no process holds. False where one does."""
+def remove_if_free(name: str, dry_run: bool = False) -> bool:
+    """Remove the file and the socket of a name that no process holds; False where one does. With `dry_run` nothing is removed."""
     path = directory() / f"{name}.json"
     try:
         file = _lock(path)
     except OSError:
         return False
-    path.with_suffix(".sock").unlink(missing_ok=True)  # of a keeper; first, while nobody can claim the name
-    path.unlink(missing_ok=True)
+    if not dry_run:
+        path.with_suffix(".sock").unlink(missing_ok=True)  # of a keeper; first, while nobody can claim the name
+        path.unlink(missing_ok=True)
     os.close(file)
     return True
 
@@ -97,32 +128,15 @@ def socket_path(name: str) -> Iterator[str]:
         os.close(folder)
 
 
-def entries() -> dict[str, dict[str, object]]:
+def entries() -> dict[str, Entry]:
     """What the files tell, by name; also the files of launchers that were killed."""
-    found: dict[str, dict[str, object]] = {}
+    found = {}
     for path in sorted(directory().glob("*.json")):
         try:
-            entry = json.loads(path.read_text())
-        except (OSError, ValueError):
-            entry = {}
-        found[path.stem] = entry if isinstance(entry, dict) else {}
+            found[path.stem] = msgspec.json.decode(path.read_bytes(), type=Entry)
+        except (OSError, msgspec.DecodeError):
+            found[path.stem] = Entry()
     return found
-
-
-class Registration:
-    """A name that this process holds."""
-
-    def __init__(self, file: int, kept: bool = False) -> None:
-        self._file = file
-        self._kept = kept
-        self.describe(session="", run="")
-
-    def describe(self, session: str, run: str) -> None:
-        """Tell others which session and run directory the name stands for."""
-        entry = {"pid": os.getpid(), "session": session, "run": run} | ({"kept": True} if self._kept else {})
-        text = json.dumps(entry).encode()
-        os.pwrite(self._file, text, 0)
-        os.ftruncate(self._file, len(text))
 
 
 def _lock(path: Path, flags: int = 0) -> int:
@@ -138,15 +152,3 @@ def _lock(path: Path, flags: int = 0) -> int:
             os.close(file)
             raise
         os.close(file)
-
-
-def _held(name: str, entry: Mapping[str, object], keeps: bool) -> str:
-    """Who holds `name`, and what to do; `keeps`: where it was asked for to keep a teacher under it."""
-    where = f"(pid {entry.get('pid', 'unknown')}, run directory {entry.get('run') or 'not made yet'})"
-    another = "choose another: shmbridge-launch teacher start NAME ..." if keeps else "choose another --name"
-    if not entry.get("kept"):
-        return f"the name {name!r} is held by a live launcher {where}. Stop it, or {another}."
-    return (
-        f"the name {name!r} is held by a kept teacher {where}. Train with it (shmbridge-launch --attach {name} ...), end it "
-        f"(shmbridge-launch teacher stop {name}), or {another}."
-    )

@@ -1,4 +1,4 @@
-"""The sessions of this user on this machine: which there are, and which one is meant.
+"""The sessions of this user on this machine: which there are, which one is meant, and the removal of dead ones.
 
 A session is live while its owner holds the kernel lock on its control segment. Reading attaches with all the checks of
 Segment.attach; what cannot be read is told as such.
@@ -7,8 +7,7 @@ Segment.attach; what cannot be read is told as such.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -18,7 +17,7 @@ from launcher.hang import snapshot
 from launcher.hang.snapshot import Snapshot
 from shmbridge.errors import AttachError, ConfigError
 from shmbridge.shm import owner
-from shmbridge.shm.session import MappedSession, Names
+from shmbridge.shm.session import MappedSession
 
 LIVE, STALE, UNREADABLE = "live", "stale", "unreadable"
 SHORT = 8  # digits of an id, as people are told
@@ -48,9 +47,26 @@ def live(session_id: str) -> bool:
 
 def every() -> list[Session]:
     """All sessions that have objects in /dev/shm, the live ones first."""
-    names = {str(entry.get("session")).partition("@")[0]: name for name, entry in registry.entries().items()}
-    found = [_read(session_id, names.get(session_id, ""), len(left)) for session_id, left in owner.objects().items()]
+    names = {entry.session.partition("@")[0]: name for name, entry in registry.entries().items()}
+    found = [_read(session_id, names.get(session_id, ""), left) for session_id, left in owner.objects().items()]
     return sorted(found, key=lambda one: (one.state != LIVE, one.name, one.session_id))
+
+
+def dead() -> list[str]:
+    """Ids of this user's dead sessions."""
+    return [
+        session_id for session_id, left in owner.objects().items() if not _other_user(left) and not live(session_id)
+    ]
+
+
+def reclaim() -> Iterator[tuple[str, int]]:
+    """Remove what dead sessions of this user left in shared memory: (session id, number of objects) of each, once it is done. A live
+    one is never touched, because its owner holds a kernel lock."""
+    for session_id in dead():
+        with owner.lock_if_dead(session_id) as is_dead:
+            count = owner.unlink_session(session_id) if is_dead else 0
+        if count:  # none where its owner was just removing it
+            yield session_id, count
 
 
 def find(asked: str) -> Session:
@@ -69,28 +85,25 @@ def find(asked: str) -> Session:
         raise ConfigError(f"{asked!r} is the beginning of {len(fitting)} session ids: {_listed(fitting)}.")
     if fitting:
         raise ConfigError(f"there are {len(fitting)} live sessions, name one: {_listed(fitting)}.")
-    dead = [one for one in found if one.state != LIVE and asked and asked in (one.name, one.session_id[: len(asked)])]
-    if dead:
-        raise ConfigError(f"session {dead[0].short} is {_why(dead[0])}.")
+    ended = [one for one in found if one.state != LIVE and asked and asked in (one.name, one.session_id[: len(asked)])]
+    if ended:
+        why = f"not readable: {ended[0].problem.rstrip('.')}"
+        if ended[0].state == STALE:
+            why = "dead: its launcher was killed. `shmbridge-launch clean` removes what it left"
+        raise ConfigError(f"session {ended[0].short} is {why}.")
     here = f"live: {_listed(alive)}" if alive else "no session of this user is live"
     raise ConfigError(f"there is no session {asked!r}; {here}." if asked else f"{here}.")
-
-
-def _why(session: Session) -> str:
-    if session.state == STALE:
-        return "dead: its launcher was killed. `shmbridge-launch clean` removes what it left"
-    return f"not readable: {session.problem.rstrip('.')}"
 
 
 def _listed(sessions: Sequence[Session]) -> str:
     return listed([f"{one.name} ({one.short})" if one.name else one.short for one in sessions])
 
 
-def _read(session_id: str, name: str, objects: int) -> Session:
-    found = Session(session_id=session_id, name=name, objects=objects)
-    other = _foreign(session_id)
+def _read(session_id: str, name: str, left: Sequence[str]) -> Session:
+    found = Session(session_id=session_id, name=name, objects=len(left))
+    other = _other_user(left)
     if other:
-        return msgspec.structs.replace(found, state=UNREADABLE, problem=other)
+        return msgspec.structs.replace(found, state=UNREADABLE, problem=f"it belongs to uid {other}")
     if not live(session_id):
         return msgspec.structs.replace(found, state=STALE)
     try:
@@ -101,11 +114,13 @@ def _read(session_id: str, name: str, objects: int) -> Session:
     return msgspec.structs.replace(found, run=view.settings.run_dir, snapshot=seen)
 
 
-def _foreign(session_id: str) -> str:
-    """Whose it is, where it is another user's."""
-    path = Path(owner.SHM_DIRECTORY) / Names(session_id).control[1:]
-    try:
-        uid = path.lstat().st_uid
-    except FileNotFoundError:
-        return ""
-    return "" if uid == os.geteuid() else f"it belongs to uid {uid}"
+def _other_user(names: Sequence[str]) -> str:
+    """The uid that an object of a session belongs to, where that is not this user's; else empty."""
+    for name in names:
+        try:
+            uid = (owner.SHM_DIRECTORY / name).lstat().st_uid
+        except FileNotFoundError:  # its owner is removing it
+            continue
+        if uid != os.geteuid():
+            return str(uid)
+    return ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher import registry, sessions, stale
+from launcher import registry, sessions
 from launcher.cli import parsers
 from launcher.console.text import size, table
 from launcher.hang import report, snapshot, status
@@ -115,12 +115,13 @@ def _clean(args: argparse.Namespace) -> int:
     """Whoever is live holds a kernel lock, and is not touched."""
     would = "would remove" if args.dry_run else "removed"
     dead = {one.session_id: _bytes(one.session_id) for one in sessions.every() if one.state == STALE}
-    removed = [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(stale.reclaim())
+    removed = (
+        [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(sessions.reclaim())
+    )
     for session_id, count in removed:
         freed = f" ({size(dead[session_id])})" if dead.get(session_id) else ""
         print(f"{would} {count} objects{freed} of the dead session {session_id[: sessions.SHORT]}")
-    free = registry.is_free if args.dry_run else registry.remove_if_free
-    names = [name for name in registry.entries() if free(name)]
+    names = [name for name in registry.entries() if registry.remove_if_free(name, args.dry_run)]
     for name in names:
         print(f"{would} the name {name!r}, which no live launcher holds")
     if not removed and not names:

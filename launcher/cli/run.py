@@ -55,9 +55,9 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
 
 def reclaim(console: Console) -> None:
     """Remove what dead sessions left."""
-    from launcher import stale
+    from launcher import sessions
 
-    for session_id, count in stale.reclaim():
+    for session_id, count in sessions.reclaim():
         console.say(f"removed {count} objects that the dead session {session_id[:8]} left in /dev/shm")
 
 

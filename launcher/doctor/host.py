@@ -14,9 +14,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from launcher import stale
 from launcher.console.text import ranges, size
 from launcher.doctor.checks import Check, Finding, Status
+from launcher.sessions import dead
 from shmbridge.shm import owner
 
 OLDEST_TORCH = (2, 6)
@@ -183,9 +183,9 @@ def numa() -> Finding:
 
 def sessions() -> Finding:
     """Sessions of this user whose launcher was killed."""
-    dead = stale.dead()
-    if dead:
-        return Finding("warning", f"{len(dead)} dead, with objects in /dev/shm", "shmbridge-launch clean")
+    ended = dead()
+    if ended:
+        return Finding("warning", f"{len(ended)} dead, with objects in /dev/shm", "shmbridge-launch clean")
     return Finding("ok", "none dead")
 
 

@@ -135,28 +135,26 @@ def _connect(name: str, to_stop: bool) -> socket.socket:
 def _why_not(name: str, error: OSError, to_stop: bool) -> str:
     """What there is instead of a keeper that takes connections."""
     entries = registry.entries()
-    entry = entries.get(name)
-    kept = sorted(other for other, one in entries.items() if one.get("kept") and _lives(one))
+    kept = sorted(other for other, entry in entries.items() if entry.kept and _lives(entry))
     there_are = f"there are: {', '.join(kept)}" if kept else "there is none"
     remedy = f"Start it with `shmbridge-launch teacher start {name} --teacher MODEL`"
     if to_stop:
         remedy = "There is nothing to stop"
-    if entry is None:
+    if name not in entries:
         return f"no teacher is kept under the name {name!r}; {there_are}. {remedy}."
+    entry = entries[name]
     if not _lives(entry):
-        return f"the teacher {name!r} is not kept any more: its keeper (pid {entry.get('pid')}) was killed. {remedy}."
-    where = f"pid {entry.get('pid')}, run directory {entry.get('run') or 'not made yet'}"
-    if not entry.get("kept"):
-        return f"{name!r} is a run ({where}), not a kept teacher; {there_are}."
+        return f"the teacher {name!r} is not kept any more: its keeper (pid {entry.pid}) was killed. {remedy}."
+    if not entry.kept:
+        return f"{name!r} is a run ({entry.where}), not a kept teacher; {there_are}."
     return (
-        f"the keeper of {name!r} ({where}) cannot be reached: its socket {registry.directory() / name}.sock gives "
-        f"{error.strerror!r}. End it with `kill {entry.get('pid')}` and start it again."
+        f"the keeper of {name!r} ({entry.where}) cannot be reached: its socket {registry.directory() / name}.sock gives "
+        f"{error.strerror!r}. End it with `kill {entry.pid}` and start it again."
     )
 
 
-def _lives(entry: dict[str, object]) -> bool:
-    pid = entry.get("pid")
-    return isinstance(pid, int) and process.state(pid) not in ("gone", "zombie")
+def _lives(entry: registry.Entry) -> bool:
+    return entry.pid > 0 and process.state(entry.pid) not in ("gone", "zombie")
 
 
 def agree(connection: Connection, given: dict[str, object]) -> tuple[Config, Fingerprint]:

@@ -64,9 +64,7 @@ class Kept:
 
     @property
     def keeper(self) -> int:
-        pid = registry.entries()[self.name]["pid"]
-        assert isinstance(pid, int)
-        return pid
+        return registry.entries()[self.name].pid
 
     @property
     def log(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import registry, stale
+from launcher import registry, sessions
 from shmbridge import config
 from shmbridge.errors import ConfigError, SessionInUse
 from shmbridge.shm import owner
@@ -76,7 +76,7 @@ def test_a_session_that_its_owner_removes_meanwhile_is_not_told(monkeypatch):
     dying = "ab" * 16
     listing = {dying: []}
     monkeypatch.setattr(owner, "objects", lambda session_id=None: {} if session_id else listing)
-    assert list(stale.reclaim()) == []
+    assert list(sessions.reclaim()) == []
 
 
 def test_dead_sessions_are_reclaimed_and_live_ones_are_not():
@@ -84,7 +84,7 @@ def test_dead_sessions_are_reclaimed_and_live_ones_are_not():
     dead = dead_session(settings)
     with Owner(settings, lanes=1) as live:
         live.start_generation()
-        removed = dict(stale.reclaim())
+        removed = dict(sessions.reclaim())
         assert live.session_id not in removed
         assert live.session_id in owner.objects()
         assert dead not in owner.objects()

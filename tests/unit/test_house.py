@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # The launcher's folders, and its modules beside them. Each may import what stands before it.
 FLOORS = (
-    *("codes", "registry", "stale", "console", "plan", "process", "hang", "sessions", "doctor", "supervisor", "keeper"),
+    *("codes", "registry", "console", "plan", "process", "hang", "sessions", "doctor", "supervisor", "keeper"),
     *("cli", "__main__"),
 )
 TORCH_FREE = {"errors", "launch", "model_path", "config", "log", "output_spec", "shm"}

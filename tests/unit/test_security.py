@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import stale
+from launcher import sessions
 from shmbridge import config
 from shmbridge.shm import owner
 from shmbridge.shm.owner import SHM_DIRECTORY, Owner
@@ -93,6 +93,6 @@ def test_what_another_user_left_under_our_names_is_not_touched(promise):
     with Owner(settings, lanes=1) as session:
         name = owner.objects(session.session_id)[session.session_id][0]
         os.chown(SHM_DIRECTORY / name, 65534, 65534)
-        assert session.session_id not in dict(stale.reclaim())
+        assert session.session_id not in dict(sessions.reclaim())
         assert (SHM_DIRECTORY / name).exists()
     promise.kept("another user's session is never reclaimed")
