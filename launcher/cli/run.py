@@ -131,9 +131,9 @@ def _supervise(
 ) -> int:
     """Create the session and the run directory, which `stack` removes and closes, and run the jobs."""
     from launcher.console.logs import Logs
+    from launcher.supervisor.handle import SessionHandle
     from launcher.supervisor.hosted import HostedSession
     from launcher.supervisor.loop import EventLoop
-    from launcher.supervisor.session import Session
     from launcher.supervisor.training import TrainingJob, settings_of
     from shmbridge.shm.owner import Owner
     from shmbridge.shm.session import Token
@@ -146,7 +146,7 @@ def _supervise(
     loop = EventLoop(
         os.environ, Logs(console, run / "train", planned.ranks), console, signals, settings.timeouts.shutdown_s
     )
-    session = HostedSession(settings, owner, teachers, loop) if owner else Session()
+    session = HostedSession(settings, owner, teachers, loop) if owner else SessionHandle()
     token = session.begin(settings_of(planned, run), planned.ranks)
     if registration:
         registration.describe(first, str(run.resolve()))

@@ -24,8 +24,8 @@ from launcher.keeper.transport import Lines, credentials
 from launcher.process.signals import STOP, Signals
 from launcher.process.trial import Stopped
 from launcher.supervisor import cause
+from launcher.supervisor.handle import SessionHandle, State, state_of
 from launcher.supervisor.ranks import Ranks
-from launcher.supervisor.session import Session, State, state_of
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
@@ -171,7 +171,7 @@ def agree(connection: Connection, given: dict[str, object]) -> tuple[Config, Fin
     return settings, agreement.fingerprint(settings.teacher.model)
 
 
-class RemoteSession(Session):
+class RemoteSession(SessionHandle):
     """A kept teacher's session, held from the first `begin` until the connection is closed."""
 
     view: MappedSession
@@ -207,7 +207,6 @@ class RemoteSession(Session):
         else:
             self.view = MappedSession(begun.session)
         self.logs = [Path(path) for path in begun.logs]
-        self.ranks.close()
         self.ranks = Ranks(self.view.lanes, ranks, settings.teacher.serve_until == "closed")
         return Token(begun.session, begun.generation)
 

@@ -43,9 +43,9 @@ from launcher.keeper.transport import BACKLOG, Lines, credentials
 from launcher.plan.jobs import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report
+from launcher.supervisor.handle import LOADING_PHASES, MAY_BEGIN, State
 from launcher.supervisor.hosted import HostedSession
 from launcher.supervisor.loop import EventLoop
-from launcher.supervisor.session import LOADING_PHASES, MAY_BEGIN, State
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.shm.record import Phase
@@ -132,13 +132,12 @@ class Listener:
             self._leave(f"the kept teacher {self._name} is stopped by {number.name}")
         elif number == signal.SIGINT:
             self._session.close()  # whatever the holder may still need
-            self._loop.teardown.kill()
+            self._loop.kill()
 
     def conclude(self, elapsed_s: float) -> int:
         """Tell how it ended; the exit code."""
         for visitor in self._visitors:
             visitor.close()
-        self._session.ranks.close()
         found = self._session.failure
         if found and self._failed:
             return report.conclude(found, self._plan, self._loop, elapsed_s, self._run)
@@ -165,13 +164,13 @@ class Listener:
             self._failed = True
             self._console.say(f"{found.sentence}; stopping")
             self._refuse_queue(f"the kept teacher {self._name} ends: {found.sentence}.")
-            self._session.fail(found.as_failure())
+            self._session.fail(found)
             self._close(found.rank if found.role == TEACHER else None)
 
     def _close(self, failed: int | None = None) -> None:
         self._close_at = _NEVER
         self._session.close(failed=failed)
-        self._loop.teardown.begin()
+        self._loop.stop()
 
     # Who comes
 
@@ -289,7 +288,7 @@ class Listener:
         pid, self._visitor, self._holder = self._holder.pid, None, None
         if not self._ended_well:
             gone = cause.of_launcher(f"the launcher of this training group (pid {pid}) is gone: killed?", 1)
-            self._session.fail(gone.as_failure())
+            self._session.fail(gone)
         self._session.end()
         how = "has ended" if self._ended_well else "is gone without a word; its generation is ended"
         stays = "" if self._leaving or self._failed else "; the teacher stays"
@@ -359,7 +358,7 @@ class Listener:
         if self._visitor is None:
             self._close()
         elif now >= self._close_at:
-            self._session.fail(cause.of_launcher("the kept teacher was stopped", 1).as_failure())
+            self._session.fail(cause.of_launcher("the kept teacher was stopped", 1))
             self._close()
 
     @property

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from launcher.codes import REFUSED
 from launcher.console.progress import Progress
 from launcher.plan import machine, memory
-from launcher.plan.jobs import TEACHER, JobSpec
+from launcher.plan.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor import cause
 from launcher.supervisor.cause import Cause
+from launcher.supervisor.handle import LOADING_PHASES, SessionHandle, State, state_of
 from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.ranks import Ranks
-from launcher.supervisor.session import LOADING_PHASES, Session, State, state_of
-from launcher.supervisor.teachers import Replica, Teachers
+from launcher.supervisor.teachers import Teachers
 from shmbridge.config import Config
 from shmbridge.errors import SessionInUse, ShmbridgeError
 from shmbridge.shm.layout import ControlWord
@@ -30,7 +30,7 @@ from shmbridge.shm.session import Token
 _BUSY_S, _SERVING_S, _IDLE_S = 0.1, 1.0, 2.0
 
 
-class HostedSession(Session):
+class HostedSession(SessionHandle):
     """Owner of a session and of its teachers' jobs."""
 
     def __init__(self, config: Config, owner: Owner, specs: Sequence[JobSpec], loop: EventLoop) -> None:
@@ -40,10 +40,9 @@ class HostedSession(Session):
         self._config = config
         self._kept = config.teacher.keep
         self._owner = owner
-        self._specs = specs
         self._loop = loop
         self._console = loop.console
-        self._teachers: Teachers | None = None  # until the first step
+        self._teachers = Teachers(config, owner, specs, loop.start, loop.console)
         self._progress = Progress(loop.console, owner.control.teachers)
         self._has_replies = False
         self._answered = 0  # requests of the generations before this one
@@ -55,7 +54,7 @@ class HostedSession(Session):
     def state(self) -> State:
         if self._closed:
             return State.CLOSED
-        gone = [replica.index for replica in self._replicas if replica.job.exit]
+        gone = [replica.index for replica in self._teachers.replicas if replica.job.exit]
         return state_of(self._owner.control, self._owner.generation, gone)
 
     @property
@@ -65,21 +64,21 @@ class HostedSession(Session):
 
     @property
     def jobs(self) -> list[Job]:
-        return [replica.job for replica in self._replicas]
+        return [replica.job for replica in self._teachers.replicas]
 
     @property
     def no_witnesses(self) -> list[int]:
         """All while the session is well: it judges its teachers itself."""
         well = not self._closed and not self.failure
-        return [replica.index for replica in self._replicas if well or replica.served or replica.excused]
+        return [replica.index for replica in self._teachers.replicas if well or replica.served or replica.excused]
 
     @property
     def lost(self) -> bool:
-        return self._teachers is not None and self._teachers.lost
+        return self._teachers.lost
 
     @property
     def ended(self) -> bool:
-        return not any(replica.job.alive for replica in self._replicas)
+        return not any(job.alive for job in self.jobs)
 
     @property
     def done(self) -> bool:
@@ -87,10 +86,9 @@ class HostedSession(Session):
 
     @property
     def patience_s(self) -> float:
-        state = self.state
-        if not self.ready or state in (State.LOADING, State.DRAINING, State.CLOSED):
+        if not self.ready:
             return _BUSY_S
-        return _SERVING_S if state is State.SERVING else _IDLE_S
+        return {State.SERVING: _SERVING_S, State.IDLE: _IDLE_S}.get(self.state, _BUSY_S)
 
     @property
     def answered(self) -> int:
@@ -101,10 +99,6 @@ class HostedSession(Session):
     def _is_open(self) -> bool:
         """A generation has begun, and its training group has not ended."""
         return self._owner.generation > self._owner.control.words[ControlWord.TRAINING_DONE]
-
-    @property
-    def _replicas(self) -> list[Replica]:
-        return self._teachers.replicas if self._teachers else []
 
     # The verbs
 
@@ -117,7 +111,6 @@ class HostedSession(Session):
             self._owner.describe(settings)
             token = self._owner.start_generation(ranks)
             self._answered, self._stopping = answered, False
-            self.ranks.close()
             self.ranks = Ranks(self._owner.lanes, ranks, settings.teacher.serve_until == "closed")
             self._create_replies()
         except ShmbridgeError:
@@ -128,7 +121,7 @@ class HostedSession(Session):
 
     def end(self) -> None:
         self._owner.end_training()
-        for replica in self._replicas:
+        for replica in self._teachers.replicas:
             replica.served = False  # ranks that crashed have not finished with it: those of the next generation need it
 
     def save(self) -> None:
@@ -145,7 +138,7 @@ class HostedSession(Session):
     def close(self, trained: bool = False, failed: int | None = None) -> None:
         self._closed, self._trained = True, trained
         self._owner.end_session()
-        for replica in self._replicas:
+        for replica in self._teachers.replicas:
             if not trained and replica.index != failed and replica.record.phase in LOADING_PHASES:
                 replica.job.kill()
 
@@ -153,27 +146,22 @@ class HostedSession(Session):
 
     def step(self, now: float) -> None:
         super().step(now)
-        if not self._teachers and not self._closed:
-            self._teachers = Teachers(self._config, self._owner, self._specs, self._loop.start, self._console)
-        if self._teachers and (self._trained or (self._is_open and not self._closed and not self._kept)):
-            self._tolerate_late_crashes(self._teachers)
-        ends = self._closed or self.failure or (self._stopping and not self._kept)
-        if self._teachers and not ends:
-            try:
-                self._look(self._teachers, now)
-            except ShmbridgeError as error:
-                self.failure = cause.of_launcher(str(error), REFUSED)
-
-    def _look(self, teachers: Teachers, now: float) -> None:
-        teachers.advance(now)
-        self._agree()
+        if self._trained or (self._is_open and not self._closed and not self._kept):
+            self._tolerate_late_crashes()
+        if self._closed or self.failure or (self._stopping and not self._kept):
+            return
+        try:
+            self._teachers.step(now)
+            self._agree()
+        except ShmbridgeError as error:
+            self.failure = cause.of_launcher(str(error), REFUSED)
+            return
         self._progress.show()
-        oom_kills = self._loop.oom_kills if any(job.exit for job in self.jobs) else None
-        excused = [replica.index for replica in teachers.replicas if replica.served or replica.excused]
-        found = cause.find(self.jobs, self._owner, oom_kills=oom_kills, excused=excused, roles=(TEACHER,))
-        if found and not (teachers.survives(found, now) and not (self._kept and teachers.lost)):
-            self.failure = found
-        self.failure = self.failure or self._ended_early(teachers)
+        excused = [replica.index for replica in self._teachers.replicas if replica.served or replica.excused]
+        found = cause.find(self.jobs, self._owner, self._loop.oom_kills, excused=excused, teachers_alone=True)
+        if found and self._teachers.survives(found, now) and not (self._kept and self._teachers.lost):
+            found = None
+        self.failure = found or self._ended_early()
 
     def _agree(self) -> None:
         """The reply memory of a generation that is open, once all teachers have loaded, and its end, once they have left."""
@@ -186,7 +174,7 @@ class HostedSession(Session):
             if not self._kept:
                 raise
             # The session goes on without this generation.
-            self.fail(cause.of_launcher(str(error), REFUSED).as_failure())
+            self.fail(cause.of_launcher(str(error), REFUSED))
             self.end()
 
     def _create_replies(self) -> None:
@@ -198,30 +186,28 @@ class HostedSession(Session):
             self._has_replies = True
             self._console.say(f"reply memory: {memory.created(self._config, self._owner.shape, agreed, nbytes)}")
 
-    def _ended_early(self, teachers: Teachers) -> Cause | None:
+    def _ended_early(self) -> Cause | None:
         """One that has ended, without a failure, though it is kept, or has ranks still to serve."""
-        for replica in teachers.replicas:
+        for replica in self._teachers.replicas:
             if not replica.job.exit or replica.excused:
                 continue
             who = replica.job.spec.who
             if self._kept and not replica.job.exit.failed and not replica.job.asked:
                 return cause.of_launcher(f"{who} ended although it is kept", 1)
-            if not self._kept and not self.ranks.finished(teachers.left_with(replica)):
-                name = f"the {who}" if len(teachers.replicas) == 1 else who
-                return cause.of_launcher(f"{name} ended although ranks were still to be served", 1)
+            if not self._kept and not self.ranks.finished(self._teachers.left_with(replica)):
+                return cause.of_launcher(f"{who} ended although ranks were still to be served", 1)
         return None
 
-    def _tolerate_late_crashes(self, teachers: Teachers) -> None:
+    def _tolerate_late_crashes(self) -> None:
         """A teacher that crashes in its exit, with every rank of its own done, takes nothing from the training. Where no rank has
         connected, its failure is the run's."""
         if len(self.ranks.absent) == self.ranks.count:
             return
-        for replica in teachers.replicas:
-            lanes = teachers.lanes(replica)
+        for replica in self._teachers.replicas:
+            lanes = self._teachers.lanes(replica)
             if (self._trained or self.ranks.finished(lanes)) and not self.ranks.failed(lanes):
                 replica.served = True
-            if replica.served and replica.job.exit and replica.job.died and not replica.crashed_late:
+            if replica.served and replica.job.died and not replica.crashed_late:
                 replica.crashed_late = True
-                late = cause.of_exit(replica.job, replica.job.exit, self._loop.oom_kills).sentence
-                log = replica.job.spec.log
-                self._console.say(f"warning: {late} after the ranks had finished with it; see {log}")
+                late = cause.of_job(replica.job, self._loop.oom_kills).sentence
+                self._console.say(f"warning: {late} after the ranks had finished with it; see {replica.job.spec.log}")

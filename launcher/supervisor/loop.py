@@ -1,25 +1,31 @@
 """The one loop of a launcher: it sleeps until a process, a socket or a signal has something to tell, then steps a session and what
-drives it."""
+drives it.
+
+It also ends the jobs: they have a time to stop by themselves, then the ranks are sent a signal, and after one grace all that is left is
+killed. Teachers are sent no signal: they end when the session says so, or with SIGKILL.
+"""
 
 from __future__ import annotations
 
 import select
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
+from launcher.console.text import listed, seconds
 from launcher.plan import machine
-from launcher.plan.jobs import JobSpec
+from launcher.plan.jobs import TRAIN, JobSpec
 from launcher.process import job
 from launcher.process.job import Job
 from launcher.process.signals import Signals
-from launcher.supervisor.teardown import Teardown
 
 _SHORTEST_S, _BEHIND_S = 0.05, 0.1  # after log lines were shown; while the terminal takes none
 _SHOW_S = 5.0
+_UNKILLABLE_S = 5.0  # a process in uninterruptible sleep takes no SIGKILL until the kernel lets go of it
+_NEVER = float("inf")
 
 
 class Part(Protocol):
@@ -56,12 +62,13 @@ class EventLoop:
         self.jobs: dict[str, Job] = {}
         self.logs = logs
         self.console = console
-        self.teardown = Teardown(self.jobs, grace_s, console)
         self._base = base
         self._signals = signals
         self._oom_kills_before = machine.oom_kills()
+        self._grace_s = grace_s
+        self._number = signal.SIGTERM
+        self._stop_at = self._kill_at = self._give_up_at = _NEVER  # monotonic seconds
 
-    @property
     def oom_kills(self) -> int | None:
         """How many processes the kernel has killed for want of memory since the start; None where that is unknown."""
         return machine.oom_kills_since(self._oom_kills_before)
@@ -73,21 +80,38 @@ class EventLoop:
         started = self.jobs[spec.name] = Job(spec, self._base)
         return started
 
+    def stop(self, after_s: float = 0.0, number: signal.Signals = signal.SIGTERM) -> None:
+        """In `after_s` send the ranks that still run SIGINT or SIGTERM; one grace later kill whatever still runs."""
+        self._number = number
+        self._stop_at = time.monotonic() + after_s
+        self._kill_at = self._stop_at + self._grace_s
+
+    def kill(self) -> None:
+        """SIGKILL for all of every job."""
+        left = self._alive
+        self.console.say(f"SIGKILL for {listed([f'{running.name} (pid {running.first_pid})' for running in left])}")
+        for running in left:
+            running.kill()
+        self._stop_at = self._kill_at = _NEVER
+        self._give_up_at = time.monotonic() + _UNKILLABLE_S
+
     def run(self, session: Part, driver: Driver) -> int:
         """Step both until they are done and no process is left. The exit code."""
         started, tick_s = time.monotonic(), _SHORTEST_S
         job.adopt_orphans()
         try:
-            self._deliver(driver.on_signal)
-            while not (session.done and driver.done and not self._alive) and not self.teardown.stuck:
-                self._sleep(min(tick_s, session.patience_s, driver.patience_s), session, driver)
-                self._deliver(driver.on_signal)
+            while True:
+                for number in self._signals.take():
+                    driver.on_signal(number)
                 self._collect()
                 shown = self.logs.pump()
                 session.step(time.monotonic())
                 driver.step(time.monotonic())
-                self.teardown.advance()
+                self._stop_what_is_due(time.monotonic())
+                if (session.done and driver.done and not self._alive) or time.monotonic() >= self._give_up_at:
+                    break
                 tick_s = _SHORTEST_S if shown else _BEHIND_S if self.console.behind else 2 * tick_s
+                self._sleep(min(tick_s, session.patience_s, driver.patience_s), session, driver)
             self.logs.finish()
             return driver.conclude(time.monotonic() - started)
         finally:
@@ -100,19 +124,6 @@ class EventLoop:
     def _alive(self) -> list[Job]:
         return [running for running in self.jobs.values() if running.alive]
 
-    def _deliver(self, on_signal: Callable[[signal.Signals], None]) -> None:
-        for number in self._signals.take():
-            on_signal(number)
-
-    def _sleep(self, seconds: float, *parts: Part) -> None:
-        poll = select.poll()
-        for fd in (self._signals.fd, *(running.pidfd for running in self._alive)):
-            poll.register(fd, select.POLLIN)
-        for part in parts:
-            for fd, events in part.watch():
-                poll.register(fd, events)
-        poll.poll(1000 * seconds)
-
     def _collect(self) -> None:
         """Take note of the jobs that have ended, and leave nothing of them."""
         for running in self._alive:
@@ -120,3 +131,21 @@ class EventLoop:
             if ended and ended.signal:
                 job.sweep(self.jobs.values())
         job.reap(self.jobs.values())
+
+    def _stop_what_is_due(self, now: float) -> None:
+        if now >= self._stop_at:
+            self._stop_at = _NEVER
+            if TRAIN in self.jobs:
+                self.jobs[TRAIN].stop(self._number)
+        if now >= self._kill_at:
+            self.console.say(f"the grace of {seconds(self._grace_s)} (timeouts.shutdown_s) is over")
+            self.kill()
+
+    def _sleep(self, longest_s: float, *parts: Part) -> None:
+        poll = select.poll()
+        for fd in (self._signals.fd, *(running.pidfd for running in self._alive)):
+            poll.register(fd, select.POLLIN)
+        for part in parts:
+            for fd, events in part.watch():
+                poll.register(fd, events)
+        poll.poll(1000 * longest_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import time
@@ -12,7 +11,7 @@ from launcher.hang.snapshot import ranks_among
 from launcher.process import signals
 from launcher.process.job import Job
 from shmbridge.shm import process
-from shmbridge.shm.process import Identity
+from shmbridge.shm.process import Peer
 from shmbridge.shm.session import Lane
 
 
@@ -25,20 +24,18 @@ class Ranks:
         self.ended_ns: dict[int, int] = {}  # by rank, CLOCK_MONOTONIC
         self._lanes = lanes
         self._until_closed = until_closed
-        self._watched: dict[int, int] = {}  # rank -> pidfd
-
-    def identity(self, rank: int) -> Identity | None:
-        """None until the rank has signed in."""
-        return self._lanes[rank].records[0].identity if self._lanes else None
-
-    @property
-    def all_signed_in(self) -> bool:
-        return bool(self._lanes) and not self.absent
+        self._alive: dict[int, Peer] = {}  # by rank: who has signed in and was not seen to end
 
     @property
     def absent(self) -> list[int]:
         """Those that have not connected to the bridge; empty where it is off."""
         return [lane.index for lane in self._lanes if not lane.records[0].identity]
+
+    @property
+    def with_save_hook(self) -> list[int]:
+        """Those that are to save before they stop, and have not ended."""
+        saving = [lane for lane in self._lanes if lane.records[0].saves and not lane.ring.closed]
+        return [lane.index for lane in saving if lane.index not in self.ended_ns]
 
     def finished(self, ranks: Iterable[int]) -> bool:
         """Their teacher has nobody left to serve: each of `ranks` has ended, or has closed its bridge and does not come back
@@ -50,17 +47,8 @@ class Ranks:
 
     def _is_gone(self, rank: int) -> bool:
         """Looked up now: its teacher, which ends right after it, may be seen first."""
-        who = self.identity(rank)
+        who = self._lanes[rank].records[0].identity
         return who is None or process.state_of(who) in ("gone", "zombie")
-
-    @property
-    def with_save_hook(self) -> list[int]:
-        """Those that are to save before they stop, and have not ended."""
-        return [
-            lane.index
-            for lane in self._lanes
-            if lane.records[0].saves and not lane.ring.closed and lane.index not in self.ended_ns
-        ]
 
     def failed(self, ranks: Iterable[int]) -> bool:
         """One of `ranks` has written a failure, be it one that follows from another's."""
@@ -68,45 +56,30 @@ class Ranks:
 
     def watch(self) -> list[tuple[int, int]]:
         """File descriptors that become readable when a rank ends."""
-        return [(fd, select.POLLIN) for fd in self._watched.values()]
+        return [(peer.fd, select.POLLIN) for peer in self._alive.values() if peer.fd is not None]
 
     def update(self) -> None:
         """Take note of the ranks that have signed in, and of those that have ended."""
-        poll = select.poll()
         for lane in self._lanes:
             who = lane.records[0].identity
-            if who and lane.index not in self._watched and lane.index not in self.ended_ns:
-                fd = process.open_pidfd(who)
-                if fd is None:
-                    self.ended_ns[lane.index] = time.monotonic_ns()
-                else:
-                    self._watched[lane.index] = fd
-        for fd in self._watched.values():
-            poll.register(fd, select.POLLIN)
-        ended = {fd for fd, _ in poll.poll(0)}
-        for rank in [rank for rank, fd in self._watched.items() if fd in ended]:
+            if who and lane.index not in self._alive and lane.index not in self.ended_ns:
+                self._alive[lane.index] = Peer(who)
+        for rank in [rank for rank, peer in self._alive.items() if not peer.alive()]:
             self.ended_ns[rank] = time.monotonic_ns()
-            os.close(self._watched.pop(rank))
+            del self._alive[rank]
 
     def forward(self, number: signal.Signals, training: Job | None) -> str:
-        """Send a user's signal to each rank that handles it, past torchrun. Says what was done."""
-        found = sorted(self._processes(training).items())
-        handling = {rank for rank, who in found if signals.handles(who.pid, number)}
-        # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
-        sent = [str(rank) for rank, who in found if rank in handling and process.send(who, number)]
-        spared = [str(rank) for rank, _ in found if str(rank) not in sent]
-        if not sent:
-            return f"{number.name} was sent to no rank: none has a handler for it"
-        rest = f"; not to {', '.join(spared)}, without a handler" if spared else ""
-        return f"{number.name} was sent to rank {', '.join(sent)}{rest}"
+        """Send a user's signal to each rank that handles it, past torchrun. Says what was done.
 
-    def _processes(self, training: Job | None) -> dict[int, Identity]:
-        """By rank: from the records, else torchrun's children, which tell their LOCAL_RANK."""
+        The ranks are those of the records, else torchrun's children, which tell their LOCAL_RANK.
+        """
         found = ranks_among(training.children() if training else ())
         found |= {lane.index: who for lane in self._lanes if (who := lane.records[0].identity)}
-        return found
-
-    def close(self) -> None:
-        for fd in self._watched.values():
-            os.close(fd)
-        self._watched = {}
+        handling = [rank for rank in sorted(found) if signals.handles(found[rank].pid, number)]
+        # At once: a rank that the first one tells to end would meet the signal when Python has taken its handler down.
+        sent = [rank for rank in handling if process.send(found[rank], number)]
+        spared = ", ".join(str(rank) for rank in sorted(found) if rank not in sent)
+        if not sent:
+            return f"{number.name} was sent to no rank: none has a handler for it"
+        rest = f"; not to {spared}, without a handler" if spared else ""
+        return f"{number.name} was sent to rank {', '.join(map(str, sent))}{rest}"

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.console.logs import Logs
 from launcher.console.terminal import LAUNCHER, Console
 from launcher.console.text import seconds, size, table
 from launcher.doctor import command as doctor
@@ -18,7 +17,7 @@ from launcher.doctor import host
 from launcher.doctor.checks import Fact, gather
 from launcher.plan.jobs import TEACHER, TORCHRUN, Plan
 from launcher.process.job import Exit
-from launcher.supervisor.cause import TRAINER, Cause
+from launcher.supervisor.cause import TRAINER, UNKNOWN, Cause
 from launcher.supervisor.loop import EventLoop
 from shmbridge.shm.record import Phase
 
@@ -47,95 +46,69 @@ class Report(msgspec.Struct, frozen=True):
 
     def text(self, machine: Sequence[Fact]) -> str:
         """As people read it, with some facts of the machine."""
-        parts = (self._headline(), self._facts(), self._evidence(), _of_machine(machine), self._end())
-        return "\n".join(part for part in parts if part)
-
-    def _headline(self) -> str:
-        return f"\nThe run failed after {seconds(self.elapsed_s)}: {self.cause.sentence}\n"
-
-    def _facts(self) -> str:
         cause = self.cause
-        where = [cause.phase and f"phase {cause.phase}" + _for(cause.elapsed_s)]
-        where += [f"step {cause.step}" if cause.step is not None else ""]
-        where += [f"sequence {cause.sequence}" if cause.sequence is not None else ""]
-        rows = [
-            ("who", f"{cause.who}, pid {cause.pid or 'unknown'}" + (f", GPU {self.gpu}" if self.gpu else "")),
-            ("where", ", ".join(part for part in where if part)),
-            ("ended", cause.reason if cause.signal else f"exit code {cause.status}"),
-            ("memory", self.memory),
+        stood = "" if cause.elapsed_s is None else f" for {seconds(cause.elapsed_s)}"
+        where = [
+            "" if cause.phase == UNKNOWN else f"phase {cause.phase}{stood}",
+            "" if cause.step is None else f"step {cause.step}",
+            "" if cause.sequence is None else f"sequence {cause.sequence}",
         ]
-        return table([row for row in rows if row[1]])
-
-    def _evidence(self) -> str:
-        cause = self.cause
+        facts = {
+            "who": f"{cause.who}, pid {cause.pid or 'unknown'}" + (f", GPU {self.gpu}" if self.gpu else ""),
+            "where": ", ".join(filter(None, where)),
+            "ended": cause.reason if cause.signal else f"exit code {cause.status}",
+            "memory": self.memory,
+        }
+        parts = [
+            f"\nThe run failed after {seconds(self.elapsed_s)}: {cause.sentence}\n",
+            table([(name, fact) for name, fact in facts.items() if fact]),
+        ]
         if cause.traceback:
-            return _quoted("its traceback", cause.traceback)
-        if "\n" in cause.reason:
-            return _quoted("the whole reason", cause.reason)
-        return _quoted(f"the end of its log ({self.log_of})", "\n".join(self.log)) if self.log else ""
-
-    def _end(self) -> str:
+            parts.append(_quoted("its traceback", cause.traceback))
+        elif "\n" in cause.reason:
+            parts.append(_quoted("the whole reason", cause.reason))
+        elif self.log:
+            parts.append(_quoted(f"the end of its log ({self.log_of})", "\n".join(self.log)))
+        if machine:
+            title = "this machine (shmbridge-launch doctor also looks at the GPUs)"
+            parts.append(f"\n  {title}\n{doctor.page(machine, margin=4)}")
         logs = [("log" if i == 0 else "", path) for i, path in enumerate(self.log_paths)]
-        return "\n" + table([("next", self.action), *logs, ("report", self.path)])
+        parts.append("\n" + table([("next", self.action), *logs, ("report", self.path)]))
+        return "\n".join(parts)
 
 
-def make(
-    cause: Cause, ended: Exit | None, plan: Plan, logs: Logs, elapsed_s: float, oom_kills: int | None, directory: Path
-) -> Report:
-    """The report of a cause; `ended` is the exit of the job that it happened in, `oom_kills` the run's, where known."""
+def conclude(cause: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, directory: Path) -> int:
+    """Report the failure of a launcher whose jobs have ended: in `directory`, and on stderr after what the console still has to
+    show, there only with what is not ok of the machine. The exit code."""
+    replica = cause.rank if cause.role == TEACHER else None
+    ended = next((job.exit for job in loop.jobs.values() if job.spec.replica == replica), None)
+    oom_kills = loop.oom_kills() if cause.signal == signal.SIGKILL else None
     # Where train.torchrun_args has log flags of its own, what the ranks print is torchrun's output, or in files elsewhere.
-    log_of = TORCHRUN if cause.role == TRAINER and not logs.paths(cause.who) else cause.who
-    return Report(
+    log_of = TORCHRUN if cause.role == TRAINER and not loop.logs.paths(cause.who) else cause.who
+    report = Report(
         cause=cause,
         gpu=_gpu(cause, plan),
         elapsed_s=elapsed_s,
         exit_code=cause.status,
         memory=_memory(ended, oom_kills) if cause.signal == signal.SIGKILL else "",
         log_of=log_of,
-        log=[] if cause.traceback else logs.last_lines(log_of),
-        log_paths=[str(path) for path in logs.paths(log_of)],
+        log=[] if cause.traceback else loop.logs.last_lines(log_of),
+        log_paths=[str(path) for path in loop.logs.paths(log_of)],
         action=_action(cause, oom_kills),
         path=str(directory / "report.txt"),
         machine=gather(host.CHECKS, _MACHINE_S),
     )
-
-
-def conclude(found: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, directory: Path) -> int:
-    """Report the failure of a launcher whose jobs have ended; its exit code."""
-    replica = found.rank if found.role == TEACHER else None
-    ended = next((job.exit for job in loop.jobs.values() if job.spec.replica == replica), None)
-    made = make(found, ended, plan, loop.logs, elapsed_s, loop.oom_kills, directory)
-    tell(made, loop.console)
-    return made.exit_code
-
-
-def write(report: Report) -> None:
-    """report.txt and report.json in the run directory."""
-    path = Path(report.path)
-    path.write_text(f"{report}\n")
-    path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
-
-
-def tell(report: Report, console: Console) -> None:
-    """Write it, and show it on stderr after what `console` still has to show; of the machine only what is not ok."""
-    write(report)
-    console.flush(_SHOW_S)
+    (directory / "report.txt").write_text(f"{report}\n")
+    (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
+    loop.console.flush(_SHOW_S)
     errors = Console(sys.stderr)
     errors.write(report.text([fact for fact in report.machine if fact.status != "ok"]) + "\n")
     errors.flush(_SHOW_S)
-
-
-def _for(elapsed_s: float | None) -> str:
-    return "" if elapsed_s is None else f" for {seconds(elapsed_s)}"
+    return report.exit_code
 
 
 def _quoted(title: str, text: str) -> str:
     return f"\n  {title}\n" + "\n".join(f"    {line}".rstrip() for line in text.rstrip().split("\n"))
-
-
-def _of_machine(machine: Sequence[Fact]) -> str:
-    title = "this machine (shmbridge-launch doctor also looks at the GPUs)"
-    return f"\n  {title}\n{doctor.page(machine, margin=4)}" if machine else ""
 
 
 def _gpu(cause: Cause, plan: Plan) -> str:
@@ -164,7 +137,7 @@ def _action(cause: Cause, oom_kills: int | None) -> str:
         return "See `dmesg` for the kernel's reason; use less memory, or raise the limit."
     if cause.signal:
         return "A crash in native code: run with PYTHONFAULTHANDLER=1 to see the stack."
-    if cause.role == TEACHER and cause.phase in (str(Phase.STARTING), str(Phase.LOADING), str(Phase.PROBING), ""):
+    if cause.role == TEACHER and cause.phase in (str(Phase.STARTING), str(Phase.LOADING), str(Phase.PROBING), UNKNOWN):
         return "Correct teacher.model or its settings; nothing was trained."
     if "ParityError: parity check, vocabulary" in cause.reason:
         return "Take a student with the teacher's vocabulary, or cut the padding as the message says."

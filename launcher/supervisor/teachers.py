@@ -7,8 +7,7 @@ submitted and not answered is in the ring; whoever serves the lane next answers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from launcher.console.terminal import Console
 from launcher.console.text import seconds
@@ -24,11 +23,6 @@ from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import Lane
 
 _LONGEST_PAUSE_S = 60.0
-
-
-class Start(Protocol):
-    def __call__(self, spec: JobSpec) -> Job:
-        """Start a job."""
 
 
 class Replica:
@@ -54,13 +48,19 @@ class Replica:
 class Teachers:
     """Of one session. Lane i is replica i % replicas' own."""
 
-    def __init__(self, config: Config, owner: Owner, specs: Sequence[JobSpec], start: Start, console: Console) -> None:
-        """Start a job for each replica."""
-        self.replicas = [
-            Replica(record, start(spec)) for record, spec in zip(owner.control.teachers, specs, strict=True)
-        ]
+    def __init__(
+        self,
+        config: Config,
+        owner: Owner,
+        specs: Sequence[JobSpec],
+        start: Callable[[JobSpec], Job],
+        console: Console,
+    ) -> None:
+        """`start` starts a job; the first step starts one for each replica."""
+        self.replicas: list[Replica] = []  # empty until then
         self._config = config
         self._owner = owner
+        self._specs = specs
         self._start = start
         self._console = console
         self._agreed: Offer | None = None
@@ -69,21 +69,27 @@ class Teachers:
     @property
     def lost(self) -> bool:
         """None is there any more, and none will come."""
-        return all(replica.lost for replica in self.replicas)
+        return bool(self.replicas) and all(replica.lost for replica in self.replicas)
 
-    def advance(self, now: float) -> None:
+    def step(self, now: float) -> None:
         """Take note of those that are ready, give the lanes of the dead to the living, start the new ones that are due.
 
         Raises:
             PlanError: two return different things, or a new one returns something else than the one before it.
         """
+        if not self.replicas:
+            pairs = zip(self._owner.control.teachers, self._specs, strict=True)
+            self.replicas = [Replica(record, self._start(spec)) for record, spec in pairs]
         self._agreed = self._agreed or self._owner.offered()
         for replica in self.replicas:
-            self._refuse_other(replica)
+            if replica.died_at is not None:
+                self._refuse_other(replica)
             if self._is_ready(replica) and not replica.excused:
                 replica.was_ready = True
                 if replica.died_at is not None:
-                    self._is_back(replica, now - replica.died_at)
+                    self._console.say(f"{self._called(replica)} is back after {seconds(now - replica.died_at)}")
+                    replica.died_at = None
+                    self._ask_lanes_back(replica)
         self._give_lanes_away()
         for replica in self.replicas:
             if replica.due_at is not None and replica.job.exit and now >= replica.due_at:
@@ -114,10 +120,10 @@ class Teachers:
 
     def _pause_s(self, gone_s: float) -> float | None:
         """How long to wait before the next start; None: there is none."""
-        if self._started < self._config.teacher.restarts:
+        beyond = self._started - self._config.teacher.restarts
+        if beyond < 0:
             return 0.0 if self._started == 0 else min(2.0 ** (self._started - 1), _LONGEST_PAUSE_S)
         if self._config.on_teacher_lost == "wait" and gone_s < self._config.timeouts.request_s:
-            beyond = self._started - self._config.teacher.restarts
             return min(2.0**beyond, _LONGEST_PAUSE_S)
         return None
 
@@ -127,22 +133,16 @@ class Teachers:
         return record.phase is Phase.IDLE or (generation > 0 and record.ready == generation)
 
     def _refuse_other(self, replica: Replica) -> None:
-        text = replica.record.offer if replica.died_at is not None else None
+        text = replica.record.offer
         found = Offer.decode(text).differs(self._agreed) if text is not None and self._agreed else ""
         if found:
-            who = placement.teacher_name(replica.index, len(self.replicas))
             raise PlanError(
-                f"the new {who} offers something else than the first one: {found}. Did the model change on the disk?"
+                f"the new {self._called(replica)} offers something else than the first one: {found}. Did the model change on the "
+                "disk?"
             )
 
-    def _is_back(self, replica: Replica, took_s: float) -> None:
-        replica.died_at = None
-        self._console.say(
-            f"{placement.teacher_name(replica.index, len(self.replicas))} is back after {seconds(took_s)}"
-        )
-        for lane in self._owner.lanes:
-            if self._home(lane) == replica.index != lane.teacher:
-                self._owner.ask_to_hand_over(lane.index, replica.index)
+    def _called(self, replica: Replica) -> str:
+        return placement.teacher_name(replica.index, len(self.replicas))
 
     # Lanes
 
@@ -152,11 +152,16 @@ class Teachers:
 
     def left_with(self, replica: Replica) -> list[int]:
         """Lanes that nobody takes from it: its own, and those of replicas that are lost."""
-        stay = {replica.index} | {one.index for one in self.replicas if one.lost}
+        stay = {replica.index} | {other.index for other in self.replicas if other.lost}
         return [lane.index for lane in self._owner.lanes if lane.teacher == replica.index and self._home(lane) in stay]
 
     def _home(self, lane: Lane) -> int:
         return placement.replica_of(lane.index, len(self.replicas))
+
+    def _ask_lanes_back(self, replica: Replica) -> None:
+        for lane in self._owner.lanes:
+            if self._home(lane) == replica.index != lane.teacher:
+                self._owner.ask_to_hand_over(lane.index, replica.index)
 
     def _give_lanes_away(self) -> None:
         """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,12 +29,11 @@ from launcher.process.signals import USER
 from launcher.process.trial import Stopped
 from launcher.supervisor import cause, report
 from launcher.supervisor.cause import Cause
+from launcher.supervisor.handle import MAY_BEGIN, SessionHandle
 from launcher.supervisor.loop import EventLoop
-from launcher.supervisor.restart import Restarts
-from launcher.supervisor.session import MAY_BEGIN, Session
 from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
-from shmbridge.shm.session import Token
+from shmbridge.shm.session import Lane, Token
 
 _BUSY_S, _RUNNING_S = 0.1, 0.5
 
@@ -50,10 +49,41 @@ class Stage(enum.Enum):
     STOPPED = enum.auto()
 
 
+class Restarts:
+    """Whether training that has crashed is started again: as often as train.restarts says, and only while it gets on."""
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.count = 0
+        self._furthest = -1  # step of all generations so far
+
+    def refused(self, lanes: Sequence[Lane]) -> str:
+        """Why training is not started again after the generation with these lanes; empty where it is, and counted.
+
+        A generation has got on if a rank came to a later step than any before it; where the script tells no steps, if a rank
+        got a reply.
+        """
+        if not self.allowed:
+            return "train.restarts is 0"
+        if self.count == self.allowed:
+            return f"all {self.allowed} restarts (train.restarts) are used up"
+        steps = [step for lane in lanes for record in lane.records if (step := record.step) is not None]
+        furthest = max(steps, default=-1)
+        if self._furthest >= 0 and furthest <= self._furthest:
+            return f"it came no further than step {self._furthest} again"
+        if not any(lane.ring.replied for lane in lanes):
+            return "it got no reply before it crashed"
+        self._furthest = max(furthest, self._furthest)
+        self.count += 1
+        return ""
+
+
 class TrainingJob:
     """One run's training, from its start to its exit code."""
 
-    def __init__(self, plan: Plan, spec: JobSpec, session: Session, token: Token | None, run: Path, loop: EventLoop):
+    def __init__(
+        self, plan: Plan, spec: JobSpec, session: SessionHandle, token: Token | None, run: Path, loop: EventLoop
+    ):
         """`token` is of the first generation, which has begun; None without a teacher. `run` is the run's directory."""
         self._plan = plan
         self._spec = spec
@@ -73,7 +103,7 @@ class TrainingJob:
         self._cause_stands = False  # whatever the ends of the jobs may tell
         self._stopped_by: signal.Signals | None = None
         self._saving = False  # ranks run their save hooks before they stop
-        self._told_ranks = self._told_teachers = False  # in a run that stops: nobody answers any more; nobody asks
+        self._told_ranks = False  # in a run that stops: nobody answers any more
 
     # As the loop sees it
 
@@ -109,7 +139,7 @@ class TrainingJob:
         elif self._stage not in (Stage.FAILED, Stage.STOPPED):
             self._stop(number)
         elif number == signal.SIGINT:
-            self._loop.teardown.kill()
+            self._loop.kill()
 
     # Running
 
@@ -128,22 +158,18 @@ class TrainingJob:
         elif self._job and self._job.exit and not self._job.exit.failed:
             self._stage = Stage.DONE
             self._session.close(trained=True)
-            self._loop.teardown.begin()
+            self._loop.stop()
         elif self._monitor and (overdue := self._monitor.step(now)):
             self._fail(cause.of_overdue(overdue), stands=True)
 
     def _find(self) -> Cause | None:
-        jobs = [*self._session.jobs, *([self._job] if self._job else [])]
-        any_ended = any(job.exit for job in jobs) or self._record.exists()
         return cause.find(
-            jobs,
+            [*self._session.jobs, *([self._job] if self._job else [])],
             self._session.view,
-            self._record,
-            self._session.ranks.ended_ns,
-            self._loop.oom_kills
-            if any_ended
-            else None,  # the kernel's counter costs more than the rest of a quiet tick
-            self._session.no_witnesses,
+            self._loop.oom_kills,
+            record=self._record,
+            ended_ns=self._session.ranks.ended_ns,
+            excused=self._session.no_witnesses,
         )
 
     def _crash(self, found: Cause, now: float) -> None:
@@ -174,13 +200,9 @@ class TrainingJob:
             if self._session.state in MAY_BEGIN:
                 self._begin()
             elif now - self._crashed_at >= patience_s:
-                self._fail(
-                    cause.of_launcher(
-                        f"the teacher has not finished what the crashed training has left after {seconds(patience_s)} "
-                        "(timeouts.request_s); its log tells where it is",
-                        REFUSED,
-                    )
-                )
+                late = f"after {seconds(patience_s)} (timeouts.request_s); its log tells where it is"
+                why = f"the teacher has not finished what the crashed training has left {late}"
+                self._fail(cause.of_launcher(why, REFUSED))
         except Stopped as stopped:
             self.on_signal(stopped.number)
         except ShmbridgeError as error:
@@ -188,9 +210,8 @@ class TrainingJob:
 
     def _begin(self) -> None:
         assert self._session.view
-        generation = self._session.view.generation
         if self._record.exists():
-            self._record.rename(self._record.with_name(f"failures-{generation}.json"))
+            self._record.rename(self._record.with_name(f"failures-{self._session.view.generation}.json"))
         token = self._session.begin(settings_of(self._plan, self._run), self._plan.ranks)
         self._loop.logs.expect(self._plan.ranks)
         self._start(token)
@@ -203,10 +224,10 @@ class TrainingJob:
         self._cause, self._cause_stands = found, stands or found.role == LAUNCHER or self._stage is Stage.CRASHED
         self._stage = Stage.FAILED
         self._console.say(f"{found.sentence}; stopping")
-        self._session.fail(found.as_failure())
+        self._session.fail(found)
         ranks, of_teacher = self._session.ranks, found.role in (TEACHER, LAUNCHER)
         grace_s = self._timeouts.save_s if ranks.with_save_hook else self._timeouts.shutdown_s
-        self._loop.teardown.begin(after_s=grace_s if ranks.all_signed_in or not of_teacher else 0.0)
+        self._loop.stop(after_s=0.0 if of_teacher and ranks.absent else grace_s)
         self._session.close(failed=found.rank if found.role == TEACHER else None)
 
     def _stop(self, number: signal.Signals) -> None:
@@ -218,57 +239,48 @@ class TrainingJob:
         if saving and self._job:
             self._saving = True
             self._job.hold()
-            ranks = listed([str(rank) for rank in saving])
-            who = f"ranks {ranks} run their save hooks" if len(saving) > 1 else f"rank {ranks} runs its save hook"
+            who = f"rank{'s' if len(saving) > 1 else ''} {listed([str(rank) for rank in saving])}"
             most = seconds(self._timeouts.save_s)
-            self._console.say(f"{who}, {most} at most (timeouts.save_s)")
+            self._console.say(f"{who}: the save hook runs, {most} at most (timeouts.save_s)")
         if not self._job:  # nothing has been started, and nothing will be
             self._session.close()
         self._session.save()
         self._signal_ranks(after_s=self._timeouts.save_s if saving else 0.0)
 
     def _signal_ranks(self, after_s: float = 0.0) -> None:
-        interrupted = self._stopped_by == signal.SIGINT
-        self._loop.teardown.begin(after_s, signal.SIGINT if interrupted else signal.SIGTERM)
+        self._loop.stop(after_s, signal.SIGINT if self._stopped_by == signal.SIGINT else signal.SIGTERM)
 
     def _see_off(self) -> None:
         """In a run that stops: nothing is waited for once the ranks have saved. The teachers end after the ranks, so that one whose
         handler only took note can finish its step and save. Where they have ended all the same, the ranks' waits are ended."""
-        if self._saving and not self._session.ranks.with_save_hook:
+        session = self._session
+        if self._saving and not session.ranks.with_save_hook:
             self._saving = False
             self._signal_ranks()
-        if not self._runs:
-            if not self._told_teachers:
-                self._told_teachers = True
-                self._session.close()
-        elif self._session.ended and not self._told_ranks and self._stopped_by:
+        if not self._runs and not session.done:
+            session.close()
+        elif self._runs and session.ended and not self._told_ranks and self._stopped_by:
             self._told_ranks = True
-            why = cause.of_launcher(f"stopped by {self._stopped_by.name}", 128 + self._stopped_by)
-            self._session.fail(why.as_failure())
+            session.fail(cause.of_launcher(f"stopped by {self._stopped_by.name}", 128 + self._stopped_by))
 
     def conclude(self, elapsed_s: float) -> int:
         """Tell how it ended; the exit code."""
-        self._session.ranks.close()
         if self._stopped_by is not None:
             self._console.say(f"stopped by {self._stopped_by.name} after {seconds(elapsed_s)}")
             return 128 + self._stopped_by
-        if self._stage is Stage.DONE:
-            self._tell_who_did_not_connect()
-        found = self._cause if self._cause_stands else self._find() or self._cause
-        if found:
-            return report.conclude(found, self._plan, self._loop, elapsed_s, self._run)
-        self._console.say(f"done in {seconds(elapsed_s)}")
-        return 0
-
-    def _tell_who_did_not_connect(self) -> None:
-        absent = self._session.ranks.absent
-        if len(absent) == self._plan.ranks:
+        absent = self._session.ranks.absent if self._stage is Stage.DONE else []
+        if absent and len(absent) == self._plan.ranks:
             self._console.say(
                 "no rank connected to the bridge, so the teacher answered nothing: call shmbridge.connect() in the training "
                 "script, or run it with --no-teacher"
             )
         elif absent:
             self._console.say(f"rank {listed([str(rank) for rank in absent])} did not connect to the bridge")
+        found = self._cause if self._cause_stands else self._find() or self._cause
+        if found:
+            return report.conclude(found, self._plan, self._loop, elapsed_s, self._run)
+        self._console.say(f"done in {seconds(elapsed_s)}")
+        return 0
 
 
 def settings_of(plan: Plan, run: Path) -> Config:

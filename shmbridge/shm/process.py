@@ -78,16 +78,17 @@ class Peer:
 
     def __init__(self, who: Identity) -> None:
         self.identity = who
+        self.fd: int | None = None  # readable once it has ended; closed with this object
         self._poll: select.poll | None = None
         try:
-            fd = open_pidfd(who)
-            self._dead = fd is None
+            self.fd = open_pidfd(who)
+            self._dead = self.fd is None
         except OSError:
-            fd, self._dead = None, False
-        if fd is not None:
-            weakref.finalize(self, os.close, fd)
+            self._dead = False
+        if self.fd is not None:
+            weakref.finalize(self, os.close, self.fd)
             self._poll = select.poll()
-            self._poll.register(fd, select.POLLIN)
+            self._poll.register(self.fd, select.POLLIN)
 
     def alive(self) -> bool:
         """False once the process has ended, whether or not its parent has reaped it."""

@@ -38,7 +38,7 @@ def write(session: Owner, rank: int, reason: str, seconds_ago: float = 0.0, cons
 
 
 def find(session: Owner, alive: bool = True) -> cause.Cause | None:
-    return cause.find(jobs(alive), session, NOWHERE, {})  # type: ignore[arg-type]
+    return cause.find(jobs(alive), session, lambda: 0, record=NOWHERE)  # type: ignore[arg-type]
 
 
 def test_a_fresh_consequence_waits_for_a_better_witness(session):

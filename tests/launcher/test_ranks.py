@@ -20,9 +20,7 @@ def ranks(request) -> Iterator[Ranks]:
     with Owner(config.load(overrides=settings), lanes=1) as owner:
         owner.start_generation()
         owner.lanes[0].records[0].sign_in()
-        watched = Ranks(owner.lanes, 1, owner.settings.teacher.serve_until == "closed")
-        yield watched
-        watched.close()
+        yield Ranks(owner.lanes, 1, owner.settings.teacher.serve_until == "closed")
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_a_stop_lets_the_ranks_save(directory):
         assert run.wait() == 143
         print("ended after", time.monotonic() - asked, "s")
         assert (directory / "saved0").exists() and (directory / "saved1").exists()
-        assert "ranks 0 and 1 run their save hooks, " in run.text
+        assert "ranks 0 and 1: the save hook runs, " in run.text
         assert "SIGKILL" not in run.text
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.restart import Restarts
 from launcher.supervisor.teachers import Teachers
+from launcher.supervisor.training import Restarts
 from shmbridge import config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer, OutputSpec
@@ -39,6 +39,7 @@ class Scene:
         self.started: list[tuple[float, int]] = []
         specs = [SimpleNamespace(replica=i) for i in range(len(owner.control.teachers))]
         self.teachers = Teachers(settings, owner, specs, self.start, SimpleNamespace(say=self.told.append))
+        self.tick()
         self.started.clear()
         for index in range(len(specs)):
             self.load(index)
@@ -60,7 +61,7 @@ class Scene:
         job = self.job(index)
         job.slow = slow
         job.exit = None if slow else "killed"
-        cause = Cause("teacher", index, f"teacher {index}", 1, "killed by SIGKILL", 137, 0, 9)
+        cause = Cause(role="teacher", rank=index, who=f"teacher {index}", pid=1, reason="killed by SIGKILL")
         return self.teachers.survives(cause, self.clock.now)
 
     def job(self, index: int) -> Job:
@@ -72,7 +73,7 @@ class Scene:
 
     def tick(self, seconds: float = 0.0) -> None:
         self.clock.now += seconds
-        self.teachers.advance(self.clock.now)
+        self.teachers.step(self.clock.now)
 
     @property
     def lanes(self) -> list[int]:

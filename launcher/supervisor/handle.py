@@ -1,4 +1,4 @@
-"""A session as the training job beside it uses it: five verbs, and what can be seen.
+"""The handle on a session that a training job holds: five verbs, and what can be seen.
 
     LOADING -> IDLE <-> SERVING -> DRAINING -> IDLE ... -> CLOSED
 
@@ -39,7 +39,7 @@ class State(enum.Enum):
 MAY_BEGIN = (State.LOADING, State.IDLE)
 
 
-class Session:
+class SessionHandle:
     """The verbs, for a run without a teacher: nothing is served, and nothing fails."""
 
     view: MappedSession | None = None  # what is mapped of it
