@@ -68,7 +68,7 @@ def _keep_showing(session: Session, view: MappedSession) -> int:
     clear = _CLEAR if sys.stdout.isatty() else ""
     try:
         while sessions.live(session.session_id):
-            if view.current != view.generation:
+            if view.control.generation != view.generation:
                 view.update()
             print(f"{clear}{time.strftime('%H:%M:%S')}  {_page(session, view)}\n", flush=True)
             time.sleep(_EVERY_S)

@@ -184,7 +184,9 @@ class HostedSession(SessionHandle):
             memory.check_replies(self._config, self.ranks.count, agreed, machine.look(with_gpus=False))
             nbytes = self._owner.create_replies(agreed)
             self._has_replies = True
-            self._console.say(f"reply memory: {memory.created(self._config, self._owner.shape, agreed, nbytes)}")
+            self._console.say(
+                f"reply memory: {memory.created(self._config, self._owner.control.shape, agreed, nbytes)}"
+            )
 
     def _ended_early(self) -> Cause | None:
         """One that has ended, without a failure, though it is kept, or has ranks still to serve."""

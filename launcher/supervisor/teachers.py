@@ -177,7 +177,7 @@ class Teachers:
                 self._owner.ask_to_hand_over(lane.index, lane.teacher)  # it stays where it is
         for replica in self.replicas:
             if replica.lost and replica.job.exit and not replica.record.lost:
-                replica.record.set_lost()
+                replica.record.lost = True
                 self._owner.ring_all()
 
     def _serves(self, replica: Replica) -> bool:

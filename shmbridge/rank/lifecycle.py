@@ -115,7 +115,7 @@ class Lifecycle:
         if session is None:
             return
         if self._hook is None:
-            session.record.has_save_hook()
+            session.record.saves = True
             session.stop = self._interrupts
             in_main = threading.current_thread() is threading.main_thread()
             if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -131,7 +131,7 @@ class Lifecycle:
     @property
     def asked_to_stop(self) -> bool:
         """Whether the session says that the run is to stop."""
-        return self._session is not None and self._session.asked_to_stop
+        return self._session is not None and self._session.control.stopping
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

@@ -19,11 +19,10 @@ from typing import TypeVar
 
 import posix_ipc
 
-from shmbridge.errors import AttachError, PeerLost
-from shmbridge.shm.segment import raise_if_no_room
+from shmbridge.errors import PeerLost
+from shmbridge.shm.segment import explained
 
 SLICE_S = 0.2
-_NBYTES = 32  # of a semaphore in /dev/shm
 
 T = TypeVar("T")
 
@@ -44,20 +43,13 @@ class Doorbell:
     def __init__(self, name: str, *, create: bool = False) -> None:
         """Open the semaphore, or make it. Raises AttachError where it is not there, PlanError where there is no room for it."""
         self.name = name
-        try:
-            flags = posix_ipc.O_CREX if create else 0
+        flags = posix_ipc.O_CREX if create else 0
+        with explained(f"doorbell {name}"):
             self._semaphore = posix_ipc.Semaphore(name, flags, mode=0o600, initial_value=0)
-        except posix_ipc.ExistentialError:
-            raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.") from None
-        except (posix_ipc.PermissionsError, PermissionError):
-            raise AttachError(f"doorbell {name} belongs to another user; a session is private to its user.") from None
-        except OSError as error:
-            raise_if_no_room(error, f"doorbell {name}", _NBYTES)
-            raise
+            handle = _libc.sem_open(name.encode(), 0)
+            if not handle:
+                raise posix_ipc.ExistentialError
         self.ring = self._semaphore.release
-        handle = _libc.sem_open(name.encode(), 0)
-        if not handle:
-            raise AttachError(f"doorbell {name} does not exist: the session has ended. Start a new one.")
         self._handle = ctypes.c_void_p(handle)
         self._until = _Timespec()
         self._until_reference = ctypes.byref(self._until)
@@ -88,31 +80,27 @@ class Doorbell:
         if value is not None:
             self.drain()
             return value
-        now = time.monotonic()
-        next_check = now + SLICE_S
-        while deadline is None or now < deadline:
-            self._sleep(next_check if deadline is None else min(next_check, deadline))
+        next_check = time.monotonic() + SLICE_S
+        while True:
+            until = next_check if deadline is None else min(next_check, deadline)
+            self._sleep(until)
             value = ready()
             if value is not None:
                 return value
             now = time.monotonic()
-            if now >= next_check:
-                value = self._checked(ready, check)
-                if value is not None:
-                    return value
-                next_check = now + SLICE_S
-        return self._checked(ready, check)
-
-    @staticmethod
-    def _checked(ready: Callable[[], T | None], check: Callable[[], None]) -> T | None:
-        try:
-            check()
-        except PeerLost:
+            if now < until:
+                continue
+            try:
+                check()
+            except PeerLost:
+                value = ready()
+                if value is None:
+                    raise
+                return value
             value = ready()
-            if value is None:
-                raise
-            return value
-        return ready()
+            if value is not None or (deadline is not None and now >= deadline):
+                return value
+            next_check = now + SLICE_S
 
     def drain(self) -> None:
         """Take back the rings that nobody slept for, so that they do not pile up. The next wait reads the state first."""
@@ -129,10 +117,9 @@ class Doorbell:
         """
         if (
             _sem_clockwait is None
-        ):  # an older libc knows the realtime clock alone; the slices bound what a step of it does
+        ):  # an older libc has the realtime clock alone; the slices bound what a step of it does
             until += time.time() - time.monotonic()
-        seconds = int(until)
-        self._until.seconds, self._until.nanoseconds = seconds, int((until - seconds) * 1e9)
+        self._until.seconds, self._until.nanoseconds = int(until), int(until % 1 * 1e9)
         if _sem_clockwait is None:
             _libc.sem_timedwait(self._handle, self._until_reference)
         else:

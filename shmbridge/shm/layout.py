@@ -101,6 +101,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 from shmbridge.output_spec import ITEM_BYTES, Extent, HeadSpec, OutputSpec
 
@@ -111,6 +112,27 @@ CACHE_LINE = 64
 WORD = 8
 
 CONTROL, LANE, REPLY, HEAD = 1, 2, 3, 4
+
+
+class Word:
+    """An attribute that is one of the words of its owner's `words`. It is loaded and stored whole."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __get__(self, owner: Any, kind: type) -> int:
+        value: int = owner.words[self._index]
+        return value
+
+    def __set__(self, owner: Any, value: int) -> None:
+        owner.words[self._index] = value
+
+
+class Flag(Word):
+    """A word that is 0 or 1."""
+
+    def __get__(self, owner: Any, kind: type) -> bool:
+        return bool(owner.words[self._index])
 
 
 class Header:
@@ -168,14 +190,20 @@ class RecordWord:
     LOST = 15  # teacher: no new one will come; written by the owner
 
 
-DECLARED_OFFSET = 256
-DECLARED_CAPACITY = 64
-
 RECORD_BYTES = 32 * 1024
-OFFER_OFFSET = 512
-OFFER_CAPACITY = 16 * 1024
-FAILURE_OFFSET = OFFER_OFFSET + OFFER_CAPACITY
-FAILURE_CAPACITY = RECORD_BYTES - FAILURE_OFFSET
+
+
+class Text(NamedTuple):
+    """A text in a record: the word that tells its length, where it lies, and how many bytes fit."""
+
+    word: int
+    offset: int
+    capacity: int
+
+
+DECLARED = Text(RecordWord.DECLARED, 256, 64)
+OFFER = Text(RecordWord.OFFER, 512, 16 * 1024)
+FAILURE = Text(RecordWord.FAILURE, OFFER.offset + OFFER.capacity, RECORD_BYTES - OFFER.offset - OFFER.capacity)
 
 
 class LaneWord:
@@ -321,27 +349,15 @@ class LaneLayout:
         arrays = sum(align(self.array_bytes(name, self.max_tokens), WORD) for name in ARRAYS)
         return align(REQUEST_DATA + self.max_tokens * ID_BYTES + arrays)
 
-    @cached_property
-    def requests(self) -> int:
-        return self.record(self.members)
-
-    @cached_property
-    def reply_heads(self) -> int:
-        return align(self.requests + self.depth * self.request_stride, PAGE)
-
-    @cached_property
-    def chunk_heads(self) -> int:
-        return self.reply_heads + self.depth * REPLY_HEAD_BYTES
-
-    @cached_property
-    def nbytes(self) -> int:
-        return self.chunk_heads + self.chunks * CACHE_LINE
-
     def request(self, slot: int) -> int:
-        return self.requests + slot * self.request_stride
+        return self.record(self.members) + slot * self.request_stride
 
     def reply_head(self, slot: int) -> int:
-        return self.reply_heads + slot * REPLY_HEAD_BYTES
+        return align(self.request(self.depth), PAGE) + slot * REPLY_HEAD_BYTES
 
     def chunk_head(self, slot: int) -> int:
-        return self.chunk_heads + slot * CACHE_LINE
+        return self.reply_head(self.depth) + slot * CACHE_LINE
+
+    @property
+    def nbytes(self) -> int:
+        return self.chunk_head(self.chunks)

@@ -23,7 +23,7 @@ from shmbridge.errors import ConfigError, PlanError
 from shmbridge.output_spec import Offer
 from shmbridge.shm import layout
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.layout import ControlWord, LaneWord
+from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import myself
 from shmbridge.shm.record import Failure
 from shmbridge.shm.segment import Segment
@@ -74,10 +74,12 @@ def lock_if_dead(session_id: str) -> Iterator[bool]:
         yield False  # another user's
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            dead = True
+        except BlockingIOError:
+            dead = False
+        yield dead
     finally:
         os.close(fd)
 
@@ -97,18 +99,19 @@ class Owner(MappedSession):
             ConfigError: the settings are larger than their field.
         """
         self._rank_bells: list[Doorbell] = []
-        self._has_head = False
         with ExitStack() as undo:
-            session_id, segment = _create_control(undo, settings, Shape.of(settings, lanes, teachers))
+            session_id, segment = _create_control(undo, teachers)
+            words, shape = segment.words, Shape.of(settings, lanes, teachers)
+            words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
+            for i, value in enumerate(shape):
+                words[ControlWord.LANES + i] = value
+            _write_settings(segment, settings)
+            segment.publish()
             super().__init__(session_id, segment)
             self.settings = settings
             self.control.owner.sign_in()
             self._teacher_bells = [Doorbell(self.names.teacher_bell(i), create=True) for i in range(teachers)]
             self._undo = undo.pop_all()
-
-    @property
-    def shape(self) -> Shape:
-        return self.control.shape
 
     def describe(self, settings: Config) -> None:
         """Put other settings of the same shape in place, before anybody has the token. Raises ConfigError."""
@@ -122,8 +125,8 @@ class Owner(MappedSession):
         Raises:
             PlanError: /dev/shm has no room. The session is at the last generation then, as if nothing had been asked.
         """
-        shape = self.shape if lanes is None else self.shape._replace(lanes=lanes)
-        generation = self.generation + 1
+        last, generation = self.generation, self.generation + 1
+        shape = self.control.shape if lanes is None else self.control.shape._replace(lanes=lanes)
         with self._whole_or_undone():
             bells = [
                 Doorbell(self.names.member_bell(generation, lane, member), create=True)
@@ -131,46 +134,48 @@ class Owner(MappedSession):
                 for member in range(shape.members)
             ]
             created = [self._create_lane(generation, lane) for lane in range(shape.lanes)]
-        last, last_bells = self.generation, self._rank_bells
-        self.control.shape, self.generation, self.lanes, self._rank_bells = shape, generation, created, bells
+        last_bells, self._rank_bells = self._rank_bells, bells
+        self.control.shape, self.generation, self.lanes = shape, generation, created
         self._forget_failure_of_generation()
-        words = self.control.words
-        words[ControlWord.STOPPING] = 0
-        words[ControlWord.LANES] = shape.lanes
-        words[ControlWord.CURRENT_GENERATION] = generation
+        self.control.stopping = False
+        self.control.words[ControlWord.LANES] = shape.lanes
+        self.control.generation = generation
         self.ring_all()
-        self._remove_generation(last, last_bells)
+        for bell in last_bells:
+            bell.close()
+        self._unlink_all(f"-g{last}-")  # whoever still has its objects open keeps them
         return Token(self.session_id, generation)
 
     @contextmanager
     def _whole_or_undone(self) -> Iterator[None]:
         """Remove the objects that the block has created where it raises."""
-        before = self._objects()
+        before = objects(self.session_id)
         try:
             yield
         except BaseException:
-            _unlink(self._objects() - before)
+            created = set(objects(self.session_id)[self.session_id]) - set(before[self.session_id])
+            _unlink(created)
             raise
 
-    def _objects(self) -> set[str]:
-        return set(objects(self.session_id).get(self.session_id, []))
+    def _unlink_all(self, part: str) -> None:
+        """Remove the session's objects whose name has `part` in it."""
+        _unlink(name for name in objects(self.session_id).get(self.session_id, []) if part in name)
 
     def _create_lane(self, generation: int, index: int) -> Lane:
-        shape = self.shape.lane_layout
+        """A lane, served by its own teacher, or by another one in place of a lost one."""
+        teacher = index % len(self.control.teachers)
+        left = [record.rank for record in self.control.teachers if not record.lost]
+        if left and teacher not in left:
+            teacher = left[index % len(left)]
+        shape = self.control.shape.lane_layout
         name = self.names.lane(generation, index)
         segment = Segment.create(name, layout.LANE, shape.nbytes, self.session_id, generation, index)
-        words = segment.words
-        words[LaneWord.TEACHER] = words[LaneWord.WANTED] = self._server(index)
         for word, value in zip(layout.LANE_CONSTANTS, shape.constants, strict=True):
-            words[word] = value
+            segment.words[word] = value
+        lane = Lane(segment, shape, index, generation)
+        lane.teacher = lane.wanted_teacher = teacher
         segment.publish()
-        return Lane(segment, shape, index, generation)
-
-    def _server(self, lane: int) -> int:
-        """The teacher that serves a new lane: its own, or in place of a lost one another."""
-        own, teachers = lane % self.shape.teachers, self.control.teachers
-        left = [index for index, record in enumerate(teachers) if not record.lost]
-        return left[lane % len(left)] if teachers[own].lost and left else own
+        return lane
 
     def offered(self) -> Offer | None:
         """What all teachers offer, once each has.
@@ -197,53 +202,45 @@ class Owner(MappedSession):
             PlanError: /dev/shm has no room; nothing of it is left then.
         """
         on_gpu = self.settings.plane == "cuda_ipc"
-        nbytes = self.shape.exchange_bytes if on_gpu else self.shape.reply_bytes(agreed.outputs)
+        shape, record = self.control.shape, self.control.owner
+        nbytes = shape.exchange_bytes if on_gpu else shape.reply_bytes(agreed.outputs)
         head = layout.head_bytes(agreed.head) if agreed.head else 0
         with self._whole_or_undone():
-            if head and not self._has_head:
+            if head and record.offer is None:  # later generations have the head of the first
                 Segment.create(self.names.head(), layout.HEAD, layout.PAGE + head, self.session_id).publish()
-            for lane in range(self.shape.lanes):
+            for lane in range(shape.lanes):
                 name = self.names.reply(self.generation, lane)
-                segment = Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane)
-                segment.publish()
-        self._has_head = self._has_head or head > 0
-        self.control.owner.write_offer(agreed.encode())
-        self.control.words[ControlWord.REPLIES_READY] = self.generation
+                Segment.create(name, layout.REPLY, nbytes, self.session_id, self.generation, lane).publish()
+        record.write_offer(agreed.encode())
+        self.control.replies_ready = self.generation
         self.ring_all()
-        return nbytes * self.shape.lanes + head
-
-    def _remove_generation(self, generation: int, bells: list[Doorbell]) -> None:
-        """Remove its names; whoever still has its objects open keeps them."""
-        for bell in bells:
-            bell.close()
-        _unlink(name for name in self._objects() if f"-g{generation}-" in name)
+        return nbytes * shape.lanes + head
 
     def end_training(self) -> None:
         """Announce that this generation's training group has ended; the teacher drains, and stops or waits for the next."""
-        self.control.words[ControlWord.TRAINING_DONE] = self.generation
+        self.control.training_done = self.generation
         self.ring_all()
 
     def end_session(self) -> None:
         """Announce that no generation follows."""
-        self.control.words[ControlWord.SESSION_ENDING] = 1
+        self.control.ending = True
         self.end_training()
 
     def ask_to_stop(self) -> None:
         """Announce that the run is to stop: ranks with a save hook save at their next call of the bridge, and the end of a rank
         or a teacher is no failure."""
-        self.control.words[ControlWord.STOPPING] = 1
+        self.control.stopping = True
         self.ring_all()
 
     def hand_over(self, lane: int, teacher: int) -> None:
         """Give a lane whose teacher is gone, and reaped, to another one."""
-        words = self.lanes[lane].segment.words
-        words[LaneWord.WANTED] = teacher
-        self.lanes[lane].hand_over(teacher)
+        self.lanes[lane].wanted_teacher = teacher
+        self.lanes[lane].teacher = teacher
         self.ring_all()
 
     def ask_to_hand_over(self, lane: int, teacher: int) -> None:
         """Ask the teacher that serves a lane to hand it over to `teacher`, once nothing of it is in its hands."""
-        self.lanes[lane].segment.words[LaneWord.WANTED] = teacher
+        self.lanes[lane].wanted_teacher = teacher
         self.ring_all()
 
     def fail(self, failure: Failure) -> None:
@@ -264,7 +261,7 @@ class Owner(MappedSession):
 
     def free_replies(self) -> None:
         """Give back the reply memory of a generation that has ended, once no teacher has it open."""
-        _unlink(name for name in self._objects() if f"-g{self.generation}-reply" in name)
+        self._unlink_all(f"-g{self.generation}-reply")
 
     def ring_all(self) -> None:
         for bell in self._teacher_bells + self._rank_bells:
@@ -286,19 +283,8 @@ class Owner(MappedSession):
         self.close()
 
 
-def _create_control(undo: ExitStack, settings: Config, shape: Shape) -> tuple[str, Segment]:
+def _create_control(undo: ExitStack, teachers: int) -> tuple[str, Segment]:
     """A session's id, and its control segment under this process's lock; `undo` removes all of the session."""
-    session_id, segment = _create_locked(undo, shape.teachers)
-    words = segment.words
-    words[ControlWord.OWNER_PID], words[ControlWord.OWNER_START] = myself()
-    for i, value in enumerate(shape):
-        words[ControlWord.LANES + i] = value
-    _write_settings(segment, settings)
-    segment.publish()
-    return session_id, segment
-
-
-def _create_locked(undo: ExitStack, teachers: int) -> tuple[str, Segment]:
     while True:
         session_id = secrets.token_hex(16)
         name = Names(session_id).control

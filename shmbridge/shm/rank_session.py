@@ -11,9 +11,8 @@ from shmbridge import log
 from shmbridge.errors import AttachError, DeadlineExceeded, LauncherDied, RunStopped, TeacherDied
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Identity, Peer
-from shmbridge.shm.record import Failure, Phase, Record
+from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import Lane, Participant, Token, lost
 
 _OWNER_SPEAKS_S = 2.0
@@ -40,6 +39,7 @@ class RankSession(Participant):
                 "start as many ranks as --train-gpus (or --cpu) says."
             )
         self.generation = token.generation
+        self._ends_with = {0, token.generation}
         self.lane = Lane.attach(token, self.control.shape, lane)
         self.lanes = [self.lane]  # the others' are none of its business
         self.ring = self.lane.ring
@@ -57,7 +57,7 @@ class RankSession(Participant):
         self.stop: Callable[[], bool] = lambda: False  # whether this rank's waits are to end, because it has to save
 
     def _check_generation(self) -> None:
-        current = self.control.words[ControlWord.CURRENT_GENERATION]
+        current = self.control.generation
         if self.token.generation != current:
             raise AttachError(
                 f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
@@ -75,7 +75,7 @@ class RankSession(Participant):
                     "process of each rank, or give connect(lane=...)."
                 )
             self.record.sign_in()
-        self.record.set_ready(self.token.generation)
+        self.record.ready = self.token.generation
 
     def _open_bells(self) -> None:
         self.bell = Doorbell(self.names.member_bell(self.token.generation, self.lane.index))
@@ -101,7 +101,7 @@ class RankSession(Participant):
             raise
         self._is_open = True
         self.record.reset()
-        self.ring.open_requests()
+        self.ring.closed = False
 
     @property
     def teacher_index(self) -> int:
@@ -118,14 +118,9 @@ class RankSession(Participant):
     def ring_teacher(self) -> None:
         self._teacher_bells[self.teacher_index].ring()
 
-    @property
-    def asked_to_stop(self) -> bool:
-        """The user, or the scheduler, has stopped the run."""
-        return self.control.words[ControlWord.STOPPING] != 0
-
     def is_told_to_stop(self) -> bool:
-        """`asked_to_stop`, which this rank's own signal may be ahead of by a moment."""
-        told = self.bell.wait(lambda: self.asked_to_stop or None, lambda: None, time.monotonic() + _STOP_IS_TOLD_S)
+        """Whether the run was stopped, which this rank's own signal may be ahead of by a moment."""
+        told = self.bell.wait(lambda: self.control.stopping or None, lambda: None, time.monotonic() + _STOP_IS_TOLD_S)
         return told is not None
 
     def check(self) -> None:
@@ -141,7 +136,7 @@ class RankSession(Participant):
         try:
             super().check()
         except LauncherDied as error:
-            if self.asked_to_stop and self._owner.alive():
+            if self.control.stopping and self._owner.alive():
                 raise RunStopped(str(error)) from None
             raise
         if self._reopened and self._has_ended(teacher):
@@ -159,7 +154,7 @@ class RankSession(Participant):
         if self._teacher_peer.alive():
             return
         gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
-        if self.asked_to_stop and self._owner_is_to_speak():
+        if self.control.stopping and self._owner_is_to_speak():
             return
         if not self._outlives_teacher:
             raise TeacherDied(gone)
@@ -170,10 +165,7 @@ class RankSession(Participant):
     def _has_ended(self, teacher: Record) -> bool:
         """It has served this generation to the end, and training has not ended."""
         over = teacher.ready == self.token.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
-        return over and not self.asked_to_stop
-
-    def _ended_by(self, failure: Failure) -> bool:
-        return failure.generation in (0, self.token.generation)
+        return over and not self.control.stopping
 
     def _owner_is_to_speak(self) -> bool:
         """In a run that stops, teachers end; for a moment the owner's word on it is waited for."""
@@ -200,7 +192,7 @@ class RankSession(Participant):
         def ready_or_stopped() -> bool | None:
             if all(teacher.ready == generation or teacher.lost for teacher in teachers):
                 return True
-            return False if self.asked_to_stop else None
+            return False if self.control.stopping else None
 
         try:
             ready = self.wait(ready_or_stopped, time.monotonic() + timeout_s)
@@ -230,7 +222,7 @@ class RankSession(Participant):
 
     def close(self) -> None:
         """Tell that no request follows. Memory stays mapped while tensors of the caller look into it."""
-        self.ring.close_requests()
+        self.ring.closed = True
         self.record.enter(Phase.CLOSED)
         self.ring_teacher()
         self._close_bells()

@@ -16,17 +16,7 @@ from contextlib import contextmanager
 import msgspec
 
 from shmbridge.errors import AttachError, DeadlineExceeded, PeerLost, PlanError
-from shmbridge.shm.layout import (
-    DECLARED_CAPACITY,
-    DECLARED_OFFSET,
-    FAILURE_CAPACITY,
-    FAILURE_OFFSET,
-    NO_STEP,
-    OFFER_CAPACITY,
-    OFFER_OFFSET,
-    WORD,
-    RecordWord,
-)
+from shmbridge.shm.layout import DECLARED, FAILURE, NO_STEP, OFFER, RECORD_BYTES, Flag, RecordWord, Text, Word
 from shmbridge.shm.process import Identity, myself
 
 _TEXT_WRITES = 2**32  # a text's word is its bytes, plus this for each time that it was written
@@ -75,13 +65,17 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Record:
-    """One participant's record."""
+    """One participant's record, at the beginning of `memory`."""
+
+    ready = Word(RecordWord.READY)  # the generation that a teacher serves; a rank's own, once it has attached
+    saves = Flag(RecordWord.SAVES)  # the rank has a hook to save with before it stops
+    lost = Flag(RecordWord.LOST)  # no new teacher will come; written by the owner
 
     def __init__(self, memory: memoryview, role: str, rank: int) -> None:
         self.role = role
         self.rank = rank
-        self._memory = memory
-        self._words = memory.cast("Q")
+        self.memory = memory[:RECORD_BYTES]
+        self.words = self.memory.cast("Q")
 
     # Written by the participant
 
@@ -89,47 +83,47 @@ class Record:
         """Make this process the record's participant."""
         pid, start = myself()
         self.reset()
-        self._words[RecordWord.HEARTBEAT_NS] = 0
-        self._words[RecordWord.START] = start
-        self._words[RecordWord.PID] = pid
+        self.words[RecordWord.HEARTBEAT_NS] = 0
+        self.words[RecordWord.START] = start
+        self.words[RecordWord.PID] = pid
 
     def reset(self) -> None:
         """Begin anew: no step, no declared phase, no save hook."""
-        self._words[RecordWord.STEP] = self._words[RecordWord.SEQUENCE] = NO_STEP
-        self._words[RecordWord.SAVES] = 0
+        self.words[RecordWord.STEP] = self.words[RecordWord.SEQUENCE] = NO_STEP
+        self.saves = False
         self.withdraw()
         self.enter(Phase.STARTING)
 
     def enter(self, phase: Phase) -> None:
-        self._words[RecordWord.PHASE] = phase
-        self._words[RecordWord.SINCE_NS] = time.monotonic_ns()
+        self.words[RecordWord.PHASE] = phase
+        self.words[RecordWord.SINCE_NS] = time.monotonic_ns()
 
     def at(self, step: int | None, sequence: int) -> None:
-        self._words[RecordWord.STEP] = NO_STEP if step is None else step
-        self._words[RecordWord.SEQUENCE] = sequence
+        self.words[RecordWord.STEP] = NO_STEP if step is None else step
+        self.words[RecordWord.SEQUENCE] = sequence
 
     def progress(self, done: int, total: int) -> None:
-        self._words[RecordWord.PROGRESS_TOTAL] = total
-        self._words[RecordWord.PROGRESS] = done
+        self.words[RecordWord.PROGRESS_TOTAL] = total
+        self.words[RecordWord.PROGRESS] = done
 
     def beat(self) -> None:
         """This process lives. (Where its loop is, the other words tell.)"""
-        self._words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns()
+        self.words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns()
 
     def declare(self, name: str, until_ns: int) -> None:
         """The script says what it does, and until when (CLOCK_MONOTONIC) it is no fault that its loop stands still."""
         self.withdraw()
-        self._words[RecordWord.DECLARED_UNTIL_NS] = until_ns
-        self._write(DECLARED_OFFSET, RecordWord.DECLARED, name.encode(errors="replace")[:DECLARED_CAPACITY])
+        self.words[RecordWord.DECLARED_UNTIL_NS] = until_ns
+        self._write(DECLARED, name.encode(errors="replace")[: DECLARED.capacity])
 
     def withdraw(self) -> None:
         """What was declared is over."""
-        self._empty(RecordWord.DECLARED)
+        self._empty(DECLARED)
 
     @contextmanager
     def declaring(self, name: str, timeout_s: float) -> Iterator[None]:
         """`declare` for a block; what was declared around it holds again after it."""
-        outer, until_ns = self.declared, self._words[RecordWord.DECLARED_UNTIL_NS]
+        outer, until_ns = self.declared, self.words[RecordWord.DECLARED_UNTIL_NS]
         self.declare(name, time.monotonic_ns() + int(timeout_s * 1e9))
         try:
             yield
@@ -138,20 +132,14 @@ class Record:
             if outer:
                 self.declare(outer[0], until_ns)
 
-    def has_save_hook(self) -> None:
-        self._words[RecordWord.SAVES] = 1
-
-    def set_ready(self, generation: int) -> None:
-        self._words[RecordWord.READY] = generation
-
     def write_offer(self, offer: bytes) -> None:
         """Raises PlanError where it is larger than its field."""
-        if len(offer) > OFFER_CAPACITY:
+        if len(offer) > OFFER.capacity:
             raise PlanError(
-                f"the teacher's offer takes {len(offer)} bytes, at most {OFFER_CAPACITY} fit: return fewer outputs, or shorten "
+                f"the teacher's offer takes {len(offer)} bytes, at most {OFFER.capacity} fit: return fewer outputs, or shorten "
                 "their names."
             )
-        self._write(OFFER_OFFSET, RecordWord.OFFER, offer)
+        self._write(OFFER, offer)
 
     def fail(self, reason: str, trace: str = "", *, consequence: bool = False, phase: str = "") -> None:
         """Write this participant's failure; only its first one is kept. `phase`: where it failed, if that is not its phase now."""
@@ -181,76 +169,64 @@ class Record:
 
     def relay(self, failure: Failure) -> None:
         """Write what this participant learnt of another one that can no longer write; only the first is kept."""
-        if not self._words[RecordWord.FAILURE] % _TEXT_WRITES:
-            self._write(FAILURE_OFFSET, RecordWord.FAILURE, _fitted(failure))
+        if not self.words[RecordWord.FAILURE] % _TEXT_WRITES:
+            self._write(FAILURE, _fitted(failure))
 
     def forget_failure(self) -> None:
         """What ended one generation is over with it. (The owner's record alone.)"""
-        self._empty(RecordWord.FAILURE)
+        self._empty(FAILURE)
 
-    def _write(self, offset: int, word: int, text: bytes) -> None:
+    def _write(self, field: Text, text: bytes) -> None:
         """Replace a text. Its word tells how often it was written, so that `_read` notices."""
-        writes = (self._words[word] // _TEXT_WRITES + 1) % _TEXT_WRITES * _TEXT_WRITES
-        self._words[word] = writes
-        self._memory[offset : offset + len(text)] = text
-        self._words[word] = writes + len(text)
+        writes = (self.words[field.word] // _TEXT_WRITES + 1) % _TEXT_WRITES * _TEXT_WRITES
+        self.words[field.word] = writes
+        self.memory[field.offset : field.offset + len(text)] = text
+        self.words[field.word] = writes + len(text)
 
-    def _empty(self, word: int) -> None:
-        self._words[word] -= self._words[word] % _TEXT_WRITES
+    def _empty(self, field: Text) -> None:
+        self.words[field.word] -= self.words[field.word] % _TEXT_WRITES
 
     # Written by the owner, about a teacher that is gone
 
     def clear(self) -> None:
         """Make room for a new process in this participant's place."""
         for word in (RecordWord.PID, RecordWord.READY, RecordWord.PROGRESS, RecordWord.PROGRESS_TOTAL):
-            self._words[word] = 0
-        self._empty(RecordWord.OFFER)
-        self._empty(RecordWord.FAILURE)
+            self.words[word] = 0
+        self._empty(OFFER)
+        self._empty(FAILURE)
         self.enter(Phase.ABSENT)
-
-    def set_lost(self) -> None:
-        """No new teacher will come."""
-        self._words[RecordWord.LOST] = 1
 
     # Read by everyone
 
     @property
     def identity(self) -> Identity | None:
         """None until the participant has signed in."""
-        pid = self._words[RecordWord.PID]
-        return Identity(pid, self._words[RecordWord.START]) if pid else None
+        pid = self.words[RecordWord.PID]
+        return Identity(pid, self.words[RecordWord.START]) if pid else None
 
     @property
     def phase(self) -> Phase:
-        value = self._words[RecordWord.PHASE]
+        value = self.words[RecordWord.PHASE]
         return Phase(value) if value in Phase._value2member_map_ else Phase.ABSENT
 
     @property
     def seconds_in_phase(self) -> float:
-        return (time.monotonic_ns() - self._words[RecordWord.SINCE_NS]) / 1e9
+        return (time.monotonic_ns() - self.words[RecordWord.SINCE_NS]) / 1e9
 
     @property
     def heartbeat_age_s(self) -> float | None:
         """Seconds since the last heartbeat; None before the first."""
-        at = self._words[RecordWord.HEARTBEAT_NS]
+        at = self.words[RecordWord.HEARTBEAT_NS]
         return (time.monotonic_ns() - at) / 1e9 if at and self.identity else None
 
     @property
     def declared(self) -> tuple[str, float] | None:
         """What the script said that it does, and the seconds that it has left (negative: over)."""
-        text = self._read(DECLARED_OFFSET, RecordWord.DECLARED, DECLARED_CAPACITY)
+        text = self._read(DECLARED)
         if text is None:
             return None
-        left_s = (self._words[RecordWord.DECLARED_UNTIL_NS] - time.monotonic_ns()) / 1e9
+        left_s = (self.words[RecordWord.DECLARED_UNTIL_NS] - time.monotonic_ns()) / 1e9
         return text.decode(errors="replace"), left_s
-
-    @property
-    def saves(self) -> bool:
-        return self._words[RecordWord.SAVES] != 0
-
-    @property
-    def lost(self) -> bool:
-        return self._words[RecordWord.LOST] != 0
 
     @property
     def step(self) -> int | None:
@@ -263,19 +239,15 @@ class Record:
     @property
     def progressed(self) -> tuple[int, int]:
         """(done, total); total is 0 while nothing is known."""
-        return self._words[RecordWord.PROGRESS], self._words[RecordWord.PROGRESS_TOTAL]
-
-    @property
-    def ready(self) -> int:
-        return self._words[RecordWord.READY]
+        return self.words[RecordWord.PROGRESS], self.words[RecordWord.PROGRESS_TOTAL]
 
     @property
     def offer(self) -> bytes | None:
-        return self._read(OFFER_OFFSET, RecordWord.OFFER, OFFER_CAPACITY)
+        return self._read(OFFER)
 
     @property
     def failure(self) -> Failure | None:
-        text = self._read(FAILURE_OFFSET, RecordWord.FAILURE, FAILURE_CAPACITY)
+        text = self._read(FAILURE)
         if text is None:
             return None
         try:
@@ -284,18 +256,18 @@ class Record:
             raise AttachError(f"the failure record of {self.role} {self.rank} is garbled: {error}.") from None
 
     def _optional(self, word: int) -> int | None:
-        value = self._words[word]
+        value = self.words[word]
         return None if value == NO_STEP or self.identity is None else value
 
-    def _read(self, offset: int, word: int, capacity: int) -> bytes | None:
+    def _read(self, field: Text) -> bytes | None:
         """A whole text, or None where there is none: one that is written meanwhile is read again."""
-        while nbytes := (state := self._words[word]) % _TEXT_WRITES:
-            if nbytes > capacity:
+        while nbytes := (state := self.words[field.word]) % _TEXT_WRITES:
+            if nbytes > field.capacity:
                 raise AttachError(
-                    f"the record of {self.role} {self.rank} tells {nbytes} bytes where {capacity} fit: garbled."
+                    f"the record of {self.role} {self.rank} tells {nbytes} bytes where {field.capacity} fit: garbled."
                 )
-            text = bytes(self._memory[offset : offset + nbytes])
-            if self._words[word] == state:
+            text = bytes(self.memory[field.offset : field.offset + nbytes])
+            if self.words[field.word] == state:
                 return text
         return None
 
@@ -303,13 +275,10 @@ class Record:
 def _fitted(failure: Failure) -> bytes:
     """The failure as JSON that fits its field: the beginning of the reason and the end of the traceback are kept."""
     reason, trace = (part.encode(errors="replace").decode() for part in (failure.reason, failure.traceback))
-    trace = trace[-FAILURE_CAPACITY:]
+    trace = trace[-FAILURE.capacity :]
     while True:
         text = msgspec.json.encode(msgspec.structs.replace(failure, reason=reason, traceback=trace))
-        if len(text) <= FAILURE_CAPACITY:
+        if len(text) <= FAILURE.capacity:
             return text
         reason = reason[: max(1000, len(reason) // 2)] if trace else reason[: len(reason) // 2]
         trace = trace[len(trace) // 4 + 1 :]
-
-
-assert FAILURE_OFFSET % WORD == 0

@@ -18,7 +18,7 @@ it never becomes an offset.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from shmbridge.errors import AttachError, RingFull
@@ -37,13 +37,15 @@ from shmbridge.shm.layout import (
     REQUEST_DATA,
     SKIPPED,
     WORD,
+    Flag,
     LaneLayout,
     LaneWord,
+    Word,
     align,
 )
 
-_REQUESTED, _CLOSED, _REPLIED, _STREAMED = LaneWord.REQUESTED, LaneWord.CLOSED, LaneWord.REPLIED, LaneWord.STREAMED
-_RELEASED, _CONSUMED, _ABANDONED = LaneWord.RELEASED, LaneWord.CONSUMED, LaneWord.ABANDONED
+# Where a request is submitted and answered, words are accessed without the call that an attribute costs.
+_REQUESTED, _REPLIED, _STREAMED, _CONSUMED = LaneWord.REQUESTED, LaneWord.REPLIED, LaneWord.STREAMED, LaneWord.CONSUMED
 
 
 class Request(NamedTuple):
@@ -97,6 +99,14 @@ class Chunk(NamedTuple):
 class Ring:
     """The ring of one lane of one generation, over the lane segment's memory."""
 
+    requested = Word(LaneWord.REQUESTED)
+    replied = Word(LaneWord.REPLIED)
+    released = Word(LaneWord.RELEASED)
+    streamed = Word(LaneWord.STREAMED)  # chunks that the teacher has published
+    consumed = Word(LaneWord.CONSUMED)  # chunks that the rank has given back
+    abandoned = Word(LaneWord.ABANDONED)  # nobody will read the reply to any sequence below it
+    closed = Flag(LaneWord.CLOSED)  # the rank will submit no more
+
     def __init__(self, memory: memoryview, words: memoryview, layout: LaneLayout, generation: int) -> None:
         """`words` is `memory` as 64-bit words, each loaded and stored whole: memoryview.cast("Q")."""
         self.memory = memory
@@ -104,56 +114,17 @@ class Ring:
         self.layout = layout
         self.depth = layout.depth
         self.generation = generation
-        self._slots = [layout.request(slot) for slot in range(layout.depth)]
+        self._requests = [layout.request(slot) for slot in range(layout.depth)]
+        self._replies = [layout.reply_head(slot) for slot in range(layout.depth)]
+        self._chunks = [layout.chunk_head(slot) for slot in range(layout.chunks)]
         self.take_over()
-
-    # Cursors
-
-    @property
-    def requested(self) -> int:
-        return self.words[_REQUESTED]
-
-    @property
-    def replied(self) -> int:
-        return self.words[_REPLIED]
-
-    @property
-    def released(self) -> int:
-        return self.words[_RELEASED]
-
-    @property
-    def streamed(self) -> int:
-        """Chunks that the teacher has published."""
-        return self.words[_STREAMED]
-
-    @property
-    def consumed(self) -> int:
-        """Chunks that the rank has given back."""
-        return self.words[_CONSUMED]
-
-    @property
-    def abandoned(self) -> int:
-        """Nobody will read the reply to any sequence below this one."""
-        return self.words[_ABANDONED]
-
-    @property
-    def closed(self) -> bool:
-        """The rank will submit no more."""
-        return self.words[_CLOSED] != 0
-
-    def close_requests(self) -> None:
-        self.words[_CLOSED] = 1
-
-    def open_requests(self) -> None:
-        """The rank submits again."""
-        self.words[_CLOSED] = 0
 
     # The rank's side
 
     @property
     def free_slots(self) -> int:
         """Requests that can be submitted now."""
-        return self.depth - (self.words[_REQUESTED] - self.released)
+        return self.depth - (self.requested - self.released)
 
     def claim(self) -> int:
         """The next sequence to submit. Raises RingFull."""
@@ -162,7 +133,7 @@ class Ring:
                 f"{self.depth} requests are in flight and the ring has ring.depth={self.depth} slots; the oldest is "
                 f"sequence {self.released}."
             )
-        return self.words[_REQUESTED]
+        return self.requested
 
     def write_request(
         self,
@@ -175,21 +146,23 @@ class Ring:
         probe: bool = False,
     ) -> None:
         """Copy a request (all buffers as bytes) into its slot; the teacher cannot see it yet."""
-        slot = self._slots[sequence % self.depth]
+        slot = self._requests[sequence % self.depth]
         tokens = extent.batch * extent.seq
-        nbytes = len(ids)
-        at = slot + REQUEST_DATA
-        self.memory[at : at + nbytes] = ids
+        end = slot + REQUEST_DATA + len(ids)
+        self.memory[slot + REQUEST_DATA : end] = ids
         carried = PROBE if probe else 0
         if arrays:
-            at += align(nbytes, WORD)
-            for bit, name in enumerate(ARRAYS):
-                if name in arrays:
-                    carried |= 1 << bit
-                    end = at + len(arrays[name])
-                    self.memory[at:end] = arrays[name]
-                    at = align(end, WORD)
-        head = self.generation, sequence, NO_STEP if step is None else step, extent.batch, extent.seq, nbytes // tokens
+            carried += sum(1 << bit for bit, name in enumerate(ARRAYS) if name in arrays)
+            for name, place in self._places(end, tokens, carried):
+                self.memory[place] = arrays[name]
+        head = (
+            self.generation,
+            sequence,
+            NO_STEP if step is None else step,
+            extent.batch,
+            extent.seq,
+            len(ids) // tokens,
+        )
         REQUEST.pack_into(self.memory, slot, *head, carried, extent.positions, time.monotonic_ns())
 
     def publish_request(self, sequence: int) -> None:
@@ -201,7 +174,7 @@ class Ring:
 
     def read_reply(self, sequence: int) -> ReplyHead:
         """The head of a published reply. Raises AttachError if it is not the reply to `sequence`."""
-        offset = self.layout.reply_head(sequence % self.depth)
+        offset = self._replies[sequence % self.depth]
         head = REPLY_HEAD.unpack_from(self.memory, offset)
         if head[0] != self.generation or head[1] != sequence or head[2] not in (ANSWERED, RAISED):
             raise AttachError(
@@ -216,11 +189,11 @@ class Ring:
 
     def release(self, sequence: int) -> None:
         """Give the slots of all sequences up to and including `sequence` back."""
-        self.words[_RELEASED] = sequence + 1
+        self.released = sequence + 1
 
     def abandon(self, sequence: int) -> None:
         """Tell that nobody will read the replies of all sequences up to and including `sequence`."""
-        self.words[_ABANDONED] = sequence + 1
+        self.abandoned = sequence + 1
 
     def next_chunk(self, sequence: int) -> Chunk | None:
         """The oldest chunk of the reply to `sequence` that is not consumed, or None. Raises AttachError.
@@ -229,8 +202,7 @@ class Ring:
         """
         words, chunks = self.words, self.layout.chunks
         while (index := words[_CONSUMED]) != words[_STREAMED]:
-            head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head(index % chunks))
-            generation, found, start, count = head
+            generation, found, start, count = CHUNK_HEAD.unpack_from(self.memory, self._chunks[index % chunks])
             if generation == self.generation and found > sequence and words[_REPLIED] > sequence:
                 return None  # the reply to `sequence` is over: a lane's replies are streamed in order
             if generation != self.generation or found > sequence or not index < words[_STREAMED] <= index + chunks:
@@ -251,21 +223,21 @@ class Ring:
 
     def take_over(self) -> None:
         """Go on where the lane's last teacher stopped."""
-        self._sealed = self.words[_REPLIED]  # sequences below it are answered, though perhaps not yet published
-        self.filled = self.words[_STREAMED]  # chunks written, though perhaps not yet published
+        self._sealed = self.replied  # sequences below it are answered, though perhaps not yet published
+        self.filled = self.streamed  # chunks written, though perhaps not yet published
 
     @property
     def settled(self) -> bool:
         """All that this teacher has written is published."""
-        return self.words[_REPLIED] >= self._sealed and self.words[_STREAMED] == self.filled
+        return self.replied >= self._sealed and self.streamed == self.filled
 
     def streamed_of(self, sequence: int) -> int:
         """How many positions of the reply to `sequence` are published as chunks."""
-        streamed = self.words[_STREAMED]
-        if not streamed or not self.layout.chunks:
+        streamed = self.streamed
+        if not streamed or not self._chunks:
             return 0
-        head = CHUNK_HEAD.unpack_from(self.memory, self.layout.chunk_head((streamed - 1) % self.layout.chunks))
-        generation, found, start, count = head
+        offset = self._chunks[(streamed - 1) % self.layout.chunks]
+        generation, found, start, count = CHUNK_HEAD.unpack_from(self.memory, offset)
         return start + count if (generation, found) == (self.generation, sequence) else 0
 
     def next_request(self) -> int | None:
@@ -284,7 +256,7 @@ class Ring:
 
     def read_request(self, sequence: int) -> Request:
         """A submitted request, in place. Raises AttachError if its descriptor is not one that a rank could write."""
-        slot = self._slots[sequence % self.depth]
+        slot = self._requests[sequence % self.depth]
         head = REQUEST.unpack_from(self.memory, slot)
         generation, found, step, batch, seq, itemsize, carried, count, submitted = head
         tokens = batch * seq
@@ -303,21 +275,21 @@ class Ring:
             )
         start = slot + REQUEST_DATA
         end = start + tokens * itemsize
-        ids = self.memory[start:end]
-        arrays = self._arrays(end, tokens, carried) if carried else {}
+        arrays = {name: self.memory[place] for name, place in self._places(end, tokens, carried)} if carried else {}
         extent = Extent(batch, seq, count if "positions" in arrays else None)
         step = None if step == NO_STEP else step
-        return Request(sequence, step, extent, itemsize, ids, arrays, bool(carried & PROBE), submitted)
+        return Request(
+            sequence, step, extent, itemsize, self.memory[start:end], arrays, bool(carried & PROBE), submitted
+        )
 
-    def _arrays(self, at: int, tokens: int, carried: int) -> dict[str, memoryview]:
-        found = {}
+    def _places(self, at: int, tokens: int, carried: int) -> Iterator[tuple[str, slice]]:
+        """Where the arrays of a request of `tokens` tokens lie; `at` is the end of its IDs."""
         for bit, name in enumerate(ARRAYS):
             if carried & 1 << bit:
                 at = align(at, WORD)
                 end = at + self.layout.array_bytes(name, tokens)
-                found[name] = self.memory[at:end]
+                yield name, slice(at, end)
                 at = end
-        return found
 
     def has_room(self) -> bool:
         """Whether a chunk is free."""
@@ -325,17 +297,17 @@ class Ring:
 
     def write_chunk(self, sequence: int, start: int, count: int) -> None:
         """Write the head of chunk number `filled`; its payload is written before, by the plane."""
-        offset = self.layout.chunk_head(self.filled % self.layout.chunks)
+        offset = self._chunks[self.filled % self.layout.chunks]
         CHUNK_HEAD.pack_into(self.memory, offset, self.generation, sequence, start, count)
         self.filled += 1
 
     def publish_chunk(self) -> None:
         """Publish the oldest chunk that is written and not published."""
-        self.words[_STREAMED] += 1
+        self.streamed += 1
 
     def skip_reply(self, sequence: int) -> None:
         """Write the head of a reply that nobody wants; whoever reads it all the same is refused."""
-        offset = self.layout.reply_head(sequence % self.depth)
+        offset = self._replies[sequence % self.depth]
         REPLY_HEAD.pack_into(self.memory, offset, self.generation, sequence, SKIPPED, *[0] * 8)
 
     def write_reply(self, sequence: int, composition: Composition, error: str | None = None, echo: int = 0) -> None:
@@ -343,7 +315,7 @@ class Ring:
         text = (error or "").encode(errors="replace")
         if len(text) > ERROR_CAPACITY:  # the end of a traceback tells what was raised
             text = b"...\n" + text[-(ERROR_CAPACITY - 4) :]
-        offset = self.layout.reply_head(sequence % self.depth)
+        offset = self._replies[sequence % self.depth]
         status = ANSWERED if error is None else RAISED
         REPLY_HEAD.pack_into(self.memory, offset, self.generation, sequence, status, *composition, echo, len(text))
         if text:

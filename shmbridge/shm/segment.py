@@ -49,19 +49,16 @@ class Segment:
         """
         require_x86()
         nbytes = layout.align(nbytes, layout.PAGE)
-        try:
+        with explained(f"segment {name}", nbytes):
             segment = cls(name, _reserve(name, nbytes))
-            segment.populate()
-        except OSError as error:
-            raise_if_no_room(error, f"segment {name}", nbytes)
-            raise
+            segment._populate()
         words = segment.words
         words[Header.VERSION], words[Header.KIND], words[Header.NBYTES] = layout.VERSION, kind, nbytes
         words[Header.SESSION_HIGH], words[Header.SESSION_LOW] = _session_words(session_id)
         words[Header.GENERATION], words[Header.INDEX] = generation, index
         return segment
 
-    def populate(self) -> None:
+    def _populate(self) -> None:
         """Touch every page now, so that the training loop meets no page fault."""
         try:
             self._mapping.madvise(_MADV_POPULATE_WRITE)
@@ -83,16 +80,22 @@ class Segment:
         shm = _open(name)
         try:
             status = os.fstat(shm.fd)
-            _check_ownership(name, status)
-            if status.st_size < layout.PAGE or status.st_size % layout.PAGE:
+            size, mode = status.st_size, stat.S_IMODE(status.st_mode)
+            if status.st_uid != os.geteuid():
                 raise AttachError(
-                    f"segment {name} has {status.st_size} bytes, no whole number of pages: it is truncated."
+                    f"segment {name} belongs to uid {status.st_uid}, this process runs as {os.geteuid()}: refused."
                 )
-            segment = cls(name, mmap.mmap(shm.fd, status.st_size))
+            if mode & 0o077:
+                raise AttachError(
+                    f"segment {name} has mode {mode:04o}, expected 0600: others can write to it. Refused."
+                )
+            if size < layout.PAGE or size % layout.PAGE:
+                raise AttachError(f"segment {name} has {size} bytes, no whole number of pages: it is truncated.")
+            segment = cls(name, mmap.mmap(shm.fd, size))
         finally:
             shm.close_fd()
-        segment._check_header(kind, status.st_size, session_id, generation, index)
-        segment.populate()
+        segment._check_header((kind, size, *_session_words(session_id), generation, index))
+        segment._populate()
         return segment
 
     @contextmanager
@@ -112,7 +115,7 @@ class Segment:
         finally:
             shm.close_fd()
 
-    def _check_header(self, kind: int, size: int, session_id: str, generation: int, index: int) -> None:
+    def _check_header(self, expected: tuple[int, ...]) -> None:
         words = self.words
         if words[Header.MAGIC] != layout.MAGIC:
             raise AttachError(
@@ -125,7 +128,6 @@ class Segment:
                 "install the same shmbridge for launcher, teacher and training."
             )
         found = tuple(words[i] for i in range(Header.KIND, Header.INDEX + 1))
-        expected = (kind, size, *_session_words(session_id), generation, index)
         if found != expected:
             fields = ("kind", "nbytes", "session (high)", "session (low)", "generation", "index")
             wrong = [f"{f} {a:#x}, expected {b:#x}" for f, a, b in zip(fields, found, expected, strict=True) if a != b]
@@ -143,40 +145,38 @@ def require_x86() -> None:
         )
 
 
-def _open(name: str) -> posix_ipc.SharedMemory:
+@contextmanager
+def explained(what: str, nbytes: int = 0) -> Iterator[None]:
+    """Opens or creates `what`, which takes `nbytes`, in the block.
+
+    Raises:
+        AttachError: it does not exist, or is another user's.
+        PlanError: /dev/shm has no room for it.
+    """
     try:
-        return posix_ipc.SharedMemory(name)
+        yield
     except posix_ipc.ExistentialError:
-        raise AttachError(f"segment {name} does not exist: the session has ended. Start a new one.") from None
+        raise AttachError(f"{what} does not exist: the session has ended. Start a new one.") from None
     except (posix_ipc.PermissionsError, PermissionError):
-        raise AttachError(f"segment {name} belongs to another user; a session is private to its user.") from None
+        raise AttachError(f"{what} belongs to another user; a session is private to its user.") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        shm = os.statvfs("/dev/shm")
+        raise PlanError(
+            f"/dev/shm has {shm.f_bavail * shm.f_frsize / 2**20:,.0f} MiB free, {what} needs "
+            f"{max(nbytes, 2**20) / 2**20:,.0f} MiB. Lower ring.max_tokens or ring.depth, or give the container more (docker "
+            "run --shm-size; Docker and Kubernetes give 64 MB unless told otherwise)."
+        ) from None
+
+
+def _open(name: str) -> posix_ipc.SharedMemory:
+    with explained(f"segment {name}"):
+        return posix_ipc.SharedMemory(name)
 
 
 def _session_words(session_id: str) -> tuple[int, int]:
     return int(session_id[:16], 16), int(session_id[16:], 16)
-
-
-def _check_ownership(name: str, status: os.stat_result) -> None:
-    if status.st_uid != os.geteuid():
-        raise AttachError(
-            f"segment {name} belongs to uid {status.st_uid}, this process runs as {os.geteuid()}: refused."
-        )
-    mode = stat.S_IMODE(status.st_mode)
-    if mode & 0o077:
-        raise AttachError(f"segment {name} has mode {mode:04o}, expected 0600: others can write to it. Refused.")
-
-
-def raise_if_no_room(error: OSError, what: str, nbytes: int) -> None:
-    """Raise PlanError where `error` says that /dev/shm has no room for `what`, which needs `nbytes`."""
-    if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-        return
-    shm = os.statvfs("/dev/shm")
-    free = shm.f_bavail * shm.f_frsize
-    raise PlanError(
-        f"/dev/shm has {free / 2**20:,.0f} MiB free, {what} needs {max(nbytes, 2**20) / 2**20:,.0f} MiB. "
-        "Lower ring.max_tokens or ring.depth, or give the container more (docker run --shm-size; "
-        "Docker and Kubernetes give 64 MB unless told otherwise)."
-    ) from None
 
 
 def _reserve(name: str, nbytes: int) -> mmap.mmap:

@@ -19,7 +19,7 @@ from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError, LauncherDied, PeerLost, TeacherDied, TrainerDied
 from shmbridge.output_spec import OutputSpec
 from shmbridge.shm import layout
-from shmbridge.shm.layout import ControlWord, LaneLayout, LaneWord
+from shmbridge.shm.layout import ControlWord, Flag, LaneLayout, LaneWord, Word
 from shmbridge.shm.process import Identity, Peer
 from shmbridge.shm.record import Failure, Record
 from shmbridge.shm.ring import Ring
@@ -131,6 +131,12 @@ class Shape(NamedTuple):
 class Control:
     """Typed access to the control segment."""
 
+    generation = Word(ControlWord.CURRENT_GENERATION)
+    replies_ready = Word(ControlWord.REPLIES_READY)  # the generation whose reply segments exist
+    training_done = Word(ControlWord.TRAINING_DONE)  # the last generation whose training group has ended
+    ending = Flag(ControlWord.SESSION_ENDING)  # no generation follows
+    stopping = Flag(ControlWord.STOPPING)  # the user, or the scheduler, has stopped the run
+
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
         self.words = segment.words
@@ -143,12 +149,9 @@ class Control:
             raise AttachError(
                 f"segment {segment.name} tells the shape {self.shape}, which does not fit its size: garbled."
             )
-        self.owner = Record(self._record(0), "launcher", 0)
-        self.teachers = [Record(self._record(1 + i), "teacher", i) for i in range(self.shape.teachers)]
-
-    def _record(self, index: int) -> memoryview:
-        start = layout.RECORDS_OFFSET + index * layout.RECORD_BYTES
-        return self.segment.bytes[start : start + layout.RECORD_BYTES]
+        self.owner = Record(segment.bytes[layout.RECORDS_OFFSET :], "launcher", 0)
+        starts = (layout.control_bytes(i) for i in range(self.shape.teachers))
+        self.teachers = [Record(segment.bytes[start:], "teacher", i) for i, start in enumerate(starts)]
 
     @property
     def owner_identity(self) -> Identity:
@@ -166,38 +169,28 @@ class Control:
 
 
 class Lane:
-    """One lane of one generation as any participant sees it."""
+    """One lane of one generation as any participant sees it.
+
+    `teacher` is the index of the teacher that serves it: written by that teacher, with nothing of the lane in its hands, or by
+    the owner, once it is gone. `wanted_teacher` is the one that is to serve it: written by the owner.
+    """
+
+    teacher = Word(LaneWord.TEACHER)
+    wanted_teacher = Word(LaneWord.WANTED)
 
     def __init__(self, segment: Segment, shape: LaneLayout, index: int, generation: int) -> None:
         self.index = index
         self.segment = segment
         self.ring = Ring(segment.bytes, segment.words, shape, generation)
-        self.records = [
-            Record(segment.bytes[start : start + layout.RECORD_BYTES], "trainer", index)
-            for start in map(shape.record, range(shape.members))
-        ]
-
-    @property
-    def teacher(self) -> int:
-        """The index of the teacher that serves it."""
-        return self.segment.words[LaneWord.TEACHER]
-
-    @property
-    def wanted_teacher(self) -> int:
-        """The index of the teacher that is to serve it."""
-        return self.segment.words[LaneWord.WANTED]
-
-    def hand_over(self, teacher: int) -> None:
-        """By the teacher that serves it, with nothing of the lane in its hands; or by the owner, once that one is gone."""
-        self.segment.words[LaneWord.TEACHER] = teacher
+        self.words = segment.words
+        self.records = [Record(segment.bytes[shape.record(i) :], "trainer", index) for i in range(shape.members)]
 
     @classmethod
     def attach(cls, token: Token, shape: Shape, index: int) -> Lane:
         name = Names(token.session_id).lane(token.generation, index)
         segment = Segment.attach(name, layout.LANE, token.session_id, token.generation, index)
         lane = shape.lane_layout
-        words = segment.words
-        found = (*(words[word] for word in layout.LANE_CONSTANTS), segment.bytes.nbytes)
+        found = (*(segment.words[word] for word in layout.LANE_CONSTANTS), segment.bytes.nbytes)
         expected = (*lane.constants, layout.align(lane.nbytes, layout.PAGE))
         if found != expected:
             raise AttachError(
@@ -229,17 +222,12 @@ class MappedSession:
         if control is None:
             self.update()
 
-    @property
-    def current(self) -> int:
-        """The generation that the session is at by now."""
-        return self.control.words[ControlWord.CURRENT_GENERATION]
-
     def update(self) -> None:
         """Map the generation that is current by now. Raises AttachError."""
         try:
-            self._map(self.current)
+            self._map(self.control.generation)
         except AttachError:  # its lanes were exchanged for those of the next generation meanwhile
-            self._map(self.current)
+            self._map(self.control.generation)
 
     def _map(self, generation: int) -> None:
         self.control = Control(self.control.segment)  # the number of lanes may be another now
@@ -269,29 +257,26 @@ class Participant(MappedSession):
         name = Names(token.session_id).control
         super().__init__(token.session_id, Segment.attach(name, layout.CONTROL, token.session_id))
         self.token = token
-        self._spin_s = self._spin_us() / 1e6
         self._owner = Peer(self.control.owner_identity)
-
-    def _spin_us(self) -> int:
-        """A spin saves two wake-ups where every process has a core of its own, and steals from the others where not."""
-        if self.settings.ring.spin_us is not None:
-            return self.settings.ring.spin_us
-        processes = self.control.shape.lanes * self.control.shape.members + self.control.shape.teachers
-        return _SPIN_US if len(os.sched_getaffinity(0)) > processes else 0
+        self._ends_with = {0}  # failures of these generations end this participant; 0: of the session
+        spin_us = self.settings.ring.spin_us
+        if (
+            spin_us is None
+        ):  # a spin saves two wake-ups where every process has a core of its own, and steals from others where not
+            shape = self.control.shape
+            has_core = len(os.sched_getaffinity(0)) > shape.lanes * shape.members + shape.teachers
+            spin_us = _SPIN_US if has_core else 0
+        self._spin_s = spin_us / 1e6
 
     def check(self) -> None:
         """Raise a PeerLost if the session has failed or its owner is gone."""
         failure = self.control.owner.failure
-        if failure and self._ended_by(failure):
+        if failure and failure.generation in self._ends_with:
             raise lost(failure, self.settings.run_dir)
         if not self._owner.alive():
             raise LauncherDied(
                 f"the launcher (pid {self._owner.identity.pid}) is gone without a word: killed? Everything of this session ends."
             )
-
-    def _ended_by(self, failure: Failure) -> bool:
-        """Whether what the owner has announced ends this participant too."""
-        return failure.generation == 0
 
     def teacher_name(self, teacher: int) -> str:
         return f"teacher {teacher} ({self.settings.teacher.model})"

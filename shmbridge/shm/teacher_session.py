@@ -13,7 +13,6 @@ from typing import TypeVar
 from shmbridge.errors import AttachError
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Peer
 from shmbridge.shm.record import Phase
 from shmbridge.shm.session import Lane, Participant, Token
@@ -65,24 +64,22 @@ class TeacherSession(Participant):
 
     def _to_be_served(self) -> int | None:
         """The generation whose replies have memory; 0 where none follows, None where it is waited for."""
-        words = self.control.words
-        if words[ControlWord.SESSION_ENDING]:
+        if self.control.ending:
             return 0
-        generation = words[ControlWord.CURRENT_GENERATION]
+        generation = self.control.generation
         is_open = self._is_open(generation) and generation > self._latest
         phase = Phase.OFFERED if is_open else Phase.IDLE
         if self.record.phase is not phase:
             self.record.enter(phase)
-        return generation if is_open and words[ControlWord.REPLIES_READY] == generation and self._agrees() else None
+        if not is_open or self.control.replies_ready != generation:
+            return None
+        agreed = self.control.owner.offer
+        if self._published and agreed and not self._published.agrees(Offer.decode(agreed)):
+            return None  # the owner is to refuse what differs from the session's first offer
+        return generation
 
     def _is_open(self, generation: int) -> bool:
-        words = self.control.words
-        return words[ControlWord.CURRENT_GENERATION] == generation > words[ControlWord.TRAINING_DONE]
-
-    def _agrees(self) -> bool:
-        """What differs from the session's first offer waits for the owner to refuse it."""
-        agreed = self.control.owner.offer
-        return self._published is None or agreed is None or self._published.agrees(Offer.decode(agreed))
+        return self.control.generation == generation > self.control.training_done
 
     def attach(self, generation: int) -> None:
         """Map the lanes and open the doorbells of a generation, with the settings that its ranks have. Raises AttachError."""
@@ -105,7 +102,7 @@ class TeacherSession(Participant):
 
     def open_barrier(self) -> None:
         """Let every rank that waits at the startup barrier go on."""
-        self.record.set_ready(self.token.generation)
+        self.record.ready = self.token.generation
         self.wake_ranks()
 
     def wake_ranks(self) -> None:
@@ -134,7 +131,7 @@ class TeacherSession(Participant):
     def yield_lane(self, lane: Lane) -> None:
         """Hand a lane over to the teacher that is to serve it; nothing of it is in this one's hands."""
         self.served.remove(lane)
-        lane.hand_over(lane.wanted_teacher)
+        lane.teacher = lane.wanted_teacher
         bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
         bell.ring()
         bell.close()
@@ -151,4 +148,4 @@ class TeacherSession(Participant):
 
     @property
     def training_done(self) -> bool:
-        return self.control.words[ControlWord.TRAINING_DONE] >= self.token.generation
+        return self.control.training_done >= self.token.generation

@@ -82,7 +82,7 @@ def answer(rank: RankSession, sequence: int) -> None:
 
 
 def fall_silent(rank: RankSession) -> None:
-    rank.record._words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
+    rank.record.words[RecordWord.HEARTBEAT_NS] = time.monotonic_ns() - int((rules.STALE_S + 1) * 1e9)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_nothing_is_owed_by_a_teacher_that_is_lost(clocked):
     teacher = on.teacher()
     rank = on.rank(0)
     ask(rank)
-    teacher.record.set_lost()
+    teacher.record.lost = True
     for step in range(40):
         rank.record.at(step, 1)
         assert on.ticks(1) == []

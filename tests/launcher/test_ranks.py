@@ -34,7 +34,7 @@ def taken() -> Iterator[list[int]]:
 
 def make_stranger(ranks: Ranks) -> None:
     """Let the pid on the board be used again: a rank with this pid had started at another time."""
-    ranks._lanes[0].records[0]._words[RecordWord.START] -= 1
+    ranks._lanes[0].records[0].words[RecordWord.START] -= 1
 
 
 def test_a_signal_is_forwarded_to_the_rank_itself(ranks, taken):
@@ -69,7 +69,7 @@ def test_a_stranger_is_not_watched_and_the_rank_counts_as_ended(ranks):
 def test_a_rank_that_has_closed_may_still_need_its_teacher(ranks, finished):
     """It may connect again, as long as it lives: a teacher that dies meanwhile has died."""
     assert not ranks.finished([0])
-    ranks._lanes[0].ring.close_requests()
+    ranks._lanes[0].ring.closed = True
     assert ranks.finished([0]) is finished
     make_stranger(ranks)
     assert ranks.finished([0])

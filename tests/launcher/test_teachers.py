@@ -54,7 +54,7 @@ class Scene:
         record = self.owner.control.teachers[index]
         record.sign_in()
         record.write_offer(offer.encode())
-        record.set_ready(self.owner.generation)
+        record.ready = self.owner.generation
 
     def die(self, index: int, slow: bool = False) -> bool:
         """Whether the run survives it."""
@@ -183,7 +183,7 @@ def test_lanes_on_their_way_back_to_one_that_dies_again_stay(scene):
     it.tick()
     assert it.wanted == [0, 1, 0, 1]
     assert it.die(0)
-    it.owner.lanes[0].hand_over(0)  # teacher 1 had not heard of it
+    it.owner.lanes[0].teacher = 0  # teacher 1 had not heard of it
     it.tick()
     assert (it.lanes, it.wanted) == ([1, 1, 1, 1], [1, 1, 1, 1])
 

@@ -345,7 +345,7 @@ def lost(run: Run, teacher: Child) -> None:
     """The launcher's part where on_teacher_lost is continue."""
     teacher.kill()
     teacher.join()
-    run.owner.control.teachers[0].set_lost()
+    run.owner.control.teachers[0].lost = True
     run.owner.ring_all()
 
 
@@ -612,7 +612,7 @@ def test_lanes_of_a_lost_teacher_go_to_another_in_the_next_generation():
         first, _ = pair(run, Doubling(), Doubling(who=1))
         first.kill()
         first.join()
-        run.owner.control.teachers[0].set_lost()
+        run.owner.control.teachers[0].lost = True
         run.next_generation()
         agreed = until(run.owner.offered)
         run.owner.create_replies(agreed)

@@ -30,7 +30,7 @@ from tests.protocol import actors
 from tests.protocol.actors import FAILS, OFFER, TOKENS, Broken, TinyRank, TinyTeacher, content, require
 
 CASES_OF_A_CHILD = 50
-JSON = (SETTINGS_OFFSET, RECORDS_OFFSET + RECORD_BYTES + layout.OFFER_OFFSET, RECORDS_OFFSET + layout.FAILURE_OFFSET)
+JSON = (SETTINGS_OFFSET, RECORDS_OFFSET + RECORD_BYTES + layout.OFFER.offset, RECORDS_OFFSET + layout.FAILURE.offset)
 INTERESTING = (0, 1, 2, 3, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1)
 
 
@@ -53,9 +53,9 @@ class Scene:
             rank.submit(), rank.submit()
             teacher.move()  # the first reply
         self.owner.control.owner.relay(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7"))
-        self.owner.control.owner._words[layout.RecordWord.FAILURE] = 0  # until a case garbles it
+        self.owner.control.owner.words[layout.RecordWord.FAILURE] = 0  # until a case garbles it
         self.segments = {"control": self.owner.control.segment, "lane": self.owner.lanes[0].segment}
-        rank.session.record._words[layout.RecordWord.PID] = 0  # so that a case can attach to the lane
+        rank.session.record.words[layout.RecordWord.PID] = 0  # so that a case can attach to the lane
         self.pristine = {name: bytes(segment.bytes) for name, segment in self.segments.items()}
 
     def places(self) -> list[tuple[str, int, int]]:
@@ -222,7 +222,7 @@ def _as_owner(scene: Scene) -> None:
 
 def _look_at(*records: object) -> None:
     """All that a record tells."""
-    names = [name for name, value in vars(type(records[0])).items() if isinstance(value, property)]
+    names = [name for name, value in vars(type(records[0])).items() if isinstance(value, property | layout.Word)]
     for record in records:
         for name in names:
             _refused(getattr, record, name)

@@ -57,7 +57,7 @@ def rank_program(case: Case) -> Program:
             more = submitted if case.ahead and submitted < case.requests else None
             _whole(program, case, sequence, payload=True, ahead=more)
         program.call(lambda world, ring, local, s=sequence: ring.release(s))
-    program.call(lambda world, ring, local: ring.close_requests())
+    program.call(lambda world, ring, local: setattr(ring, "closed", True))
     _ring_teacher(program, case)
     return program
 
@@ -295,7 +295,7 @@ def handing_over(index: int) -> Program:
         if lane.wanted_teacher == index or not ring.settled:
             return None
         heir = lane.wanted_teacher
-        lane.hand_over(heir)
+        lane.teacher = heir
         world.ring_bell(TEACHER + heir)
         return local + AWAY
 
@@ -360,7 +360,7 @@ def owner_program(handovers: int) -> Program:
         words, serves = world.lane.segment.words, world.lane.teacher
         if is_dead(world.sides, serves):
             words[LaneWord.WANTED] = 1 - serves
-            world.lane.hand_over(1 - serves)
+            world.lane.teacher = 1 - serves
             ring_all(world)
         elif is_dead(world.sides, world.cursor(LaneWord.WANTED)):
             words[LaneWord.WANTED] = serves

@@ -38,7 +38,7 @@ def test_an_offer_that_is_no_utf8_is_named():
 def test_a_failure_that_is_no_utf8_is_named():
     memory = memoryview(bytearray(RECORD_BYTES))
     text = b'{"role": "\xff"}'
-    memory[layout.FAILURE_OFFSET : layout.FAILURE_OFFSET + len(text)] = text
+    memory[layout.FAILURE.offset : layout.FAILURE.offset + len(text)] = text
     memory.cast("Q")[RecordWord.FAILURE] = len(text)
     with pytest.raises(ShmbridgeError):
         Record(memory, "teacher", 0).failure  # noqa: B018

@@ -35,7 +35,7 @@ LANE = LaneLayout(depth=3, max_tokens=10, candidates=2, chunks=2, members=2)
         ),
         (
             "A record, in",
-            [0, layout.DECLARED_OFFSET, layout.OFFER_OFFSET, layout.FAILURE_OFFSET, layout.RECORD_BYTES],
+            [0, layout.DECLARED.offset, layout.OFFER.offset, layout.FAILURE.offset, layout.RECORD_BYTES],
         ),
         (
             "LANE, one",

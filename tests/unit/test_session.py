@@ -165,7 +165,7 @@ def test_no_garbled_word_crashes_an_attach(which, value):
             before, segment.words[word] = segment.words[word], value
             attach_and_look(it)
             segment.words[word] = before
-            record._words[layout.RecordWord.PID] = 0
+            record.words[layout.RecordWord.PID] = 0
 
 
 @pytest.mark.promise(19, within="1 s")
@@ -306,7 +306,7 @@ def test_a_failure_that_is_replaced_while_a_rank_reads_it_is_read_whole():
         it.owner.fail_generation(Failure("trainer", 3, 1, "training", 5, 9, "exit code 7" * 20))
         worse = Failure("launcher", 0, 2, "training", 5, 9, "interrupted" * 300)
         board = session.control.owner
-        board._memory = Preempted(board._memory, lambda: it.owner.fail(worse))
+        board.memory = Preempted(board.memory, lambda: it.owner.fail(worse))
         with pytest.raises(LauncherDied, match="interrupted"):
             session.check()
 
@@ -554,12 +554,12 @@ def test_a_rank_waits_for_every_replica():
 def test_a_mapped_session_follows_the_generations_and_tells_what_ends_them():
     with bench() as it:
         seen = MappedSession(it.owner.session_id)
-        assert (seen.generation, seen.current, [lane.index for lane in seen.lanes]) == (1, 1, [0])
+        assert (seen.generation, seen.control.generation, [lane.index for lane in seen.lanes]) == (1, 1, [0])
         assert seen.settings == it.owner.settings
         it.owner.fail_generation(Failure("launcher", 0, 1, "", None, None, "of generation 1", at_ns=2))
         assert [failure.reason for failure in seen.failures()] == ["of generation 1"]
         it.owner.start_generation(2)
-        assert seen.current == 2
+        assert seen.control.generation == 2
         seen.update()
         assert (seen.generation, [lane.index for lane in seen.lanes], seen.failures()) == (2, [0, 1], [])
         rank = it.owner.lanes[1].records[0]
