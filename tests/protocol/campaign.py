@@ -3,8 +3,8 @@
     python -m tests.protocol.campaign --victim teacher --scenario whole
 
 One side is a forked process, the victim; the other, the survivor, runs here, and so does the owner. Memory, semaphores and
-liveness are the real ones. A point is one line of ring.py, doorbell.py, record.py, session.py, teacher_session.py, rank_session.py or segment.py, executed by the victim (with `--opcodes`
-each bytecode of the first three); sys.settrace counts them, so they cost nothing outside this module.
+liveness are the real ones. A point is one line of a module in TRACED, executed by the victim (with `--opcodes` each bytecode of
+those in BY_OPCODE); sys.settrace counts them, so they cost nothing outside this module.
 
 The two sides take turns: one moves until it would sleep, and hands the turn over through a pipe; when it gets the turn back
 and was rung meanwhile, it goes through the real sleep. So every run with the same n is the same run. Where both would sleep
@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from shmbridge.errors import DeadlineExceeded, PeerLost
-from shmbridge.shm import doorbell, owner, rank_session, record, ring, segment, session, teacher_session
+from shmbridge.shm import doorbell, layout, owner, rank_session, record, ring, segment, session, teacher_session
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
@@ -43,7 +43,7 @@ SLICE_S = 0.001  # of the survivor, so that it notices a death at once
 PATIENCE_S = 10.0
 REACHED = 7  # exit status of a victim that was paused
 MOST_IDLE = 10  # turns in a row in which a side was not rung
-BY_OPCODE = (ring, doorbell, record)
+BY_OPCODE = (layout, ring, doorbell, record)
 TRACED = {
     module.__file__: module in BY_OPCODE for module in (*BY_OPCODE, session, teacher_session, rank_session, segment)
 }
@@ -53,20 +53,19 @@ TRACED = {
 
 
 def whole(rank: TinyRank) -> None:
-    """Replies read out of order, one that raised, one that nobody wants."""
+    """Replies read out of order, one that nobody wants, one that raised."""
     first, second = rank.submit(), rank.submit()
     rank.wait(second)
     rank.read(second)
     rank.take(first)
     rank.ring.release(second)
-    failing, unwanted = rank.submit(FAILS), rank.submit()
-    rank.abandon(failing - 1)
-    rank.wait(failing)
-    rank.read(failing, error=True)
+    unwanted, failing = rank.submit(), rank.submit(FAILS)
     rank.abandon(unwanted)
-    rank.ring.release(failing)
     rank.wait(unwanted)
     rank.ring.release(unwanted)
+    rank.wait(failing)
+    rank.read(failing, error=True)
+    rank.ring.release(failing)
     rank.take(rank.submit())
 
 
@@ -186,6 +185,7 @@ class Points:
         self._left = n
         self._act = act
         self._opcodes = opcodes
+        self.passed: set[str] = set()  # names of the functions that it has counted in
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
         by_opcode = TRACED.get(frame.f_code.co_filename)
@@ -198,6 +198,7 @@ class Points:
     def _count(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event in ("line", "opcode"):
             self._left -= 1
+            self.passed.add(frame.f_code.co_qualname)
             if self._left == 0:
                 self._act()
         return self._count
@@ -302,6 +303,8 @@ class Run:
             points = Points(self.n, self._pauser(turns) if self.pause else _die, self.opcodes)
             play(self.victim, token, turns, self.scenario, PATIENCE_S, [], points)
             code = REACHED if points.reached else 0
+            if not points.reached:
+                print("passed", *sorted(points.passed), flush=True)
         except BaseException as error:
             sys.settrace(None)
             turns.complain("".join(traceback.format_exception(error)))
