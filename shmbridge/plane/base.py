@@ -8,11 +8,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
-from shmbridge.output_spec import Extent
+from shmbridge.output_spec import Extent, Offer
+from shmbridge.plane import tensors
+from shmbridge.plane.tensors import Slots
+from shmbridge.shm import layout
 from shmbridge.shm.process import Identity
+from shmbridge.shm.segment import Segment
+from shmbridge.shm.session import Lane, Names, Shape, Token
+
+
+class LaneSpec(NamedTuple):
+    """What either side knows of a lane before there is a reply in it."""
+
+    token: Token
+    shape: Shape
+    lane: Lane
+    agreed: Offer
+    device: torch.device  # of this process
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a reply slot."""
+        return self.shape.slot_bytes(self.agreed.outputs)
+
+    def attach(self, nbytes: int) -> Segment:
+        """The lane's reply segment, of `nbytes` bytes. Raises AttachError."""
+        session, generation, lane = self.token.session_id, self.token.generation, self.lane.index
+        name = Names(session).reply(generation, lane)
+        return tensors.attach(name, layout.REPLY, nbytes, session, generation, lane)
+
+    def slots(self, memory: torch.Tensor) -> Slots:
+        """The lane's reply slots in `memory`: (bytes,) uint8, at least all slots."""
+        return Slots(self.agreed.outputs, self.shape.reply_slots, self.stride, memory)
 
 
 class TeacherPlane(ABC):

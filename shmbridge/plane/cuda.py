@@ -23,14 +23,13 @@ from typing import NamedTuple
 import torch
 
 from shmbridge.errors import AttachError, TornReply
-from shmbridge.output_spec import Extent, Offer
+from shmbridge.output_spec import Extent
 from shmbridge.plane import cuda_ipc, cuda_slab
-from shmbridge.plane.base import RankPlane, TeacherPlane
+from shmbridge.plane.base import LaneSpec, RankPlane, TeacherPlane
 from shmbridge.plane.cuda_ipc import Event, Stream
 from shmbridge.plane.cuda_slab import UNOPENED, Exchange, Export, Imported, Opened, Slab, Slabs, stamp
 from shmbridge.plane.tensors import Slots
 from shmbridge.shm.process import Identity
-from shmbridge.shm.session import Lane, Shape, Token
 
 ON_THEIR_WAY = 256  # reads; a host that runs further ahead of its GPU waits for the oldest
 _PENDING, _TORN = 2, 1  # bytes of a word; a stream writes False or True
@@ -39,10 +38,8 @@ _PENDING, _TORN = 2, 1  # bytes of a word; a stream writes False or True
 class TeacherCudaPlane(TeacherPlane):
     """Teacher: the replies of one lane."""
 
-    def __init__(
-        self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device, slabs: Slabs
-    ) -> None:
-        """Export the lane's slab on `device`.
+    def __init__(self, spec: LaneSpec, slabs: Slabs) -> None:
+        """Export the lane's slab.
 
         torch never frees memory that was exported to a process which was killed. So `slabs` keeps this process's slabs by lane, and
         a lane that comes again (training that starts again, a replica that takes over again) has the slab that it had, unless an
@@ -52,18 +49,17 @@ class TeacherCudaPlane(TeacherPlane):
             AttachError: the lane's reply segment is not what the offer says.
             PlanError: the GPU has no room for the slab.
         """
-        slots, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
-        slab = slabs.get(lane.index)
+        slots, stride, generation = spec.shape.reply_slots, spec.stride, spec.token.generation
+        slab = slabs.get(spec.lane.index)
         if slab is None or (slab.slots, slab.stride) != (slots, stride) or not slab.stream.query():
-            slab = slabs[lane.index] = Slab(device, slots, stride, token.generation)
-        slab.generation = token.generation
-        self._slab = slab
-        self._ring = lane.ring
-        self._first = lane.ring.filled if shape.chunks else lane.ring.replied
-        self._exchange = Exchange(token, shape, lane.index)
+            slab = slabs[spec.lane.index] = Slab(spec.device, slots, stride, generation)
+        slab.generation = generation
+        self._slab, self._stream = slab, slab.stream
+        self._ring = spec.lane.ring
+        self._first = self._ring.filled if spec.shape.chunks else self._ring.replied
+        self._exchange = Exchange(spec)
         self._export = self._exchange.write_export(slab.export(self._first))
-        self._slots = _slots(slab, agreed)
-        self._stream = slab.stream
+        self._slots = spec.slots(slab.memory)
         self._free: list[Event] = []
         self._begun = -1  # the newest number that the stream may write
         self._followed = -1  # replies up to here, the last reads of which the stream waits for
@@ -159,9 +155,8 @@ class Reads:
     def prepare(self, number: int, stamp: int, teacher: Identity, with_beginning: bool) -> Read:
         """Give a read its words, before it is launched. Waits where ON_THEIR_WAY reads are pending. Raises TornReply."""
         while len(self._pending) == ON_THEIR_WAY:
+            cuda_ipc.pause()
             self.check()
-            if len(self._pending) == ON_THEIR_WAY:
-                cuda_ipc.pause()
         ended = self._count % ON_THEIR_WAY
         begun = ended + ON_THEIR_WAY if with_beginning else None
         self._bytes[ended] = _PENDING
@@ -193,29 +188,14 @@ class Reads:
         read = self.oldest()
         return None if read is None or (read.begun is not None and self._bytes[read.begun] == _PENDING) else read
 
-    def __len__(self) -> int:
-        return len(self._pending)
-
 
 class _Source(NamedTuple):
-    """The slab of one teacher, as the rank reads replies from it."""
+    """The slab of one teacher, as the rank reads replies from it. The lists and the dict are by slot."""
 
     slab: Opened
     slots: Slots
-    events: list[Event]  # this rank's own, exported: recorded behind the last read of a slot
-    firsts: dict[
-        int, tuple[dict[str, torch.Tensor], list[torch.Tensor]]
-    ]  # by slot: its latest views, and their _firsts
-
-    def ready(self, number: int) -> Event:
-        return self.slab.ready[number % self.slab.slots]
-
-    def free(self, number: int) -> Event:
-        return self.events[number % self.slab.slots]
-
-    def torn(self, read: Read) -> torch.Tensor:
-        """Whether the slot does not have the stamp of `read`: () bool, computed on the current stream."""
-        return self.slab.stamps[read.number % self.slab.slots].ne(read.stamp)
+    free: list[Event]  # this rank's own, exported: recorded behind the last read of a slot
+    firsts: dict[int, tuple[dict[str, torch.Tensor], list[torch.Tensor]]]  # its latest views, and their _firsts
 
 
 class RankCudaPlane(RankPlane):
@@ -225,23 +205,19 @@ class RankCudaPlane(RankPlane):
     copies, and the slot is free when `read` returns.
     """
 
-    def __init__(
-        self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device, *, in_place: bool
-    ) -> None:
-        """Open the lane's slab on `device`. Raises AttachError."""
+    def __init__(self, spec: LaneSpec, *, in_place: bool) -> None:
+        """Open the lane's slab. Raises AttachError."""
         self.keeps = self.lends = in_place
-        self._device = device
-        self._expected = shape.reply_slots, shape.slot_bytes(agreed.outputs), token.generation
-        self._agreed = agreed
-        self._exchange = Exchange(token, shape, lane.index)
+        self._spec, self._device = spec, spec.device
+        self._exchange = Exchange(spec)
         self._opened: dict[int, _Source] = {}  # by the number of the export
         self._retired: list[_Source] = []
         self._held: dict[int, _Source] = {}  # by number: where a lent reply lies
         with torch.inference_mode(False):  # the first reply may be an evaluation's, and training writes here as well
-            self._reads = Reads(device)
-            self._here = cuda_ipc.zero(device)
+            self._reads = Reads(self._device)
+            self._here = cuda_ipc.zero(self._device)
         self._opening: tuple[Identity, int] | None = None  # the host waits for an event of this teacher
-        self._side = cuda_ipc.side_stream(device)
+        self._side = cuda_ipc.side_stream(self._device)
         self._waits: deque[tuple[Event, Event]] = deque()
         self._open(self._exchange.exports, self._exchange.read_export(self._exchange.exports))
 
@@ -252,42 +228,46 @@ class RankCudaPlane(RankPlane):
             self._held[number] = source
         expected = stamp(source.slab.generation, number)
         read = self._reads.prepare(number, expected, source.slab.teacher, with_beginning=self.keeps)
-        tensors = self._lend(source, read, extent) if self.keeps else self._copy(source, read, extent)
+        tensors = (self._lend if self.keeps else self._copy)(source, read, number % source.slab.slots, extent)
         self._reads.launched(read)
         return tensors
 
-    def _lend(self, source: _Source, read: Read, extent: Extent) -> dict[str, torch.Tensor]:
+    def _lend(self, source: _Source, read: Read, slot: int, extent: Extent) -> dict[str, torch.Tensor]:
         """Views of the slot, for the current stream."""
         compute = cuda_ipc.current_stream(self._device)
         cuda_ipc.tell_host(self._reads.words[read.begun], self._here)  # type: ignore[index]
-        self._wait(compute, source.ready(read.number))
-        torn = source.torn(read)
-        views, slot = source.slots.views(read.number, extent), read.number % source.slab.slots
+        self._wait(compute, source.slab.ready[slot])
+        torn = source.slab.stamps[slot].ne(read.stamp)
+        views = source.slots.views(read.number, extent)
         known = source.firsts.get(slot)
         if known is None or known[0] is not views:
             known = source.firsts[slot] = views, self._firsts(views)
-        _poison(torn, known[1])
-        cuda_ipc.tell_host(self._reads.words[read.ended], torn)
+        self._end(read, torn, known[1])
         return source.slots.lend(read.number, extent)
 
-    def _copy(self, source: _Source, read: Read, extent: Extent) -> dict[str, torch.Tensor]:
+    def _copy(self, source: _Source, read: Read, slot: int, extent: Extent) -> dict[str, torch.Tensor]:
         """Copies that the side stream makes, and that the current stream waits for."""
-        views, free = source.slots.views(read.number, extent), source.free(read.number)
+        views, free = source.slots.views(read.number, extent), source.free[slot]
         with cuda_ipc.on(self._side) as compute:
-            self._side.wait_event(source.ready(read.number))
-            torn = source.torn(read)
+            self._side.wait_event(source.slab.ready[slot])
+            torn = source.slab.stamps[slot].ne(read.stamp)
             copies = {name: view.clone() for name, view in views.items()}
-            _poison(torn, self._firsts(copies))
-            cuda_ipc.tell_host(self._reads.words[read.ended], torn)
+            self._end(read, torn, self._firsts(copies))
             free.record(self._side)
         self._wait(compute, free)
         cuda_ipc.keep_until(copies.values(), compute)
         return copies
 
+    def _end(self, read: Read, torn: torch.Tensor, firsts: list[torch.Tensor]) -> None:
+        """On the current stream: a NaN in each of `firsts` where `torn`, of which the host learns."""
+        for first in firsts:
+            first.masked_fill_(torn, torch.nan)
+        cuda_ipc.tell_host(self._reads.words[read.ended], torn)
+
     def _firsts(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """Views of the first number of every position, for each output of floats."""
         found = []
-        for spec in self._agreed.outputs:
+        for spec in self._spec.agreed.outputs:
             tensor = tensors[spec.name]
             if tensor.is_floating_point() and tensor.numel():
                 per_number = len(spec.shape) > spec.per_token  # an axis of numbers behind that of rows or positions
@@ -326,36 +306,36 @@ class RankCudaPlane(RankPlane):
         finally:
             self._opening = None
         found = slab.slots, slab.stride, slab.generation
-        if found != self._expected:
+        expected = self._spec.shape.reply_slots, self._spec.stride, self._spec.token.generation
+        if found != expected:
             raise AttachError(
-                f"the teacher's slab has slots, stride, generation {found}, expected {self._expected}: garbled."
+                f"the teacher's slab has slots, stride, generation {found}, expected {expected}: garbled."
             )
-        events = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
-        opened = _Source(slab, _slots(slab, self._agreed), events, {})
-        self._opened[nth] = opened
+        free = [cuda_ipc.shared_event(self._device) for _ in range(slab.slots)]
+        source = self._opened[nth] = _Source(slab, self._spec.slots(slab.memory), free, {})
         if nth == max(self._opened):  # no teacher waits for the answer to an older one
-            self._exchange.write_imported(nth, Imported(tuple(map(cuda_ipc.export_event, events))))
-        return opened
+            self._exchange.write_imported(nth, Imported(tuple(map(cuda_ipc.export_event, free))))
+        return source
 
     def _of(self, number: int) -> _Source:
         """Where a published reply lies: in the slab of the newest teacher whose first reply is not after it. The slab of a teacher
         that answered nothing is not opened, because handles of a process that is gone do not open. Raises AttachError."""
         for nth in range(self._exchange.exports, min(self._opened), -1):
-            opened = self._opened.get(nth)
-            if opened is None:
+            source = self._opened.get(nth)
+            if source is None:
                 export = self._exchange.read_export(nth)
                 if export.first > number:
                     continue
-                opened = self._open(nth, export)
-            if opened.slab.first <= number:
-                return opened
+                source = self._open(nth, export)
+            if source.slab.first <= number:
+                return source
         return self._opened[min(self._opened)]
 
     def release(self, number: int) -> int | None:
         version = None
         if self.keeps:  # what the current stream holds now is the last that reads the reply in place
             source = self._held.pop(number)
-            source.free(number).record(cuda_ipc.current_stream(self._device))
+            source.free[number % source.slab.slots].record(cuda_ipc.current_stream(self._device))
             version = source.slots.take_back(number)
         self.check()
         return version
@@ -373,13 +353,3 @@ class RankCudaPlane(RankPlane):
     def stands_at(self) -> tuple[Identity, int] | None:
         read, opening = self._reads.stands_at(), self._opening
         return (read.teacher, read.number) if read else opening
-
-
-def _poison(torn: torch.Tensor, firsts: list[torch.Tensor]) -> None:
-    """On the current stream: a NaN in each of `firsts` where `torn`."""
-    for first in firsts:
-        first.masked_fill_(torn, torch.nan)
-
-
-def _slots(slab: Slab | Opened, agreed: Offer) -> Slots:
-    return Slots(agreed.outputs, slab.slots, slab.stride, slab.memory)

@@ -29,7 +29,8 @@ _streams: weakref.WeakSet[Stream] = weakref.WeakSet()  # that `side_stream` gave
 
 
 class MemoryHandle(msgspec.Struct, frozen=True):
-    """One export of one allocation, for one importer: what torch's `_share_cuda_` gives, without the exporter's device."""
+    """One export of one allocation, for one importer: what torch's `_share_cuda_` gives, in its order, without the exporter's
+    device. `_new_shared_cuda` takes it in the same order."""
 
     handle: bytes
     nbytes: int
@@ -54,17 +55,14 @@ def unusable(device: torch.device) -> str | None:
         )
     # Not in a pool: some versions of torch never use expandable segments there, and others raise an error.
     memory = torch.zeros(layout.OWN_BLOCK, dtype=torch.uint8, device=device)
-    if _is_expandable(export_memory(memory)):
+    handle = export_memory(memory).handle
+    # Since torch 2.5 a handle is a version byte, a letter for the kind of allocation, and what CUDA gave.
+    if len(handle) != _HEADERLESS and handle[1:2] == _EXPANDABLE:
         return (
             "the teacher's process allocates expandable segments, whose handles do not open in other processes; take "
             "expandable_segments:True out of its PYTORCH_CUDA_ALLOC_CONF (training may keep it)"
         )
     return None
-
-
-def _is_expandable(handle: MemoryHandle) -> bool:
-    """Since torch 2.5 a handle is a version byte, a letter for the kind of allocation, and what CUDA gave."""
-    return len(handle.handle) != _HEADERLESS and handle.handle[1:2] == _EXPANDABLE
 
 
 def identify(device: torch.device) -> str:
@@ -93,8 +91,8 @@ def export_memory(memory: torch.Tensor) -> MemoryHandle:
     Two importers of one export would both count its reference counter down. Exports are made once for the life of the
     memory: torch never uses a counter's place again, and each import keeps an event.
     """
-    _, handle, nbytes, offset, counter, counter_offset, event, wait = memory.untyped_storage()._share_cuda_()
-    return MemoryHandle(handle, nbytes, offset, counter, counter_offset, event, wait)
+    _, *fields = memory.untyped_storage()._share_cuda_()
+    return MemoryHandle(*fields)
 
 
 def open_memory(handle: MemoryHandle, device: torch.device) -> torch.Tensor:
@@ -104,16 +102,7 @@ def open_memory(handle: MemoryHandle, device: torch.device) -> torch.Tensor:
     exporter's card, about 500 MB for each importer.
     """
     with torch.inference_mode(False), torch.cuda.device(device):
-        storage = torch.UntypedStorage._new_shared_cuda(
-            device.index,
-            handle.handle,
-            handle.nbytes,
-            handle.offset,
-            handle.counter,
-            handle.counter_offset,
-            handle.event,
-            handle.wait,
-        )
+        storage = torch.UntypedStorage._new_shared_cuda(device.index, *msgspec.structs.astuple(handle))
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ def register(memory: memoryview, keeper: object, device: torch.device) -> bool:
     with torch.cuda.device(device):  # else CUDA would make a context on the current one
         error = int(runtime.cudaHostRegister(address, memory.nbytes, 0))
     if error:
-        _forget_error(device)
+        with suppress(RuntimeError):  # the next launch reports what this call left behind, whoever launches
+            torch.zeros(1, device=device)
         logger.warning("CUDA did not pin %d bytes of shared memory (error %d); copies are slower", memory.nbytes, error)
         return False
-    weakref.finalize(keeper, _unregister, runtime, address, memory)
+    weakref.finalize(keeper, lambda memory: runtime.cudaHostUnregister(address), memory)  # the mapping outlives it
     return True
 
 
@@ -40,19 +41,6 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
         host.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(tensor.device).synchronize()
     return host
-
-
-def _unregister(runtime: Any, address: int, memory: memoryview) -> None:
-    """`memory` is an argument because the mapping must outlive its registration."""
-    runtime.cudaHostUnregister(address)
-
-
-def _forget_error(device: torch.device) -> None:
-    """The next launch reports what the last call left behind, whoever launches; so launch something now."""
-    try:
-        torch.zeros(1, device=device)
-    except RuntimeError:
-        pass
 
 
 def is_out_of_memory(error: BaseException) -> bool:

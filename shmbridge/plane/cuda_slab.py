@@ -13,11 +13,11 @@ import torch
 
 from shmbridge.errors import AttachError, PlanError
 from shmbridge.plane import cuda_ipc
+from shmbridge.plane.base import LaneSpec
 from shmbridge.plane.cuda_ipc import MemoryHandle
 from shmbridge.shm import layout, process
+from shmbridge.shm.layout import ExchangeWord
 from shmbridge.shm.process import Identity
-from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Names, Shape, Token
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -26,11 +26,7 @@ _NUMBERS = 2**43
 
 # Three areas of the exchange: every other export in one of the first two, the rank's answer in the third.
 _ANSWER = 2
-_NBYTES = (
-    layout.ExchangeWord.EXPORT_NBYTES,
-    layout.ExchangeWord.EXPORT_NBYTES + 1,
-    layout.ExchangeWord.IMPORTED_NBYTES,
-)
+_NBYTES = (ExchangeWord.EXPORT_NBYTES, ExchangeWord.EXPORT_NBYTES + 1, ExchangeWord.IMPORTED_NBYTES)
 
 # What torch raises for handles that do not open: the errors of CUDA, and its own where a handle is garbled.
 UNOPENED = (RuntimeError, TypeError, ValueError, OverflowError)
@@ -70,17 +66,17 @@ class Slab:
         """Allocate, and leave a sample behind the slots for the rank to check. Raises PlanError."""
         self.device = device
         self.slots, self.stride, self.generation = slots, stride, generation
+        nbytes = layout.slab_bytes(slots, stride)
         try:
-            self.memory = cuda_ipc.allocate(layout.slab_bytes(slots, stride), device)
+            self.memory = cuda_ipc.allocate(nbytes, device)
         except torch.OutOfMemoryError:
             raise PlanError(
-                f"the reply slots of one rank take {layout.slab_bytes(slots, stride) / 2**20:,.0f} MiB, which {device} of the teacher "
-                "does not have. Lower ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
+                f"the reply slots of one rank take {nbytes / 2**20:,.0f} MiB, which {device} of the teacher does not have. Lower "
+                "ring.depth or ring.max_tokens, send less (payload.topk={}), or set plane=host."
             ) from None
         self.stream = cuda_ipc.side_stream(device)
-        self.stamps = _stamps(self.memory, slots, stride)
+        self.stamps, sample = _behind_slots(self.memory, slots, stride)
         self.ready = [cuda_ipc.shared_event(device) for _ in range(slots)]
-        sample = _sample(self.memory, slots, stride)
         sample.copy_(torch.arange(len(sample), device=device) % 251)
         self._checksum = int(sample.sum())
         self.ready[0].record(cuda_ipc.current_stream(device))
@@ -125,8 +121,9 @@ class Opened:
             self.ready = [cuda_ipc.open_event(handle, device) for handle in export.ready]
             stream = cuda_ipc.side_stream(device)  # the current one may wait for a teacher that is gone
             stream.wait_event(self.ready[0])
+            self.stamps, sample = _behind_slots(self.memory, self.slots, self.stride)
             with cuda_ipc.on(stream):
-                found = int(_sample(self.memory, self.slots, self.stride).sum())
+                found = int(sample.sum())
         except UNOPENED as error:
             raise AttachError(
                 f"GPU {export.gpu} cannot be read from {device}: {error}. Set plane=host, which goes through host memory."
@@ -136,7 +133,6 @@ class Opened:
                 f"{device} reads {found} from GPU {export.gpu}, where {export.checksum} was written: access between the two is "
                 "broken. Set plane=host, which goes through host memory."
             )
-        self.stamps = _stamps(self.memory, self.slots, self.stride)
 
 
 def _check(export: Export) -> None:
@@ -151,22 +147,18 @@ def _check(export: Export) -> None:
             "the teacher runs in another PID namespace, where CUDA IPC does not work: start both in one container, or with "
             "the host's (docker run --pid=host), or set plane=host."
         )
-    if not (1 <= export.slots == len(export.ready) and export.generation < _GENERATIONS):
-        raise AttachError(f"the teacher's export tells {export.slots} slots, {len(export.ready)} events: garbled.")
-    if export.memory.nbytes < layout.slab_bytes(export.slots, export.stride):
-        raise AttachError(f"the teacher's export tells {export.memory.nbytes} bytes for {export.slots} slots: garbled.")
+    slots, events, stride, nbytes = export.slots, len(export.ready), export.stride, export.memory.nbytes
+    if not (1 <= slots == events and export.generation < _GENERATIONS and nbytes >= layout.slab_bytes(slots, stride)):
+        raise AttachError(
+            f"the teacher's export tells {slots} slots of {stride} bytes, {events} events, {nbytes} bytes of memory: garbled."
+        )
 
 
-def _stamps(memory: torch.Tensor, slots: int, stride: int) -> tuple[torch.Tensor, ...]:
-    """The stamp of each slot: () int64, behind the slots."""
-    start = slots * stride
+def _behind_slots(memory: torch.Tensor, slots: int, stride: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The stamp of each slot, () int64, and the sample, uint8."""
+    stamps, sample = slots * stride, slots * (stride + layout.STAMP_BYTES)
     with torch.inference_mode(False):
-        return memory[start : start + slots * layout.STAMP_BYTES].view(torch.int64).unbind()
-
-
-def _sample(memory: torch.Tensor, slots: int, stride: int) -> torch.Tensor:
-    end = layout.slab_bytes(slots, stride)
-    return memory[end - layout.SAMPLE_BYTES : end]
+        return memory[stamps:sample].view(torch.int64).unbind(), memory[sample : sample + layout.SAMPLE_BYTES]
 
 
 def stamp(generation: int, number: int) -> int:
@@ -177,31 +169,28 @@ def stamp(generation: int, number: int) -> int:
 class Exchange:
     """The segment of one lane that holds the handles of its teachers and of its rank."""
 
-    def __init__(self, token: Token, shape: Shape, lane: int) -> None:
-        name = Names(token.session_id).reply(token.generation, lane)
-        self._segment = segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane)
-        self._capacity = layout.exchange_capacity(shape.reply_slots)
-        if segment.bytes.nbytes != shape.exchange_bytes:
-            raise AttachError(
-                f"segment {name} has {segment.bytes.nbytes} bytes, the exchange of CUDA handles takes "
-                f"{shape.exchange_bytes}: garbled."
-            )
+    def __init__(self, spec: LaneSpec) -> None:
+        """Attach the lane's reply segment. Raises AttachError."""
+        segment, capacity = spec.attach(spec.shape.exchange_bytes), layout.exchange_capacity(spec.shape.reply_slots)
+        self._name, self._words = segment.name, segment.words
+        starts = [layout.PAGE + area * capacity for area in range(len(_NBYTES))]
+        self._areas = [segment.bytes[start : start + capacity] for start in starts]
 
     @property
     def exports(self) -> int:
         """How many exports were written; also the number of the newest."""
-        return self._segment.words[layout.ExchangeWord.EXPORTS]
+        return self._words[ExchangeWord.EXPORTS]
 
     @property
     def imported(self) -> int:
         """The number of the export that the rank has answered last."""
-        return self._segment.words[layout.ExchangeWord.IMPORTED]
+        return self._words[ExchangeWord.IMPORTED]
 
     def write_export(self, export: Export) -> int:
         """Write the lane's next export. Returns its number, from 1 on."""
         nth = self.exports + 1
         self._write((nth - 1) % 2, export)
-        self._segment.words[layout.ExchangeWord.EXPORTS] = nth
+        self._words[ExchangeWord.EXPORTS] = nth
         return nth
 
     def read_export(self, nth: int) -> Export:
@@ -217,7 +206,7 @@ class Exchange:
     def write_imported(self, nth: int, imported: Imported) -> None:
         """Answer export `nth`."""
         self._write(_ANSWER, imported)
-        self._segment.words[layout.ExchangeWord.IMPORTED] = nth
+        self._words[ExchangeWord.IMPORTED] = nth
 
     def read_imported(self) -> Imported:
         """The newest answer. Raises AttachError."""
@@ -225,17 +214,12 @@ class Exchange:
 
     def _write(self, area: int, what: msgspec.Struct) -> None:
         text = msgspec.json.encode(what)
-        assert len(text) <= self._capacity, "exchange_capacity is too small"
-        start = layout.PAGE + area * self._capacity
-        self._segment.bytes[start : start + len(text)] = text
-        self._segment.words[_NBYTES[area]] = len(text)
+        self._areas[area][: len(text)] = text  # raises ValueError where exchange_capacity is too small
+        self._words[_NBYTES[area]] = len(text)
 
     def _read(self, area: int, kind: type[T]) -> T:
-        nbytes = self._segment.words[_NBYTES[area]]
-        start = layout.PAGE + area * self._capacity
-        if nbytes > self._capacity:
-            raise AttachError(f"segment {self._segment.name} tells {nbytes} bytes of CUDA handles: garbled.")
+        nbytes = self._words[_NBYTES[area]]
         try:
-            return msgspec.json.decode(bytes(self._segment.bytes[start : start + nbytes]), type=kind)
+            return msgspec.json.decode(bytes(self._areas[area][:nbytes]), type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise AttachError(f"segment {self._segment.name} holds garbled CUDA handles: {error}.") from None
+            raise AttachError(f"segment {self._name} holds garbled CUDA handles: {error}.") from None

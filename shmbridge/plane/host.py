@@ -11,14 +11,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from shmbridge.errors import AttachError
-from shmbridge.output_spec import Extent, Offer
+from shmbridge.output_spec import Extent
 from shmbridge.plane import cuda_ipc, cuda_runtime, tensors
-from shmbridge.plane.base import RankPlane, TeacherPlane
+from shmbridge.plane.base import LaneSpec, RankPlane, TeacherPlane
 from shmbridge.plane.tensors import Slots
 from shmbridge.shm import layout
-from shmbridge.shm.segment import Segment
-from shmbridge.shm.session import Lane, Names, Shape, Token
 
 
 class _Copies:
@@ -30,18 +27,13 @@ class _Copies:
         self.done = [torch.cuda.Event(blocking=True) for _ in range(slots)]  # else a thread that waits would spin
         cuda_runtime.register(memory, self, device)
 
-    def follow(self) -> None:
-        """The copies come after all that was launched before."""
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-
 
 class TeacherHostPlane(TeacherPlane):
     """Teacher: the replies of one lane."""
 
-    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
-        """Attach the lane's reply segment; `device` is the teacher's. Raises AttachError."""
-        memory, self._slots = _attach(token, shape, lane, agreed)
-        self._copies = _Copies(memory, device, self._slots.count) if device.type == "cuda" else None
+    def __init__(self, spec: LaneSpec) -> None:
+        """Attach the lane's reply segment. Raises AttachError."""
+        self._slots, self._copies = _attach(spec)
 
     def write(
         self, number: int, extent: Extent, outputs: Mapping[str, torch.Tensor], position: int = 0, row: int = 0
@@ -50,7 +42,7 @@ class TeacherHostPlane(TeacherPlane):
             self._slots.write(number, extent, outputs, position, row)
             return
         here = {name: tensor.to(self._copies.device, non_blocking=True) for name, tensor in outputs.items()}
-        self._copies.follow()
+        self._copies.stream.wait_stream(torch.cuda.current_stream(self._copies.device))
         with torch.cuda.stream(self._copies.stream):
             self._slots.write(number, extent, here, position, row)
         for tensor in here.values():
@@ -69,11 +61,10 @@ class RankHostPlane(RankPlane):
 
     keeps = True
 
-    def __init__(self, token: Token, shape: Shape, lane: Lane, agreed: Offer, device: torch.device) -> None:
-        """Attach the lane's reply segment; replies are wanted on `device`. Raises AttachError."""
-        memory, self._slots = _attach(token, shape, lane, agreed)
-        self.lends = device.type != "cuda"
-        self._copies = None if self.lends else _Copies(memory, device, self._slots.count)
+    def __init__(self, spec: LaneSpec) -> None:
+        """Attach the lane's reply segment. Raises AttachError."""
+        self._slots, self._copies = _attach(spec)
+        self.lends = self._copies is None
 
     def read(self, number: int, extent: Extent) -> dict[str, torch.Tensor]:
         if self._copies is None:
@@ -97,12 +88,9 @@ class RankHostPlane(RankPlane):
         return None
 
 
-def _attach(token: Token, shape: Shape, lane: Lane, agreed: Offer) -> tuple[memoryview, Slots]:
-    name = Names(token.session_id).reply(token.generation, lane.index)
-    segment = Segment.attach(name, layout.REPLY, token.session_id, token.generation, lane.index)
-    memory, expected = segment.bytes, shape.reply_bytes(agreed.outputs)
-    if memory.nbytes != expected:
-        raise AttachError(f"segment {name} has {memory.nbytes} bytes, the teacher's offer takes {expected}: garbled.")
-
-    count, stride = shape.reply_slots, shape.slot_bytes(agreed.outputs)
-    return memory, Slots(agreed.outputs, count, stride, tensors.over(memory, layout.PAGE, "uint8", (count * stride,)))
+def _attach(spec: LaneSpec) -> tuple[Slots, _Copies | None]:
+    """The lane's reply slots, and the copies to or from them where this process has a GPU."""
+    count = spec.shape.reply_slots
+    memory = spec.attach(spec.shape.reply_bytes(spec.agreed.outputs)).bytes
+    slots = spec.slots(tensors.over(memory, layout.PAGE, "uint8", (count * spec.stride,)))
+    return slots, _Copies(memory, spec.device, count) if spec.device.type == "cuda" else None

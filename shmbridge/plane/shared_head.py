@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from shmbridge.errors import AttachError
 from shmbridge.head import Head
 from shmbridge.output_spec import HeadSpec
 from shmbridge.plane import tensors
 from shmbridge.shm import layout
-from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Token
 
 _CPU = torch.device("cpu")
@@ -33,14 +31,10 @@ def write(token: Token, spec: HeadSpec, head: Head) -> None:
 def attach(token: Token, spec: HeadSpec, device: torch.device = _CPU) -> Head:
     """The head: weight (words, width) and bias (words,). On the CPU in place, shared with every other rank and so not to be
     written; copied to any other `device`. Raises AttachError."""
-    segment = Segment.attach(Names(token.session_id).head(), layout.HEAD, token.session_id)
-    expected = layout.align(layout.PAGE + layout.head_bytes(spec), layout.PAGE)
-    if segment.bytes.nbytes != expected:
-        raise AttachError(
-            f"segment {segment.name} has {segment.bytes.nbytes} bytes, the head takes {expected}: garbled."
-        )
-    weight = tensors.over(segment.bytes, layout.PAGE, spec.dtype, (spec.words, spec.width))
+    nbytes = layout.align(layout.PAGE + layout.head_bytes(spec), layout.PAGE)
+    memory = tensors.attach(Names(token.session_id).head(), layout.HEAD, nbytes, token.session_id).bytes
+    weight = tensors.over(memory, layout.PAGE, spec.dtype, (spec.words, spec.width))
     bias: torch.Tensor | None = None
     if spec.bias:
-        bias = tensors.over(segment.bytes, layout.PAGE + layout.head_bias_offset(spec), spec.dtype, (spec.words,))
+        bias = tensors.over(memory, layout.PAGE + layout.head_bias_offset(spec), spec.dtype, (spec.words,))
     return Head(weight.to(device), None if bias is None else bias.to(device), spec.softcap, spec.scale)

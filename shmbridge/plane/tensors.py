@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,24 +22,22 @@ from shmbridge.config import TorchDtype
 from shmbridge.errors import AttachError, PlanError
 from shmbridge.output_spec import Extent, OutputSpec
 from shmbridge.shm import layout
+from shmbridge.shm.segment import Segment
 
-DTYPES: dict[TorchDtype, torch.dtype] = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "int8": torch.int8,
-    "uint8": torch.uint8,
-    "bool": torch.bool,
-}
+DTYPES: dict[TorchDtype, torch.dtype] = {name: getattr(torch, name) for name in get_args(TorchDtype)}
 _NAMES: dict[torch.dtype, TorchDtype] = {dtype: name for name, dtype in DTYPES.items()}
 _CARRIERS = {name: np.dtype("int16" if name == "bfloat16" else name) for name in DTYPES}
 
 _NONE = Extent(0, 0)
 _FIRST_VERSION = 1024  # above what in-place operations make of other tensors, so that an error of autograd tells ours
+
+
+def attach(name: str, kind: int, nbytes: int, session_id: str, generation: int = 0, index: int = 0) -> Segment:
+    """The existing segment `name`. Raises AttachError, also where it does not have `nbytes` bytes."""
+    segment = Segment.attach(name, kind, session_id, generation, index)
+    if segment.bytes.nbytes != nbytes:
+        raise AttachError(f"segment {name} has {segment.bytes.nbytes} bytes, expected {nbytes}: garbled.")
+    return segment
 
 
 def over(memory: memoryview, offset: int, dtype: TorchDtype, dims: tuple[int, ...]) -> torch.Tensor:
@@ -90,10 +89,11 @@ class Slots:
         if places[-1] > self._stride:
             raise AttachError(f"a reply for {extent} takes {places[-1]} bytes, its slot has {self._stride}: refused.")
         with torch.inference_mode(False):
-            views = {
-                spec.name: _over(self._memory[slot], place, spec, extent)
-                for spec, place in zip(self._outputs, places, strict=False)
-            }
+            views = {}
+            for spec, place in zip(self._outputs, places, strict=False):
+                dims, dtype = spec.dims(extent), DTYPES[spec.dtype]
+                memory = self._memory[slot][place : place + prod(dims) * dtype.itemsize]
+                views[spec.name] = memory.view(dtype).view(dims)  # shares the slot's version counter
         self._cached[slot] = (extent, views)
         return views
 
@@ -126,12 +126,6 @@ class Slots:
             if source.shape != target.shape:
                 target = _part(target, source, spec, position if spec.per_token else row)
             target.copy_(source, non_blocking=True)
-
-
-def _over(memory: torch.Tensor, place: int, spec: OutputSpec, extent: Extent) -> torch.Tensor:
-    """The output of a reply of `extent` that begins at `place`, in bytes. It shares the version counter of `memory`."""
-    dims, dtype = spec.dims(extent), DTYPES[spec.dtype]
-    return memory[place : place + prod(dims) * dtype.itemsize].view(dtype).view(dims)
 
 
 def _part(target: torch.Tensor, source: torch.Tensor, spec: OutputSpec, at: int) -> torch.Tensor:

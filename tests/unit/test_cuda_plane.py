@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from shmbridge import config
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
 from shmbridge.plane import cuda_ipc, cuda_slab, tensors
+from shmbridge.plane.base import LaneSpec
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import layout
@@ -362,7 +363,7 @@ def test_everything_is_exported_once(monkeypatch):
             gpu.run()
         assert (gpu.exports, len(gpu._events), len(gpu._memories)) == before
         assert not pair.plane("rank")._waits or len(pair.plane("rank")._waits) < 3
-        assert len(pair.plane("rank")._reads) < 3
+        assert len(pair.plane("rank")._reads._pending) < 3
 
 
 @pytest.mark.parametrize("stand_in", [SimGpu, FakeCuda])
@@ -452,7 +453,8 @@ def test_each_lane_has_an_export_of_its_own(monkeypatch):
         session.next_generation()
         Server(session, forward, encoder, agreed, CPU)
         assert gpu.exports == 3
-        exports = [cuda_slab.Exchange(token, session.control.shape, lane).read_export(1) for lane in range(3)]
+        specs = [LaneSpec(token, session.control.shape, lane, agreed, CPU) for lane in session.served]
+        exports = [cuda_slab.Exchange(spec).read_export(1) for spec in specs]
         assert len({export.memory.handle for export in exports}) == 3
         assert len({handle for export in exports for handle in export.ready}) == 3 * exports[0].slots
 
@@ -465,7 +467,7 @@ def take_over(pair: Pair) -> None:
     with pair.gpu.process("teacher"):
         session = pair.server._session
         lane = session.served[0]
-        plane = TeacherCudaPlane(pair.token, session.control.shape, lane, pair.server._agreed, CPU, {})
+        plane = TeacherCudaPlane(LaneSpec(pair.token, session.control.shape, lane, pair.server._agreed, CPU), {})
         pair.server._planes[0] = plane
 
 
@@ -753,7 +755,7 @@ def test_looking_at_stamps_does_not_wait_for_the_gpu(read, monkeypatch):
             pair.teach()
             pair.read(pending)
         assert gpu.syncs == 0
-        assert len(pair.plane("rank")._reads) == 256
+        assert len(pair.plane("rank")._reads._pending) == 256
         assert pair.plane("rank").waits_for()
         pending = pair.submit(ids(256, 1, 2))
         pair.teach()

@@ -17,6 +17,7 @@ import torch
 
 from shmbridge import config
 from shmbridge.plane import cuda_runtime, host
+from shmbridge.plane.base import LaneSpec
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm.owner import Owner
@@ -132,12 +133,12 @@ class Pair:
         self.server = Server(session, self.forward, encoder, agreed, CPU)
         shape = session.control.shape
         lane = session.served[0]
-        self.server._planes[0] = TeacherHostPlane(token, shape, lane, agreed, GPU)
+        self.server._planes[0] = TeacherHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
         session.open_barrier()
         cuda.side = "rank"
         self.bridge = Bridge(RankSession(token, 0))
         self.bridge.wait_ready()
-        self.bridge._requests.replies.plane = RankHostPlane(token, shape, lane, agreed, GPU)
+        self.bridge._requests.replies.plane = RankHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
         cuda.calls.clear()
 
     @staticmethod
