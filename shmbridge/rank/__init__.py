@@ -3,8 +3,8 @@
 connect     connect(): from SHMBRIDGE_SESSION to this rank's bridge
 bridge      wait_ready, submit, exchange, prefetch; or off
 lifecycle   between connect and close: who may use the bridge, how it waits, the save hook
-descriptor  the arguments of a request, checked against every limit, and its descriptor
-requests    the requests of the rank: which wait, which are in the ring, whose replies are wanted
+request     the arguments of a request, checked against every limit, and the fields of its descriptor
+in_flight   the requests of the rank: which wait, which are in the ring, whose replies are wanted
 pending     Pending and Lease: what a script holds of one request
 stream      a reply in chunks
 reply       a reply's named tensors, and how they are read from the plane

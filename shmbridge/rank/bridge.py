@@ -10,7 +10,7 @@
     for batch, pending in bridge.prefetch(loader):
         ...                                     # the teacher is ahead of the loop
 
-This module has what a training script calls. `requests` has what is in flight, `pending` what the script holds of it.
+This module has what a training script calls. `in_flight` has the requests, `pending` what the script holds of it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from shmbridge.head import Head
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import shared_head
 from shmbridge.rank import parity
-from shmbridge.rank.descriptor import CheckedRequest, Extras, IntArray, check_request
+from shmbridge.rank.in_flight import Request, Requests
 from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.pending import Lease, Pending
 from shmbridge.rank.prefetch import Prefetch, Tokens
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.requests import Request, Requests
+from shmbridge.rank.request import CheckedRequest, Extras, IntArray, check_request
 from shmbridge.rank.stats import Stats
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.rank_session import RankSession

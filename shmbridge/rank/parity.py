@@ -17,8 +17,8 @@ from shmbridge import fingerprint
 from shmbridge.errors import ParityError
 from shmbridge.head import Head
 from shmbridge.output_spec import Extent, Offer, Probe, by_head
-from shmbridge.rank.descriptor import IntArray
 from shmbridge.rank.reply import Reply
+from shmbridge.rank.request import IntArray
 
 Loss = Callable[[torch.Tensor, Reply], torch.Tensor]
 Ask = Callable[[IntArray, Extent, dict[str, memoryview]], tuple[Reply, int]]

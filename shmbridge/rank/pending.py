@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from shmbridge.errors import Closed
+from shmbridge.rank.in_flight import UNSENT, Request, Requests
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.requests import UNSENT, Request, Requests
 from shmbridge.rank.stream import Stream, as_chunk, assemble
 
 Chunks = Generator[tuple[slice, Reply], None, None]

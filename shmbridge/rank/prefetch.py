@@ -28,9 +28,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from shmbridge.errors import RequestRefused, ShmbridgeError
 from shmbridge.integrations.accelerate import LoaderState, ReadAhead
-from shmbridge.rank.descriptor import CheckedRequest
+from shmbridge.rank.in_flight import Requests, SendQueue
 from shmbridge.rank.pending import Pending
-from shmbridge.rank.requests import Requests, SendQueue
+from shmbridge.rank.request import CheckedRequest
 
 T = TypeVar("T")
 

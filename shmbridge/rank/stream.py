@@ -9,8 +9,8 @@ import torch
 from shmbridge.errors import AttachError, RequestRefused
 from shmbridge.output_spec import Extent
 from shmbridge.plane.tensors import DTYPES
+from shmbridge.rank.in_flight import Request, Requests
 from shmbridge.rank.reply import Lent, Reply
-from shmbridge.rank.requests import Request, Requests
 from shmbridge.shm.ring import Chunk
 
 Pieces = Iterable[tuple[slice, Reply]]

@@ -18,8 +18,8 @@ from shmbridge import config
 from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
 from shmbridge.rank.bridge import Bridge
+from shmbridge.rank.in_flight import Request, Requests
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.requests import Request, Requests
 from shmbridge.teacher import batch, discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher

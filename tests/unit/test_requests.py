@@ -13,8 +13,8 @@ import torch
 from shmbridge import config
 from shmbridge.errors import RequestRefused
 from shmbridge.output_spec import Extent, Offer, OutputSpec
-from shmbridge.rank import descriptor
-from shmbridge.rank.descriptor import check_arrays, check_ids, check_names
+from shmbridge.rank import request
+from shmbridge.rank.request import check_arrays, check_ids, check_names
 from shmbridge.shm.session import Shape
 from tests.late_gpu import LateGpu
 
@@ -62,7 +62,7 @@ def test_words_and_places_travel_as_int32(kind):
 
 
 def test_arrays_on_a_gpu_are_read_once_they_are_on_the_host_with_one_warning(monkeypatch, caplog):
-    monkeypatch.setattr(descriptor, "_gpu_copy_told", False)
+    monkeypatch.setattr(request, "_gpu_copy_told", False)
     gpu = LateGpu(monkeypatch)
     given = {
         "ids": torch.from_numpy(IDS),

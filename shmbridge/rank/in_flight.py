@@ -20,10 +20,10 @@ import torch
 from shmbridge import log
 from shmbridge.errors import RequestRefused, RingFull, TeacherDied, TeacherError
 from shmbridge.output_spec import Offer
-from shmbridge.rank.descriptor import CheckedRequest
 from shmbridge.rank.device import Watchdog
 from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.reply import Lent, Replies, Reply
+from shmbridge.rank.request import CheckedRequest
 from shmbridge.rank.stats import Meter
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.record import Phase
