@@ -30,12 +30,12 @@ from shmbridge.head import Head
 from shmbridge.output_spec import Extent, Offer
 from shmbridge.plane import shared_head
 from shmbridge.rank import parity
-from shmbridge.rank.in_flight import Request, Requests
+from shmbridge.rank.in_flight import Requests
 from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.pending import Lease, Pending
 from shmbridge.rank.prefetch import Prefetch, Tokens
 from shmbridge.rank.reply import Reply
-from shmbridge.rank.request import CheckedRequest, Extras, IntArray, check_request
+from shmbridge.rank.request import Extras, Given, IntArray, Request, check_request
 from shmbridge.rank.stats import Stats
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.rank_session import RankSession
@@ -138,8 +138,8 @@ class Bridge:
 
     def submit(
         self,
-        input_ids: torch.Tensor | IntArray,
-        attention_mask: torch.Tensor | IntArray | None = None,
+        input_ids: Given,
+        attention_mask: Given | None = None,
         **extras: Unpack[Extras],
     ) -> Pending:
         """Hand a batch to the teacher and return at once. The first call waits for the teacher's model.
@@ -166,15 +166,15 @@ class Bridge:
             RingFull: ring.depth requests are in flight.
             Closed, TeacherDied, DeadlineExceeded: see `wait_ready`.
         """
-        request = Request(self._check(input_ids, attention_mask, **extras))
+        request = self._check(input_ids, attention_mask, **extras)
         self._life.heed()
         self._requests.send(request)
         return Pending(self._requests, request)
 
     def exchange(
         self,
-        input_ids: torch.Tensor | IntArray,
-        attention_mask: torch.Tensor | IntArray | None = None,
+        input_ids: Given,
+        attention_mask: Given | None = None,
         *,
         timeout: float | None = None,
         **extras: Unpack[Extras],
@@ -372,22 +372,22 @@ class Bridge:
 
     def _check(
         self,
-        input_ids: torch.Tensor | IntArray,
-        attention_mask: torch.Tensor | IntArray | None = None,
+        input_ids: Given,
+        attention_mask: Given | None = None,
         **extras: Unpack[Extras],
-    ) -> CheckedRequest:
+    ) -> Request:
         """The arguments of `submit`, once every limit was checked. Where the bridge is off nothing is checked, and nothing is sent."""
         if not self._checked:
             self.wait_ready()
         if self._offer is None:
-            return CheckedRequest(memoryview(b""), Extent(0, 0), {}, extras.get("step"))
+            return Request(memoryview(b""), Extent(0, 0), {}, extras.get("step"))
         return check_request(input_ids, attention_mask, extras, self._offer, self._life.session.control.shape)
 
     def _ask_probe(self, ids: IntArray, extent: Extent, arrays: dict[str, memoryview]) -> tuple[Reply, int]:
         """A request of the parity check: the reply, and the CRC-32 of the IDs as the teacher read them."""
-        request = Request(CheckedRequest(ids.data.cast("B"), extent, arrays))
+        request = Request(ids.data.cast("B"), extent, arrays)
         self._requests.send(request, probe=True)
         reply = Pending(self._requests, request).copy(self.settings.timeouts.startup_s)
         if reply.missing:
             raise TeacherDied("the teacher was lost during the parity check.")
-        return reply, self._requests.last_head.echo
+        return reply, self._requests.replies.last_head.echo

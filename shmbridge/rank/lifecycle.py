@@ -1,18 +1,19 @@
-"""A rank's bridge between connect and close: who may use it, how it waits, and the save hook that runs before the rank stops."""
+"""Whether a call of the bridge may go on: it is open, this process connected it, and the run is not to stop.
+
+The save hook (bridge.on_stop) is called here, once, before the rank stops.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from shmbridge import log
-from shmbridge.errors import Closed, DeadlineExceeded, PeerLost, RunStopped, TeacherDied
+from shmbridge.errors import Closed, RunStopped
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 
 Hook = Callable[[], object]
 
@@ -72,40 +73,6 @@ class Lifecycle:
         assert self._session is not None, "a bridge that is off gives way to nobody"
         self._session.reopen()
         return self._session
-
-    def wait(self, ready: Callable[[], object], sequence: int, step: int | None, timeout: float | None) -> None:
-        """Sleep for a reply, with errors that name the request. Where another process was lost, the save hook is called first.
-
-        Args:
-            ready: reads shared memory; something other than None ends the wait.
-            timeout: seconds. None: timeouts.request_s of the config.
-
-        Raises:
-            DeadlineExceeded, PeerLost
-        """
-        session = self.session
-        settings = session.settings
-        limit = settings.timeouts.request_s if timeout is None else timeout
-        session.record.enter(Phase.WAITING)
-        try:
-            found = session.wait(ready, time.monotonic() + limit)
-        except PeerLost as error:
-            if not (settings.on_teacher_lost == "continue" and isinstance(error, TeacherDied)):
-                self.save()
-            at = f"rank {session.lane.index} waited for the reply to step {step}, sequence {sequence}"
-            raise type(error)(f"{at}: {error}") from None
-        finally:
-            session.record.enter(Phase.TRAINING)
-        if found is not None:
-            return
-        teacher = session.teacher
-        hint = "Raise timeouts.request_s if it is only slow."
-        if teacher.phase is Phase.COLLECTING and settings.teacher.collect == "lockstep":
-            hint = "teacher.collect is lockstep: it waits for a request of every rank."
-        raise DeadlineExceeded(
-            f"no reply to step {step}, sequence {sequence} after {limit:g} s; the teacher is in phase "
-            f"{teacher.phase} for {teacher.seconds_in_phase:.1f} s. {hint}"
-        ).within(str(Phase.WAITING))
 
     # Stopping
 

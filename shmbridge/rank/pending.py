@@ -12,10 +12,10 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
-from shmbridge.errors import Closed
-from shmbridge.rank.in_flight import UNSENT, Request, Requests
-from shmbridge.rank.reply import Reply
-from shmbridge.rank.stream import Stream, as_chunk, assemble
+from shmbridge.errors import Closed, RequestRefused
+from shmbridge.rank.in_flight import Requests
+from shmbridge.rank.reply import Reply, flat
+from shmbridge.rank.request import UNSENT, Request
 
 Chunks = Generator[tuple[slice, Reply], None, None]
 
@@ -125,8 +125,10 @@ class Pending:
             RingFull: it was not sent, and other replies hold all slots of the ring. `wait` may be called again.
         """
         requests, request = self._send(timeout), self._request
-        if not requests.wait(request, timeout):
-            return Lease(None, request, request.missing_reply())
+        if requests.streams and not request.missing:
+            raise RequestRefused("this session streams its replies; use pending.chunks(), or pending.copy().")
+        if request.missing or not requests.wait(request, timeout):
+            return Lease(None, request, _missing(request))
         try:
             self._requests = None  # from here on the slot is the lease's, or given back
             return Lease(requests, request, requests.read(request))
@@ -156,32 +158,63 @@ class Pending:
 
     def _read(self, timeout: float | None) -> Chunks:
         requests, request = self._send(timeout), self._request
-        if request.missing:
-            yield slice(0, None), request.missing_reply()
-        elif requests.streams:
-            stream = Stream(requests, request, timeout)
-            if stream.begin():
-                self._requests = None
-                yield from stream.chunks()
-                requests.fill_ring()
-            else:
-                yield slice(0, None), request.missing_reply()
-        else:
+        positions = request.extent.positions
+        if not requests.streams or request.missing:
             with self.wait(timeout) as reply:
-                chunk = as_chunk(requests, request, reply)
+                if reply.missing:
+                    yield slice(0, None), reply
+                    return
+                chunk = requests.replies.as_chunk(request, reply)
                 try:
-                    yield slice(0, request.extent.positions), chunk
+                    yield slice(0, positions), chunk
                 finally:
                     chunk.forget()
+            return
+        first = requests.first_wanted()
+        if request.sequence != first:
+            raise RequestRefused(
+                f"sequence {first} is to be read before sequence {request.sequence}: replies are streamed in the order of their "
+                "requests. Read or cancel it first."
+            )
+        if not requests.wait_for_chunk(request, timeout):
+            yield slice(0, positions), _missing(request)
+            return
+        self._requests = None  # from here on what is not read is cancelled
+        start = 0
+        try:
+            while start < positions:
+                if not requests.wait_for_chunk(request, timeout):
+                    yield slice(start, positions), _missing(request)
+                    return
+                number, reply, end = requests.replies.read_chunk(request, start)
+                try:
+                    yield slice(start, end), reply
+                finally:
+                    reply.forget()
+                    if requests.life.usable:
+                        requests.replies.release_chunk(number)
+                start = end
+            if requests.wait(request, timeout):
+                requests.replies.head(request)
+        finally:
+            requests.cancel(request.sequence)
+        requests.fill_ring()
 
     def copy(self, timeout: float | None = None) -> Reply:
-        """Wait, and copy the reply out of its slot or its chunks: tensors of one's own, no lease. Raises what `wait` and
+        """Wait, and copy the reply out of its slot or its chunks: tensors that the caller owns, no lease. Raises what `wait` and
         `chunks` raise."""
         requests, request = self._send(timeout), self._request
-        if requests.streams and not request.missing:
-            return assemble(requests, request, self.chunks(timeout))
-        with self.wait(timeout) as reply:
-            return reply.owned()
+        if not requests.streams or request.missing:
+            with self.wait(timeout) as reply:
+                return reply.owned()
+        whole = requests.replies.empty(request)
+        for rows, chunk in self.chunks(timeout):
+            if chunk.missing:
+                return chunk
+            for name, tensor in whole.items():
+                flat(tensor, request.extent)[rows] = chunk[name]
+        composition = None if request.missing else requests.replies.last_head.composition
+        return Reply(whole, request.sequence, request.step, composition)
 
     def cancel(self) -> None:
         """Nobody will read the reply, or what is left of its chunks: the teacher need not compute it, and its slot is free
@@ -195,11 +228,17 @@ class Pending:
             requests.cancel(request.sequence)
 
     def _send(self, timeout: float | None) -> Requests:
-        """Send it where it was not. Raises what Requests.send raises, and Closed where it was waited for or cancelled before."""
+        """Send it where it was not. Raises what Requests.send raises; Closed too where it was waited for or cancelled."""
         requests, request = self._requests, self._request
         if requests is None:
             which = "this request" if request.sequence == UNSENT else f"sequence {request.sequence}"
             raise Closed(f"{which} was waited for or cancelled before; a reply is leased once.")
+        requests.life.check()
         if request.queue is not None:
             request.queue.send(request, timeout)
         return requests
+
+
+def _missing(request: Request) -> Reply:
+    """A reply without tensors."""
+    return Reply({}, request.sequence, request.step)

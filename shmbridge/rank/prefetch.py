@@ -21,16 +21,17 @@ an error.
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from shmbridge.errors import RequestRefused, ShmbridgeError
+from shmbridge.errors import RequestRefused, RingFull, ShmbridgeError
 from shmbridge.integrations.accelerate import LoaderState, ReadAhead
-from shmbridge.rank.in_flight import Requests, SendQueue
+from shmbridge.rank.in_flight import Requests
 from shmbridge.rank.pending import Pending
-from shmbridge.rank.request import CheckedRequest
+from shmbridge.rank.request import UNSENT, Request
 
 T = TypeVar("T")
 
@@ -56,7 +57,7 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
     def __init__(
         self,
         requests: Requests,
-        check: Callable[..., CheckedRequest],
+        check: Callable[..., Request],
         batches: Iterable[T],
         tokens: Tokens[T],
         ahead: int,
@@ -112,8 +113,9 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
             return False
         pending, refused = None, None
         try:
-            checked = self._check(**self._request(batch))
-            pending = Pending(self._requests, self._queue.add(checked))
+            request = self._check(**self._request(batch))
+            self._queue.add(request)
+            pending = Pending(self._requests, request)
         except Exception as error:
             refused = _without_frames(error)
         self._taken.append(_Taken(batch, state, loaders, pending, refused))
@@ -169,3 +171,61 @@ def _without_frames(error: Exception) -> Exception:
         cause.__traceback__ = None
         cause = cause.__cause__ or cause.__context__
     return error
+
+
+class SendQueue:
+    """The requests of a prefetch that nobody waited for yet, in order; the ring has as many of the first as it has room for.
+
+    Each Request is referred to weakly: its Pending keeps it, and one whose Pending is dropped is neither sent nor kept.
+    """
+
+    def __init__(self, requests: Requests) -> None:
+        self._requests = requests
+        self._all: list[weakref.ref[Request]] = []
+
+    def add(self, request: Request) -> None:
+        """Append a request, which is not sent yet. Its buffers are copied: the caller may change its tensors."""
+        request.own_buffers()
+        request.queue = self
+        self._all.append(weakref.ref(request))
+
+    def fill_ring(self) -> None:
+        """Send as many requests as the ring has room for. Does not sleep. Raises Closed where there are any."""
+        for request in self._waiting():
+            if request.sequence == UNSENT:
+                self._requests.take_turn(self)
+                if not self._requests.free_slots:
+                    return
+                self._requests.send(request)
+
+    def send(self, request: Request, timeout: float | None) -> None:
+        """Send `request`, after what is in front of it. It leaves the queue: it is waited for, and not withdrawn any more. Raises
+        what Requests.send raises."""
+        self._requests.life.heed()
+        waiting = self._waiting()
+        place = waiting.index(request)
+        try:
+            for each in waiting[: place + 1]:
+                if each.sequence == UNSENT:
+                    self._requests.send(each, timeout)
+        except RingFull as full:
+            if not place:
+                raise
+            raise RingFull(
+                f"{full} Before this batch its prefetch handed out others that are not read: {place}. Requests are sent in the "
+                "order of their batches: read them in that order, or cancel them."
+            ) from None
+        request.queue = None
+        request.drop_buffers()
+        self.fill_ring()
+
+    def withdraw(self) -> None:
+        """Nobody wants the replies to what was sent: it is sent again later."""
+        for request in self._waiting():
+            request.sequence = UNSENT
+
+    def _waiting(self) -> list[Request]:
+        """The requests that nobody waited for, cancelled or dropped."""
+        waiting = [request for known in self._all if (request := known()) is not None and request.queue is self]
+        self._all = [weakref.ref(request) for request in waiting]
+        return waiting

@@ -18,8 +18,9 @@ from shmbridge import config
 from shmbridge.errors import ConfigError, ParityError, PlanError
 from shmbridge.head import Head
 from shmbridge.rank.bridge import Bridge
-from shmbridge.rank.in_flight import Request, Requests
+from shmbridge.rank.in_flight import Requests
 from shmbridge.rank.reply import Reply
+from shmbridge.rank.request import Request
 from shmbridge.teacher import batch, discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
@@ -245,8 +246,7 @@ def test_garbled_ids_are_noticed_where_the_teacher_reads_them(saved, monkeypatch
     send = Requests.send
 
     def garbling(self: Requests, request: Request, *rest: Any, **more: Any) -> None:
-        ids = request.checked.ids
-        request.checked = request.checked._replace(ids=memoryview(bytes([ids[0] ^ 1, *ids[1:]])))
+        request.ids = memoryview(bytes([request.ids[0] ^ 1, *request.ids[1:]]))
         send(self, request, *rest, **more)
 
     monkeypatch.setattr(Requests, "send", garbling)

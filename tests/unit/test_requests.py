@@ -14,7 +14,7 @@ from shmbridge import config
 from shmbridge.errors import RequestRefused
 from shmbridge.output_spec import Extent, Offer, OutputSpec
 from shmbridge.rank import request
-from shmbridge.rank.request import check_arrays, check_ids, check_names
+from shmbridge.rank.request import check_request
 from shmbridge.shm.session import Shape
 from tests.late_gpu import LateGpu
 
@@ -33,7 +33,8 @@ SHAPE = shape("payload.logprobs.candidates=3")
 
 
 def check(agreed: Offer = TEACHER, limits: Shape = SHAPE, ids: Any = IDS, mask: Any = None, **extras: Any):
-    return check_arrays(check_ids(ids, agreed, limits), mask, extras, agreed, limits)
+    asked = check_request(ids, mask, extras, agreed, limits)
+    return asked.extent, asked.arrays
 
 
 def test_nothing_beside_the_ids():
@@ -177,5 +178,4 @@ def test_a_next_token_that_the_teacher_has_no_word_for_is_refused():
 
 def test_a_misspelt_argument_is_refused_by_its_name():
     with pytest.raises(RequestRefused, match="no argument 'possitions'; did you mean 'positions'"):
-        check_names({"possitions": IDS})
-    check_names({"positions": IDS, "step": 3})
+        check(possitions=IDS)
