@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections import deque
+from collections import defaultdict, deque
 from pathlib import Path
-from typing import NamedTuple
 
 from launcher.console.terminal import Console
 
@@ -31,7 +30,7 @@ class Tail:
     last state.
 
     `unfinished` is the last state of the line that has no end yet, and `changed_at` the monotonic time in seconds at
-    which it changed; `is_bar` is True if it has carriage returns.
+    which it changed; `is_bar` is True if it has carriage returns. `shown` is what is shown of it, since `shown_at`; None: it is new.
     """
 
     def __init__(self, source: str, path: Path, *, from_end: bool = False) -> None:
@@ -39,15 +38,38 @@ class Tail:
         self.source = source
         self.path = path
         self.traceback: list[str] = []  # the last one that went by
+        self.unfinished, self.is_bar, self.changed_at = "", False, 0.0
+        self.shown = ""
+        self.shown_at: float | None = None
         self._file: int | None = None
         self._rest = b""
-        self.unfinished, self.is_bar, self.changed_at = "", False, 0.0
         self._in_traceback = False
         self._begin = path.stat().st_size if from_end and path.exists() else 0
 
     def read(self) -> list[str]:
         """Lines that were completed since the last call. Reads at most 1 MiB."""
         return self._split(self._chunk())
+
+    def finish(self) -> list[str]:
+        """The rest of the file, including an incomplete last line."""
+        lines: list[str] = []
+        while chunk := self._chunk():
+            lines += self._split(chunk)
+        if self._rest:
+            lines += self._split(b"\n")
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        return lines
+
+    def _chunk(self) -> bytes:
+        if self._file is None:
+            try:
+                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return b""
+            os.lseek(self._file, self._begin, os.SEEK_SET)
+        return os.read(self._file, _CHUNK)
 
     def _split(self, chunk: bytes) -> list[str]:
         """The lines that `chunk` completes."""
@@ -60,28 +82,6 @@ class Tail:
         if lines or text != self.unfinished:
             self.unfinished, self.is_bar, self.changed_at = text if text.strip() else "", is_bar, time.monotonic()
         return [self._decode(line) for line in lines]
-
-    def finish(self) -> list[str]:
-        """The rest of the file, including an incomplete last line."""
-        lines: list[str] = []
-        while chunk := self._chunk():
-            lines += self._split(chunk)
-        if self._rest:
-            lines.append(self._decode(self._rest))
-            self._rest, self.unfinished = b"", ""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-        return lines
-
-    def _chunk(self) -> bytes:
-        if self._file is None:
-            try:
-                self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                os.lseek(self._file, self._begin, os.SEEK_SET)
-            except FileNotFoundError:
-                return b""
-        return os.read(self._file, _CHUNK)
 
     def _decode(self, line: bytes) -> str:
         """The line as text. A traceback is kept, since later lines would push it out of the last lines."""
@@ -101,14 +101,6 @@ def _last_state(line: bytes) -> bytes:
     return next((state for state in reversed(line.split(b"\r")) if state), b"")
 
 
-class _Shown(NamedTuple):
-    """The part of an unfinished line that is shown, and since when (monotonic, in seconds)."""
-
-    at: float
-    text: str = ""
-    is_bar: bool = False
-
-
 class Logs:
     """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ..."""
 
@@ -118,13 +110,11 @@ class Logs:
         self._ranks_below = ranks_below
         self._missing = 2 * ranks
         self._tails: list[Tail] = []
-        self._last: dict[str, deque[str]] = {}
-        self._shown: dict[Tail, _Shown] = {}  # of the tails whose last line is unfinished
+        self._last: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))  # by source
 
     def follow(self, source: str, path: Path, *, from_end: bool = False) -> None:
         """`from_end`: only what is written from now on."""
         self._tails.append(Tail(source, path, from_end=from_end))
-        self._last.setdefault(source, deque(maxlen=KEPT_LINES))
 
     def expect(self, ranks: int) -> None:
         """The logs of `ranks` more ranks will appear."""
@@ -133,59 +123,56 @@ class Logs:
     def pump(self) -> bool:
         """Show what was written since the last call. Returns whether anything was."""
         self._discover()
-        shown = 0
+        shown = [self._show(tail, tail.read()) for tail in self._tails]
         for tail in self._tails:
-            lines = tail.read()
-            if lines:
-                self._show(tail, lines)
             self._show_unfinished(tail, time.monotonic())
-            shown += len(lines)
-        self._console.flush()
-        return shown > 0
+        self._flush()
+        return any(shown)
 
     def finish(self) -> None:
         """Show the rest of all files."""
         self._discover()
         for tail in self._tails:
             self._show(tail, tail.finish())
-        self._console.flush()
+        self._flush()
 
     def last_lines(self, source: str) -> list[str]:
         """The last traceback of the source, else its last lines."""
         traces = [tail.traceback for tail in self._tails if tail.source == source and tail.traceback]
-        return traces[-1] if traces else list(self._last.get(source, ()))
+        return traces[-1] if traces else list(self._last[source])
 
     def paths(self, source: str) -> list[Path]:
         return [tail.path for tail in self._tails if tail.source == source]
 
-    def _show(self, tail: Tail, lines: list[str]) -> None:
+    def _flush(self) -> None:
+        if self._console.redraws:
+            self._console.draw_below([(tail.source, tail.shown) for tail in self._tails if tail.shown])
+        self._console.flush()
+
+    def _show(self, tail: Tail, lines: list[str]) -> bool:
+        """Whether there were any."""
         self._last[tail.source].extend(lines)
-        self._console.unfinished(tail, tail.source, "")
-        begun = self._shown.pop(tail, None)
-        # Where lines are not drawn again, the first is printed already, or its beginning.
-        if begun and begun.text and lines and not self._console.redraws:
-            rest = lines[0] if begun.is_bar else lines[0].removeprefix(begun.text).lstrip()
-            lines = [*([rest] if rest not in ("", begun.text) else []), *lines[1:]]
+        if not lines:
+            return False
+        shown, tail.shown, tail.shown_at = tail.shown, "", None
+        if lines[0] == shown and not self._console.redraws:  # it is printed already
+            del lines[0]
         for line in lines:
             self._console.line(tail.source, line)
+        return True
 
     def _show_unfinished(self, tail: Tail, now: float) -> None:
         """Draw or print a progress bar from time to time, and a prompt once it has not changed for a while."""
         redraws = self._console.redraws
-        if not tail.unfinished and tail not in self._shown:
+        every_s = _REDRAW_S if redraws else _REPRINT_S
+        if tail.shown_at is None and tail.unfinished:
+            tail.shown_at = now - _REDRAW_S if redraws else now
+        if tail.shown_at is None or tail.unfinished == tail.shown:
             return
-        shown = self._shown.setdefault(tail, _Shown(now - _REDRAW_S if redraws else now))
-        if tail.is_bar:
-            due = now - shown.at >= (_REDRAW_S if redraws else _REPRINT_S)
-        else:
-            due = now - tail.changed_at >= _PROMPT_S
-        if not due or tail.unfinished == shown.text:
-            return
-        self._shown[tail] = _Shown(now, tail.unfinished, tail.is_bar)
-        if redraws:
-            self._console.unfinished(tail, tail.source, tail.unfinished)
-        elif tail.unfinished:
-            self._console.line(tail.source, tail.unfinished)
+        if now - tail.shown_at >= every_s if tail.is_bar else now - tail.changed_at >= _PROMPT_S:
+            tail.shown, tail.shown_at = tail.unfinished, now
+            if tail.shown and not redraws:
+                self._console.line(tail.source, tail.shown)
 
     def _discover(self) -> None:
         """torchrun makes LOG_DIR/RUN_ID/attempt_0/LOCAL_RANK/{stdout,stderr}.log."""

@@ -18,8 +18,6 @@ _BEFORE_READY = {
 }
 _WAITING = {Phase.OFFERED: ("waits for the others", "wait for the others")}
 
-States = dict[int, tuple[Phase, tuple[int, int]]]  # by replica: its phase, and what is done of how much
-
 
 class Progress:
     """A line when something changed, at most every 2 s; of one teacher also whenever it enters a phase."""
@@ -29,7 +27,8 @@ class Progress:
         self._waiting = dict(enumerate(records))  # which are not ready
         self._alone = len(records) == 1
         self._started = time.monotonic()
-        self._shown: States = {}
+        self._parts = dict.fromkeys(self._waiting, (1, 0, 0))  # by replica: the part of its loading, done, total
+        self._shown: dict[int, tuple[Phase, str]] = {}  # by replica: its phase, and how far it has loaded
         self._shown_at = 0.0
 
     @property
@@ -45,41 +44,39 @@ class Progress:
             del self._waiting[replica]
         if ready:
             self._console.say(f"{self._called(ready)} ready in {seconds(now - self._started)}")
-        states = {i: (record.phase, record.progressed) for i, record in self._waiting.items() if record.identity}
-        if self._is_due(states, now):
+        waiting = {i: record for i, record in self._waiting.items() if record.identity}
+        states = {i: (record.phase, self._loaded(i, *record.progressed)) for i, record in waiting.items()}
+        if states == self._shown or not any(phase in _BEFORE_READY for phase, _ in states.values()):
+            return
+        entered = self._alone and [phase for phase, _ in states.values()] != [
+            phase for phase, _ in self._shown.values()
+        ]
+        if entered or not self._shown or now - self._shown_at >= _EVERY_S:
             self._shown, self._shown_at = states, now
             self._console.say(f"{self._told(states)}, {seconds(now - self._started)}")
 
-    def _is_due(self, states: States, now: float) -> bool:
-        if states == self._shown or not any(phase in _BEFORE_READY for phase, _ in states.values()):
-            return False
-        entered = self._alone and [state[0] for state in states.values()] != [
-            shown[0] for shown in self._shown.values()
-        ]
-        return not self._shown or entered or now - self._shown_at >= _EVERY_S
-
-    def _told(self, states: States) -> str:
+    def _told(self, states: dict[int, tuple[Phase, str]]) -> str:
         """What all teachers do; teachers in the same phase share a clause."""
         parts = []
         for phase, verbs in (_BEFORE_READY | _WAITING).items():
             replicas = [i for i, state in states.items() if state[0] is phase]
             if replicas:
-                share = _share([states[i][1] for i in replicas]) if phase is Phase.LOADING else ""
+                loaded = [states[i][1] or "0 %" for i in replicas if phase is Phase.LOADING]
+                share = f": {listed(loaded)}" if any(states[i][1] for i in replicas) and loaded else ""
                 parts.append(f"{self._called(replicas)} {verbs[len(replicas) > 1]}{share}")
         return "; ".join(parts)
+
+    def _loaded(self, replica: int, done: int, total: int) -> str:
+        """`25 %`, or `25 % of part 2`: files and weights are counted one after the other, each from 0. Empty where it is unknown."""
+        if not total:
+            return ""
+        part, before, whole = self._parts[replica]
+        if whole and (total != whole or done < before):
+            part += 1
+        self._parts[replica] = part, done, total
+        return f"{100 * done // total} %" + (f" of part {part}" if part > 1 else "")
 
     def _called(self, replicas: Sequence[int]) -> str:
         if self._alone:
             return "teacher"
         return f"teacher{'s' if len(replicas) > 1 else ''} {listed([str(i) for i in replicas])}"
-
-
-def _share(progress: Sequence[tuple[int, int]]) -> str:
-    """How far each is; empty where none can tell."""
-    percent = [100 * done // total if total else 0 for done, total in progress]
-    if not any(total for _, total in progress):
-        return ""
-    if len(progress) > 1:
-        return f": {listed([str(share) for share in percent])} %"
-    ((done, total),) = progress
-    return f": {done} of {total} ({percent[0]} %)"

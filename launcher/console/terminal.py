@@ -17,8 +17,6 @@ from typing import TextIO
 LAUNCHER = "launcher"
 _PREFIX_WIDTH = len("[launcher]")
 _DIM, _TEACHER, _RANKS = "2", "35", ("36", "32", "33", "34", "96", "92", "93", "94")
-
-
 _MOST_PENDING = 8 * 2**20
 _CODES = re.compile(r"\033\[[0-9;?]*[A-Za-z]")  # colours and cursor movements
 
@@ -35,7 +33,7 @@ class Console:
         terminal = self._stream.isatty()
         self._coloured = terminal and not os.environ.get("NO_COLOR")
         self.redraws = terminal and os.environ.get("TERM") != "dumb"
-        self._unfinished: dict[object, tuple[str, str]] = {}  # by their owner: source and text
+        self._below: list[tuple[str, str]] = []  # unfinished lines: source and text
         self._drawn = 0  # how many of them the terminal shows
         try:
             self._stream.flush()
@@ -45,7 +43,6 @@ class Console:
         self._prefix_width = _PREFIX_WIDTH
         self._pending = bytearray()
         self._skipped = 0  # bytes, since the stream was last behind
-        self._open = True
 
     def expect(self, source: str) -> None:
         """Leave room for a longer name in front of every line."""
@@ -61,16 +58,11 @@ class Console:
         prefix = self._prefix(source)
         self.write("".join(f"{prefix} {line}".rstrip() + "\n" for line in text.split("\n")))
 
-    def unfinished(self, owner: object, source: str, text: str) -> None:
-        """From the next flush on draw `[source] text` below all lines, in place of the last one of `owner`. An empty
-        text removes it."""
-        if self._unfinished.get(owner, (source, "")) == (source, text):
-            return
-        self._erase()
-        if text:
-            self._unfinished[owner] = (source, text)
-        else:
-            del self._unfinished[owner]
+    def draw_below(self, lines: list[tuple[str, str]]) -> None:
+        """From the next flush on draw `[source] text` for each (source, text) below all lines, in place of those before."""
+        if lines != self._below:
+            self._erase()
+            self._below = lines
 
     def _prefix(self, source: str) -> str:
         prefix = f"[{source}]".ljust(self._prefix_width)
@@ -93,24 +85,22 @@ class Console:
 
     def _draw(self) -> None:
         """Draw the unfinished lines. The cursor stays behind the last one, where a user answers a prompt."""
-        if self._drawn or not self._unfinished:
+        if self._drawn or not self._below:
             return
         try:
             columns, rows = os.get_terminal_size(self._fd if self._fd is not None else -1)
         except OSError:
             columns, rows = 0, 0
         room = (columns or 80) - self._prefix_width - 2  # a terminal may not know its size, as over a serial line
-        in_order = sorted(self._unfinished.values(), key=lambda unfinished: (len(unfinished[0]), unfinished[0]))
+        in_order = sorted(self._below, key=lambda line: (len(line[0]), line[0]))
         shown = in_order[: max(1, (rows or 24) // 2)]
         self._append("\n".join(f"{self._prefix(source)} {_CODES.sub('', text)[:room]}" for source, text in shown))
         self._drawn = len(shown)
 
     def _append(self, text: str) -> None:
-        if not self._open:
-            return
         data = text.encode(self._stream.encoding or "utf-8", "backslashreplace")
         if len(self._pending) + len(data) > _MOST_PENDING:
-            self._give_all(0.0)
+            self._give()
         if len(self._pending) + len(data) > _MOST_PENDING:
             self._skipped += len(data)
         else:
@@ -124,37 +114,29 @@ class Console:
     def flush(self, patience_s: float = 0.0) -> None:
         """Write what the stream takes at once, or within `patience_s` if it is slow."""
         self._draw()
-        self._give_all(patience_s)
+        self._give(patience_s)
+        if self._skipped and not self._pending:
+            skipped, self._skipped = self._skipped, 0
+            self.say(f"{skipped} bytes are not shown here, where nobody read them; they are in the log files")
 
-    def _give_all(self, patience_s: float) -> None:
+    def _give(self, patience_s: float = 0.0) -> None:
+        if self._fd is None:
+            self._stream.write(self._pending.decode(self._stream.encoding or "utf-8"))
+            self._pending.clear()
+            return
         deadline = time.monotonic() + patience_s
         try:
             while self._pending:
                 try:
-                    self._give()
+                    del self._pending[: os.write(self._fd, self._pending)]
                 except BlockingIOError:
-                    assert self._fd is not None
                     left_s = deadline - time.monotonic()
                     poll = select.poll()
                     poll.register(self._fd, select.POLLOUT)
                     if left_s <= 0 or not poll.poll(left_s * 1000):
                         return
         except OSError:  # the reader of the output is gone (`| head`, a closed terminal); the run goes on
-            self._open = False
             self._pending.clear()
-            if self._fd is not None:
-                void = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(void, self._fd)
-                os.close(void)
-
-    def _give(self) -> None:
-        if self._fd is None:
-            self._stream.write(self._pending.decode(self._stream.encoding or "utf-8"))
-            self._pending.clear()
-        else:
-            del self._pending[: os.write(self._fd, self._pending)]
-        if self._skipped and not self._pending:
-            skipped, self._skipped = self._skipped, 0
-            self.line(
-                LAUNCHER, f"{skipped} bytes are not shown here, where nobody read them; they are in the log files"
-            )
+            void = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(void, self._fd)
+            os.close(void)

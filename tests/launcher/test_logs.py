@@ -156,7 +156,7 @@ def test_a_prompt_is_shown_after_a_moment_and_answered(two_ranks, clock, stream)
     assert rendered(shown.getvalue())[1].rstrip() == "[rank 0]   (Pdb)"
     append(first, b"3\n(Pdb) ")
     logs.pump()
-    answer = ["[rank 0]   (Pdb) 3"] if stream is Terminal else ["[rank 0]   (Pdb)", "[rank 0]   3"]
+    answer = ["[rank 0]   (Pdb) 3"] if stream is Terminal else ["[rank 0]   (Pdb)", "[rank 0]   (Pdb) 3"]
     assert rendered(shown.getvalue())[1:-1] == answer
 
 

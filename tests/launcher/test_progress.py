@@ -65,10 +65,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[Terminal]:
 def test_one_teacher_tells_each_phase_at_once_and_its_progress_every_two_seconds(one):
     assert one.after(1) == []
     one.set(0, Phase.LOADING, (1, 4))
-    assert one.after(0) == ["teacher loads the model: 1 of 4 (25 %), 1.0 s"]
+    assert one.after(0) == ["teacher loads the model: 25 %, 1.0 s"]
     one.set(0, Phase.LOADING, (2, 4))
     assert one.after(1) == []
-    assert one.after(1) == ["teacher loads the model: 2 of 4 (50 %), 3.0 s"]
+    assert one.after(1) == ["teacher loads the model: 50 %, 3.0 s"]
     one.set(0, Phase.PROBING)
     assert one.after(0) == ["teacher tries a first forward, 3.0 s"]
     one.set(0, Phase.OFFERED)
@@ -85,7 +85,7 @@ def test_several_share_a_line_which_comes_every_two_seconds(three):
     three.set(1, Phase.LOADING, (5, 10))
     three.set(2, Phase.STARTING)
     assert three.after(1) == []
-    assert three.after(1) == ["teacher 2 starts; teachers 0 and 1 load the model: 30 and 50 %, 3.0 s"]
+    assert three.after(1) == ["teacher 2 starts; teachers 0 and 1 load the model: 30 % and 50 %, 3.0 s"]
     three.set(0, Phase.OFFERED)
     three.set(1, Phase.OFFERED)
     three.set(2, Phase.LOADING)
@@ -111,3 +111,18 @@ def test_a_teacher_that_is_in_the_next_generation_already_is_ready(one):
     one.set(0, Phase.COLLECTING, ready=GENERATION + 1)
     one.after(0.1)
     assert one.ready
+
+
+def test_the_parts_of_a_load_are_numbered_where_each_counts_from_zero(one):
+    """As transformers loads files, then weights: a percentage alone would go backwards."""
+    shown = []
+    for progressed in ((0, 0), (4, 4), (39, 390), (390, 390), (1, 390)):
+        one.set(0, Phase.LOADING, progressed)
+        shown += one.after(2)
+    assert [line.partition("model")[2].rpartition(",")[0] for line in shown] == [
+        "",
+        ": 100 %",
+        ": 10 % of part 2",
+        ": 100 % of part 2",
+        ": 0 % of part 3",
+    ]
