@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+import weakref
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -38,7 +39,10 @@ _MONOTONIC = ctypes.c_int(time.CLOCK_MONOTONIC)
 
 
 class Doorbell:
-    """A named semaphore. `ring` is sem_post. One thread of a process waits on it."""
+    """A named semaphore. Any thread rings it; one thread of a process waits on it.
+
+    It is closed with the last reference to it, as a segment is unmapped.
+    """
 
     def __init__(self, name: str, *, create: bool = False) -> None:
         """Open the semaphore, or make it. Raises AttachError where it is not there, PlanError where there is no room for it."""
@@ -49,10 +53,14 @@ class Doorbell:
             handle = _libc.sem_open(name.encode(), 0)
             if not handle:
                 raise posix_ipc.ExistentialError
-        self.ring = self._semaphore.release
         self._handle = ctypes.c_void_p(handle)
+        closing = weakref.finalize(self, _close, self._semaphore, self._handle)
+        closing.atexit = False  # a thread may still ring then
         self._until = _Timespec()
         self._until_reference = ctypes.byref(self._until)
+
+    def ring(self) -> None:
+        self._semaphore.release()
 
     def wait(
         self,
@@ -125,6 +133,7 @@ class Doorbell:
         else:
             _sem_clockwait(self._handle, _MONOTONIC, self._until_reference)
 
-    def close(self) -> None:
-        _libc.sem_close(self._handle)
-        self._semaphore.close()
+
+def _close(semaphore: posix_ipc.Semaphore, handle: ctypes.c_void_p) -> None:
+    _libc.sem_close(handle)
+    semaphore.close()

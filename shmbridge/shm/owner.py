@@ -134,17 +134,14 @@ class Owner(MappedSession):
                 for member in range(shape.members)
             ]
             created = [self._create_lane(generation, lane) for lane in range(shape.lanes)]
-        last_bells, self._rank_bells = self._rank_bells, bells
-        self.control.shape, self.generation, self.lanes = shape, generation, created
+        self.control.shape, self.generation, self.lanes, self._rank_bells = shape, generation, created, bells
         self._forget_failure_of_generation()
         self.control.stopping = False
         self.control.words[ControlWord.LANES] = shape.lanes
         self.control.generation = generation
         self.ring_all()
-        for bell in last_bells:
-            bell.close()
         self._unlink_all(f"-g{last}-")  # whoever still has its objects open keeps them
-        return Token(self.session_id, generation)
+        return self.token
 
     @contextmanager
     def _whole_or_undone(self) -> Iterator[None]:

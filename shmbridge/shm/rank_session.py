@@ -30,7 +30,9 @@ class RankSession(Participant):
         Raises:
             AttachError: the session is gone, or has no such lane, or another live process holds it.
         """
-        super().__init__(token)
+        super().__init__(token.session_id)
+        self.generation = token.generation
+        self._ends_with = {0, token.generation}
         self._check_generation()
         lanes = self.control.shape.lanes
         if not 0 <= lane < lanes:
@@ -38,15 +40,13 @@ class RankSession(Participant):
                 f"this rank asks for lane {lane}, the session has lanes 0 to {lanes - 1}: "
                 "start as many ranks as --train-gpus (or --cpu) says."
             )
-        self.generation = token.generation
-        self._ends_with = {0, token.generation}
         self.lane = Lane.attach(token, self.control.shape, lane)
         self.lanes = [self.lane]  # the others' are none of its business
         self.ring = self.lane.ring
         self.record = self.lane.records[0]
         self._sign_in()
-        self._open_bells()
-        self._is_open = True
+        self.bell = Doorbell(self.names.member_bell(token.generation, lane))
+        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
         self._reopened = False
         self.plane: Any = None  # a plane.base.RankPlane: memory and events are opened once in the life of a process
         self.plane_device: object = None
@@ -58,9 +58,9 @@ class RankSession(Participant):
 
     def _check_generation(self) -> None:
         current = self.control.generation
-        if self.token.generation != current:
+        if self.generation != current:
             raise AttachError(
-                f"this process belongs to generation {self.token.generation} of the session, which is at generation {current}: "
+                f"this process belongs to generation {self.generation} of the session, which is at generation {current}: "
                 "it was left behind by a restart and must end."
             )
 
@@ -75,11 +75,7 @@ class RankSession(Participant):
                     "process of each rank, or give connect(lane=...)."
                 )
             self.record.sign_in()
-        self.record.ready = self.token.generation
-
-    def _open_bells(self) -> None:
-        self.bell = Doorbell(self.names.member_bell(self.token.generation, self.lane.index))
-        self._teacher_bells = [Doorbell(self.names.teacher_bell(i)) for i in range(len(self.control.teachers))]
+        self.record.ready = self.generation
 
     def reopen(self) -> None:
         """Begin anew on the lane that this process has, closed or not. `Requests` cancels what it had submitted.
@@ -91,15 +87,7 @@ class RankSession(Participant):
         self._check_generation()
         self._reopened = True
         self.stop = lambda: False
-        if not self._is_open:
-            self._open_bells()
-        try:
-            self.check()
-        except BaseException:
-            if not self._is_open:
-                self._close_bells()
-            raise
-        self._is_open = True
+        self.check()
         self.record.reset()
         self.ring.closed = False
 
@@ -164,7 +152,7 @@ class RankSession(Participant):
 
     def _has_ended(self, teacher: Record) -> bool:
         """It has served this generation to the end, and training has not ended."""
-        over = teacher.ready == self.token.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
+        over = teacher.ready == self.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
         return over and not self.control.stopping
 
     def _owner_is_to_speak(self) -> bool:
@@ -185,7 +173,7 @@ class RankSession(Participant):
             RunStopped: the run was stopped while it loaded.
             TeacherDied, LauncherDied, TrainerDied: see `check`.
         """
-        generation = self.token.generation
+        generation = self.generation
         self.record.enter(Phase.BARRIER)
         teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
 
@@ -208,7 +196,7 @@ class RankSession(Participant):
         return Offer.decode(text)
 
     def _late_teacher(self, timeout_s: float) -> str:
-        teacher = next((t for t in self.control.teachers if t.ready != self.token.generation), self.teacher)
+        teacher = next((t for t in self.control.teachers if t.ready != self.generation), self.teacher)
         name = self.teacher_name(teacher.rank)
         if teacher.identity is None:
             where = "has not attached to the session"
@@ -225,9 +213,3 @@ class RankSession(Participant):
         self.ring.closed = True
         self.record.enter(Phase.CLOSED)
         self.ring_teacher()
-        self._close_bells()
-        self._is_open = False
-
-    def _close_bells(self) -> None:
-        for bell in (*self._teacher_bells, self.bell):
-            bell.close()

@@ -222,6 +222,11 @@ class MappedSession:
         if control is None:
             self.update()
 
+    @property
+    def token(self) -> Token:
+        """Of the generation that is mapped."""
+        return Token(self.session_id, self.generation)
+
     def update(self) -> None:
         """Map the generation that is current by now. Raises AttachError."""
         try:
@@ -232,8 +237,8 @@ class MappedSession:
     def _map(self, generation: int) -> None:
         self.control = Control(self.control.segment)  # the number of lanes may be another now
         self.settings, self.generation = self.control.settings(), generation
-        token, shape = Token(self.session_id, generation), self.control.shape
-        self.lanes = [Lane.attach(token, shape, lane) for lane in range(shape.lanes)] if generation else []
+        shape = self.control.shape
+        self.lanes = [Lane.attach(self.token, shape, lane) for lane in range(shape.lanes)] if generation else []
 
     def failures(self) -> list[Failure]:
         """Of this generation's ranks, and what the owner has found that ends the generation or the session: causes before
@@ -253,10 +258,9 @@ def by_cause(failures: Iterable[Failure]) -> list[Failure]:
 class Participant(MappedSession):
     """What a trainer and a teacher have in common: they watch the owner."""
 
-    def __init__(self, token: Token) -> None:
-        name = Names(token.session_id).control
-        super().__init__(token.session_id, Segment.attach(name, layout.CONTROL, token.session_id))
-        self.token = token
+    def __init__(self, session_id: str) -> None:
+        """Map the control segment, and no generation yet. Raises AttachError."""
+        super().__init__(session_id, Segment.attach(Names(session_id).control, layout.CONTROL, session_id))
         self._owner = Peer(self.control.owner_identity)
         self._ends_with = {0}  # failures of these generations end this participant; 0: of the session
         spin_us = self.settings.ring.spin_us

@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 
 class TeacherSession(Participant):
-    """One teacher's process. It signs in once; `lanes` and `token` are those of the generation that it has mapped."""
+    """One teacher's process. It signs in once; `lanes` and `generation` are those that it has mapped."""
 
     def __init__(self, token: Token, index: int = 0) -> None:
         """Sign in; the generation of `token` is not looked at. Raises AttachError."""
-        super().__init__(token)
+        super().__init__(token.session_id)
         self.index = index
         self.record = self.control.teachers[index]
         self.record.sign_in()
@@ -35,7 +35,6 @@ class TeacherSession(Participant):
         self.member_bells: list[list[Doorbell]] = []
         self._ranks: dict[int, Peer] = {}
         self._published: Offer | None = None
-        self._latest = 0  # generation that it has attached to
 
     def publish(self, made: Offer) -> None:
         """Tell what the model returns, once for all generations."""
@@ -67,7 +66,7 @@ class TeacherSession(Participant):
         if self.control.ending:
             return 0
         generation = self.control.generation
-        is_open = self._is_open(generation) and generation > self._latest
+        is_open = self._is_open(generation) and generation > self.generation
         phase = Phase.OFFERED if is_open else Phase.IDLE
         if self.record.phase is not phase:
             self.record.enter(phase)
@@ -83,8 +82,6 @@ class TeacherSession(Participant):
 
     def attach(self, generation: int) -> None:
         """Map the lanes and open the doorbells of a generation, with the settings that its ranks have. Raises AttachError."""
-        self._latest = generation
-        self.token = self.token._replace(generation=generation)
         self._map(generation)
         shape = self.control.shape
         self.served = [lane for lane in self.lanes if lane.teacher == self.index]
@@ -94,15 +91,13 @@ class TeacherSession(Participant):
             self.member_bells.append([Doorbell(name) for name in names])
 
     def leave(self) -> None:
-        """Close the generation's doorbells, and keep none of its lanes."""
-        for bell in (bell for bells in self.member_bells for bell in bells):
-            bell.close()
+        """Keep none of the generation's lanes and doorbells."""
         self.lanes, self.served, self.own, self.member_bells = [], [], [], []
         self._ranks = {}
 
     def open_barrier(self) -> None:
         """Let every rank that waits at the startup barrier go on."""
-        self.record.ready = self.token.generation
+        self.record.ready = self.generation
         self.wake_ranks()
 
     def wake_ranks(self) -> None:
@@ -132,9 +127,7 @@ class TeacherSession(Participant):
         """Hand a lane over to the teacher that is to serve it; nothing of it is in this one's hands."""
         self.served.remove(lane)
         lane.teacher = lane.wanted_teacher
-        bell = Doorbell(self.names.teacher_bell(lane.wanted_teacher))
-        bell.ring()
-        bell.close()
+        Doorbell(self.names.teacher_bell(lane.teacher)).ring()
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""
@@ -148,4 +141,4 @@ class TeacherSession(Participant):
 
     @property
     def training_done(self) -> bool:
-        return self.control.training_done >= self.token.generation
+        return self.control.training_done >= self.generation

@@ -121,7 +121,7 @@ class TinyTeacher:
         """Of the generation that is attached to."""
         self.lane = self.session.served[0]
         self.ring = self.lane.ring
-        self.generation = self.session.token.generation
+        self.generation = self.session.generation
         self.plane = TinyPlane(self.session.token, self.session.control.shape.reply_slots)
 
     def serve(self) -> None:
@@ -195,11 +195,6 @@ class TinyTeacher:
         self.ring.publish_reply(sequence)
         self.session.ring_members(self.lane)
 
-    def close(self) -> None:
-        """Let go of the doorbells."""
-        for bell in [self.session.bell, *(bell for bells in self.session.member_bells for bell in bells)]:
-            bell.close()
-
 
 class TinyRank:
     """Submits, waits, reads and releases."""
@@ -207,7 +202,7 @@ class TinyRank:
     def __init__(self, session: RankSession) -> None:
         self.session = session
         self.ring = session.ring
-        self.generation = session.token.generation
+        self.generation = session.generation
         self.waits_for: int | None = None
         self._closed = False
 
@@ -314,4 +309,3 @@ def exchange_afresh(owner: Owner) -> None:
         rank.take(sequence)
     finally:
         rank.close()
-        teacher.close()

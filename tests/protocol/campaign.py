@@ -286,7 +286,8 @@ class Run:
             turns.close()
             self._reap(patient=not self.violations)
             for actor in seen:
-                actor.close()
+                if isinstance(actor, TinyRank):
+                    actor.close()
         self.witness.look()
         if turns.complaint:
             self.violations.append(f"victim: {turns.complaint}")

@@ -204,7 +204,6 @@ def _as_teacher(scene: Scene) -> None:
         if not _refused(teacher.map):
             for _ in range(4):
                 _refused(_move, teacher)
-        teacher.close()
 
 
 def _move(teacher: TinyTeacher) -> None:

@@ -106,18 +106,14 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.owner = Owner(actors.settings(DEPTH, self.CHUNKS), 1)
-        self.sides: list[TinyRank | TinyTeacher] = []
         self.begin()
 
     @rule()
     def begin(self) -> None:
         """A new generation; what was in flight is lost with the old one."""
-        for side in self.sides:
-            side.close()
         token = self.owner.start_generation()
         self.teacher = TinyTeacher(TeacherSession(token))
         self.rank = TinyRank(RankSession(token, 0))
-        self.sides = [self.rank, self.teacher]
         self.owner.create_replies(OFFER)
         self.teacher.open()
         self.rank.open(0.0)
@@ -229,8 +225,6 @@ class Machine(RuleBasedStateMachine):
             assert self.rank.plane.read(0) == bytes(NBYTES)
 
     def teardown(self) -> None:
-        for side in self.sides:
-            side.close()
         self.owner.close()
         assert self.owner.session_id not in owner.objects()
 

@@ -20,7 +20,6 @@ def bell() -> Iterator[Doorbell]:
     made = Doorbell(f"/shmbridge-test-{secrets.token_hex(8)}", create=True)
     yield made
     posix_ipc.unlink_semaphore(made.name)
-    made.close()
 
 
 @pytest.fixture(params=[True, False], ids=["sem_clockwait", "sem_timedwait"])
