@@ -1,6 +1,6 @@
 """Python stacks of other processes: asked of themselves by a signal, else read from outside; and where a stack stands.
 
-A process that called shmbridge.shm.stacks.listen writes its stacks when stacks.SIGNAL arrives, also while it holds
+A process that called shm.process.write_stacks_on_signal writes its stacks when STACKS_SIGNAL arrives, also while it holds
 the GIL or waits in native code, and goes on undisturbed. A process that is stopped, or has not connected yet, cannot:
 py-spy reads it where it is installed, and the kernel tells its innermost calls. A missing stack is labelled with the
 reason. The processes have PATIENCE_S to answer, and py-spy has as long again.
@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from launcher.process import signals
-from shmbridge.shm import process, stacks
+from shmbridge.shm import process
 from shmbridge.shm.process import Identity
 
 PATIENCE_S = 2.0
@@ -189,9 +189,9 @@ def collect(processes: Iterable[Identity], run: Path | None) -> dict[int, Stacks
         elif reason := _cannot_answer(who.pid, run):
             outside[who.pid] = reason
         elif run:
-            file = stacks.path(run, who.pid)
+            file = process.stacks_path(run, who.pid)
             asked[who.pid] = (file, file.stat().st_size)
-            process.send(who, stacks.SIGNAL)
+            process.send(who, process.STACKS_SIGNAL)
     readers = {pid: _start_py_spy(pid) for pid in outside}
     for pid, text in _await(asked).items():
         found[pid] = parse(text)
@@ -207,7 +207,7 @@ def _cannot_answer(pid: int, run: Path | None) -> str:
     if process.state(pid) == "stopped":
         tracer = re.search(r"^TracerPid:\s*([1-9]\d*)", _read(pid, "status"), re.M)
         return f"held by a debugger, pid {tracer[1]}" if tracer else "stopped: its interpreter cannot answer"
-    if run is None or not stacks.path(run, pid).exists() or not signals.handles(pid, stacks.SIGNAL):
+    if run is None or not process.stacks_path(run, pid).exists() or not signals.handles(pid, process.STACKS_SIGNAL):
         return "it has not connected to the bridge, and does not listen for the signal"
     return ""
 

@@ -14,7 +14,7 @@ import torch
 from shmbridge import log
 from shmbridge.errors import NotLaunched
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm import stacks
+from shmbridge.shm import process
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
 
@@ -56,7 +56,7 @@ def connect(*, lane: int | None = None, device: torch.device | str | None = None
     earlier = _bridges.get((token, lane))
     session = (earlier.give_way() if earlier else None) or RankSession(token, lane)
     log.configure(session.settings.log.level)
-    stacks.listen(Path(session.settings.run_dir))
+    process.write_stacks_on_signal(Path(session.settings.run_dir))
     bridge = Bridge(session, None if device is None else torch.device(device))
     bridge.start_heartbeat()
     _bridges[token, lane] = bridge

@@ -1,15 +1,22 @@
-"""Other processes: who is alive, and signals that never reach a later process of the same pid.
+"""Other processes: who is alive, signals that never reach a later process of the same pid, and Python stacks on demand.
 
 A process is its pid and its start time, because pids are used again.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import select
 import signal
 import weakref
+from pathlib import Path
 from typing import NamedTuple
+
+STACKS_SIGNAL = signal.SIGRTMIN + 5  # one that neither hosts nor Slurm use
+_writes_stacks_to: set[Path] = (
+    set()
+)  # files that this process, or the one that it was forked from, has open for its stacks
 
 
 class Identity(NamedTuple):
@@ -108,3 +115,28 @@ def _stat(pid: int) -> list[str] | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     return text[text.rindex(b")") + 2 :].decode().split()
+
+
+def stacks_path(run: Path, pid: int) -> Path:
+    """Where the process with `pid` of a run in directory `run` writes its stacks."""
+    return run / "stacks" / f"{pid}.txt"
+
+
+def write_stacks_on_signal(run: Path) -> bool:
+    """Let faulthandler write this process's Python stacks to `stacks_path` when STACKS_SIGNAL arrives. False where the signal is
+    taken, or there is no such run directory.
+
+    It works while the interpreter is stuck in native code, holds the GIL or waits in a collective; not while the process is
+    stopped. A forked child, such as a DataLoader worker, has the handler too, and would write into its parent's file: the reader
+    asks by pid. Calling it again opens nothing more.
+    """
+    file = stacks_path(run, os.getpid())
+    if file in _writes_stacks_to:
+        return True
+    if signal.getsignal(STACKS_SIGNAL) is not signal.SIG_DFL or not run.is_dir():
+        return False
+    file.parent.mkdir(exist_ok=True)
+    fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    faulthandler.register(STACKS_SIGNAL, file=fd, all_threads=True, chain=False)
+    _writes_stacks_to.add(file)
+    return True

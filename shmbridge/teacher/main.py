@@ -24,7 +24,7 @@ from shmbridge.head import Head
 from shmbridge.output_spec import Offer
 from shmbridge.plane import shared_head
 from shmbridge.plane.cuda_slab import Slabs
-from shmbridge.shm import stacks
+from shmbridge.shm import process
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.record import Phase
 from shmbridge.shm.session import SESSION_VARIABLE, Token
@@ -45,7 +45,7 @@ def main() -> int:
     _outlive_signals()
     session = TeacherSession(Token.parse(os.environ.get(SESSION_VARIABLE, "")), args.teacher_index)
     log.configure(session.settings.log.level)
-    stacks.listen(Path(session.settings.run_dir))
+    process.write_stacks_on_signal(Path(session.settings.run_dir))
     Heartbeat(session.record)
     try:
         run(session, args.gpus)

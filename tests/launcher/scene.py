@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from launcher.hang.report import Report, make, write
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm import stacks
+from shmbridge.shm import process
 from shmbridge.shm.heartbeat import Heartbeat
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.record import Phase
@@ -47,7 +47,7 @@ class Scene:
     def _teach(self, forward: Forward) -> None:
         torch.set_num_threads(1)
         session = TeacherSession(self.bench.token)
-        stacks.listen(self.run)
+        process.write_stacks_on_signal(self.run)
         Heartbeat(session.record)
         serve(session, forward, torch.device("cpu"))
 
@@ -57,7 +57,7 @@ class Scene:
 
     def _train(self, lane: int, body: Callable[[Bridge], Any]) -> None:
         session = RankSession(self.bench.token, lane)
-        stacks.listen(self.run)
+        process.write_stacks_on_signal(self.run)
         Heartbeat(session.record)
         with Bridge(session) as bridge:
             bridge.wait_ready()

@@ -24,7 +24,7 @@ from launcher.hang.report import Report
 from launcher.hang.snapshot import LaneState, Participant, Snapshot
 from launcher.hang.stacks import Stacks
 from launcher.process import shim
-from shmbridge.shm import process, stacks
+from shmbridge.shm import process
 from tests.harness import Child, Echo, until
 from tests.launcher.scene import IDS, scene
 
@@ -483,7 +483,7 @@ def ready(run: Path, child: Child) -> process.Identity:
 
 def test_eight_processes_of_which_one_is_stopped_take_a_few_seconds(tmp_path):
     def listens() -> None:
-        stacks.listen(tmp_path)
+        process.write_stacks_on_signal(tmp_path)
         sleep()
 
     with running(*[listens] * 8) as children:
@@ -501,18 +501,18 @@ def test_a_process_that_does_not_listen_is_left_alone(tmp_path):
     """The signal's default action would end it."""
     with running(sleep) as (child,):
         who = process.identity(child.pid)
-        stacks.path(tmp_path, child.pid).parent.mkdir()
-        stacks.path(tmp_path, child.pid).touch()  # of an earlier process with this pid
+        process.stacks_path(tmp_path, child.pid).parent.mkdir()
+        process.stacks_path(tmp_path, child.pid).touch()  # of an earlier process with this pid
         assert "has not connected to the bridge" in hang_stacks.collect([who], tmp_path)[child.pid].missing
         assert child.poll() is None
 
 
 def test_a_pid_that_is_another_process_by_now_is_not_signalled(tmp_path):
-    with running(lambda: (stacks.listen(tmp_path), sleep())) as (child,):
+    with running(lambda: (process.write_stacks_on_signal(tmp_path), sleep())) as (child,):
         who = ready(tmp_path, child)
         found = hang_stacks.collect([who._replace(start=who.start - 1)], tmp_path)
         assert found[child.pid].missing == "the process has ended"
-        assert stacks.path(tmp_path, child.pid).read_text() == ""
+        assert process.stacks_path(tmp_path, child.pid).read_text() == ""
 
 
 def test_py_spy_reads_what_cannot_answer(tmp_path, monkeypatch):
