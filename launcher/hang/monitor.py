@@ -30,7 +30,7 @@ class _Standing(msgspec.Struct):
 
     finding: Finding
     due_s: float
-    stood_s: float = 0.0
+    stood_s: float
 
 
 class Monitor:
@@ -53,9 +53,16 @@ class Monitor:
         """
         if self._last is not None and now - self._last < _EVERY_S:
             return None
-        due = self.due(now)
-        if due:
-            self._report(due)
+        if due := self.due(now):
+            longest, stood_s = due[0]
+            why = f"waiting for {', '.join(longest.suspects)} for {seconds(stood_s)}"
+            made = report.make(self._view, self._run, why, self._config.name)
+            try:
+                made = report.write(made, self._run)
+            except OSError as error:
+                self._console.say(f"the hang report could not be kept in {self._run}: {error.strerror}")
+            self._console.write(f"\n{made}\n\n")
+            self._console.flush()
         return self.overdue()
 
     def due(self, now: float) -> list[tuple[Finding, float]]:
@@ -65,9 +72,14 @@ class Monitor:
         belongs to the same standstill: it is reported with it, and again once the time has doubled.
         """
         step_s = 0.0 if self._last is None else min(max(0.0, now - self._last), _LONGEST_TICK_S)
-        self._last = now
-        found = rules.find(snapshot.look(self._view, search=False))
-        self._standing = {finding.key: self._count(finding, step_s) for finding in found if finding.report_after}
+        self._last, before, self._standing = now, self._standing, {}
+        for finding in rules.find(snapshot.look(self._view, search=False)):
+            if finding.report_after:
+                due_s, stood_s = getattr(self._config.timeouts, finding.report_after), 0.0
+                if finding.key in before:
+                    due_s, stood_s = before[finding.key].due_s, before[finding.key].stood_s
+                    stood_s += 0.0 if finding.excused else step_s
+                self._standing[finding.key] = _Standing(finding, due_s, stood_s)
         standing = sorted(self._standing.values(), key=lambda entry: -entry.stood_s)
         longest_s = max((entry.stood_s for entry in standing if entry.stood_s >= entry.due_s), default=float("inf"))
         due = [entry for entry in standing if entry.stood_s >= longest_s / 2]
@@ -81,33 +93,14 @@ class Monitor:
         ranks stand still."""
         startup_s = self._config.timeouts.startup_s
         entries = self._standing.values()
-        late = {entry.finding.who for entry in entries if entry.finding.fatal and entry.stood_s >= startup_s}
+        late = {entry.finding.suspects for entry in entries if entry.finding.fatal and entry.stood_s >= startup_s}
         if not late:
             return None
         seen = report.make(self._view, self._run, "", self._config.name).snapshot
-        fatal = {finding.who[0]: finding for finding in rules.find(seen) if finding.fatal and finding.who in late}
+        fatal = [finding for finding in rules.find(seen) if finding.fatal and finding.suspects in late]
         if not fatal:  # it has come in the meantime
             return None
-        who = next(participant for participant in seen.participants if participant.who in fatal)
-        sentence = fatal.pop(who.who).sentence.removeprefix(f"{who.who} ")
-        more = f", also exceeded by {', '.join(fatal)}" if fatal else ""
-        return Overdue(who, f"{sentence} (timeouts.startup_s is {seconds(startup_s)}{more})")
-
-    def _count(self, finding: Finding, step_s: float) -> _Standing:
-        standing = self._standing.get(finding.key)
-        if standing is None:
-            return _Standing(finding, getattr(self._config.timeouts, finding.report_after))
-        standing.finding = finding
-        standing.stood_s += 0.0 if finding.excused else step_s
-        return standing
-
-    def _report(self, due: list[tuple[Finding, float]]) -> None:
-        longest, stood_s = due[0]
-        why = f"waiting for {', '.join(longest.who)} for {seconds(stood_s)}"
-        made = report.make(self._view, self._run, why, self._config.name)
-        try:
-            made = report.write(made, self._run)
-        except OSError as error:
-            self._console.say(f"the hang report could not be kept in {self._run}: {error.strerror}")
-        self._console.write(f"\n{made}\n\n")
-        self._console.flush()
+        who, *others = [finding.suspects[0] for finding in fatal]
+        more = f", also exceeded by {', '.join(others)}" if others else ""
+        reason = f"{fatal[0].sentence.removeprefix(f'{who} ')} (timeouts.startup_s is {seconds(startup_s)}{more})"
+        return Overdue(next(participant for participant in seen.participants if participant.who == who), reason)

@@ -36,47 +36,42 @@ class Report(msgspec.Struct, frozen=True):
     why: str  # what it was made for: who has been waited for how long, or that somebody asked
     name: str
     run: str
-    finding: Finding = msgspec.field(name="verdict")
+    verdict: Finding
     snapshot: Snapshot = msgspec.field(name="facts")
     also: list[Finding] = []  # others of the same kind
     path: str = ""  # of this report as text
 
     def __str__(self) -> str:
-        kind = "report" if self.finding.kind in rules.HEALTHY else "hang report"
-        title = f"{kind}, {self.at}: {self.why}\n{status.head(self.snapshot, self.name, self.run)}"
-        findings = [self.finding, *self.also]
-        suspects = {who for finding in findings for who in finding.who}
-        tables = (status.participants(self.snapshot, suspects), status.rings(self.snapshot))
-        return "\n\n".join(filter(None, [title, self._told(findings), *tables, *self._stacks(suspects)]))
-
-    def _told(self, findings: Sequence[Finding]) -> str:
+        kind = "report" if self.verdict.kind in rules.HEALTHY else "hang report"
+        findings = [self.verdict, *self.also]
         rows = []
         for finding in findings[:_MOST_FINDINGS]:
             rows += [("", f"{finding.sentence}."), ("next    ", finding.action)]
         if len(findings) > _MOST_FINDINGS:
             rows.append(("", f"And {len(findings) - _MOST_FINDINGS} more, marked below."))
         rows += [("report  ", self.path)] if self.path else []
-        return "\n".join(_wrapped(text, head) for head, text in rows)
-
-    def _stacks(self, suspects: set[str]) -> Iterator[str]:
-        """A part for each place that main threads are at."""
-        groups: dict[object, list[Participant]] = {}
-        for participant in sorted(self.snapshot.participants, key=lambda participant: participant.who not in suspects):
-            found = participant.stacks
-            if found.threads:
-                groups.setdefault((found.threads[0].frames, participant.who in suspects), []).append(participant)
-            elif found.missing:
-                groups[participant.who] = [participant]
-        if groups:
-            yield "stacks, the innermost call first"
-        yield from map(_stack, groups.values())
+        suspects = {who for finding in findings for who in finding.suspects}
+        groups: dict[object, list[Participant]] = {}  # those whose main threads are at the same place
+        for one in sorted(self.snapshot.participants, key=lambda one: one.who not in suspects):
+            if one.stacks.threads or one.stacks.missing:
+                where = one.stacks.frames if one.stacks.threads else one.who
+                groups.setdefault((where, one.who in suspects), []).append(one)
+        parts = [
+            f"{kind}, {self.at}: {self.why}\n{status.head(self.snapshot, self.name, self.run)}",
+            "\n".join(_wrapped(text, head) for head, text in rows),
+            status.participants(self.snapshot, suspects),
+            status.rings(self.snapshot),
+            "stacks, the innermost call first" if groups else "",
+            *map(stack, groups.values()),
+        ]
+        return "\n\n".join(filter(None, parts))
 
 
 def make(view: MappedSession, run: Path | None, why: str, name: str = "") -> Report:
     """Look at a session with the stacks of its processes; `run` is its directory. Takes a few seconds at most."""
     collected = stacks.collect(snapshot.identities(view), run)
     seen = snapshot.look(view, collected)
-    first, *also = rules.told(seen)
+    first, *also = rules.verdict(seen)
     return Report(time.strftime("%H:%M:%S"), why, name, str(run) if run else "unknown", first, seen, also)
 
 
@@ -99,14 +94,18 @@ def write(report: Report, run: Path) -> Report:
     return report
 
 
-def traceback(participant: Participant) -> str:
-    """The main thread's stack as a traceback is read, the innermost call last; or why there is none."""
-    found = participant.stacks
-    if not found.threads:
-        return f"no stack: {found.missing or 'its process was not found'}\n{found.kernel}".rstrip()
-    frames = reversed(found.threads[0].frames)
-    lines = [f'  File "{frame.file}", line {frame.line}, in {frame.function}' for frame in frames]
-    return "\n".join([f"The stack of {participant.who}, pid {participant.pid} (by {found.source}):", *lines])
+def stack(participants: Sequence[Participant]) -> str:
+    """The stack of processes whose main threads are at the same place, or why there is none."""
+    found = participants[0].stacks
+    pids = ", ".join(str(participant.pid) for participant in participants)
+    lines = [f"{names(participants)}, pid {pids}{' (by py-spy)' if found.source == 'py-spy' else ''}"]
+    if found.frames:
+        lines.append(table(list(_frames(found.frames))))
+    elif not found.threads:
+        lines.append(_wrapped(f"no stack: {found.missing or 'its process was not found'}"))
+    lines += [f"  {line}" for line in _other_threads(found)]
+    lines += [f"  in the kernel: {found.kernel}"] if found.kernel else []
+    return "\n".join(lines)
 
 
 def _wrapped(text: str, head: str = "") -> str:
@@ -114,18 +113,6 @@ def _wrapped(text: str, head: str = "") -> str:
     return textwrap.fill(
         text, _WIDTH, initial_indent=f"  {head}", subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
     )
-
-
-def _stack(participants: Sequence[Participant]) -> str:
-    """Of processes whose main threads are at the same place."""
-    found = participants[0].stacks
-    pids = ", ".join(str(participant.pid) for participant in participants)
-    lines = [f"{names(participants)}, pid {pids}{' (by py-spy)' if found.source == 'py-spy' else ''}"]
-    lines += [_wrapped(f"no stack: {found.missing}")] if found.missing else []
-    lines += [table(list(_frames(found.threads[0].frames)))] if found.threads and found.threads[0].frames else []
-    lines += [f"  {line}" for line in _other_threads(found)]
-    lines += [f"  in the kernel: {found.kernel}"] if found.kernel else []
-    return "\n".join(lines)
 
 
 def _frames(frames: Sequence[Frame]) -> Iterator[tuple[str, str, str]]:

@@ -13,13 +13,14 @@ from typing import Any
 import msgspec
 
 from launcher.console.text import seconds
-from launcher.hang.snapshot import LaneState, Participant, Snapshot, names
+from launcher.hang.snapshot import TEACHER, LaneState, Participant, Snapshot, names
 from launcher.hang.stacks import COLLECTIVE, WAIT
 from shmbridge.shm.record import Phase
 
 STALE_S = 5.0  # a heartbeat comes every second
 HEALTHY = ("closed", "moving")  # the kinds of finding of a session in which nothing hangs
 
+Who = Sequence[Participant]
 _BEFORE_READY = {str(phase) for phase in (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING, Phase.OFFERED)}
 
 
@@ -27,7 +28,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """Somebody who is waited for."""
 
     kind: str  # the rule
-    who: tuple[str, ...] = msgspec.field(name="suspects")  # whose stacks come first
+    suspects: tuple[str, ...]  # their stacks come first in a report
     sentence: str
     action: str
     key: tuple[str | int, ...]  # the same in a later snapshot as long as nothing has changed about it
@@ -42,8 +43,9 @@ def find(snapshot: Snapshot) -> list[Finding]:
     return [finding for rule in RULES for finding in rule(snapshot)]
 
 
-def told(snapshot: Snapshot) -> list[Finding]:
-    """What a report tells: all findings of the first kind that has stood for `patience_s`; else that nothing hangs."""
+def verdict(snapshot: Snapshot) -> list[Finding]:
+    """All findings of the first kind that has stood for `patience_s`, where none is excused before where one is; else a
+    finding that nothing hangs."""
     stood = [found for found in find(snapshot) if found.still_s is None or found.still_s >= snapshot.patience_s]
     stood.sort(key=lambda finding: finding.excused)
     return [finding for finding in stood if finding.kind == stood[0].kind] or [_healthy(snapshot)]
@@ -93,12 +95,12 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _loading(snapshot: Snapshot) -> Iterator[Finding]:
-    """Timed for a kept teacher, be it that a group has come already; else the ranks time their own wait for it."""
+    """Timed only for a kept teacher before it is ready for a group; else the ranks time their own wait for it."""
     begun = any(rank.open for rank in snapshot.ranks)
     for late in snapshot.teachers:
         kept = snapshot.kept and late.phase in _BEFORE_READY
         if not late.ready and (kept or (not snapshot.over and (begun or late.attached))):
-            sentence = f"{late.who} is not ready: {_doing(late)}{_waiting(snapshot, late)}"
+            sentence = f"{late.who} is not ready: {_where(late)}{_waiting(snapshot, late)}"
             action = "Its log tells how far it is. timeouts.startup_s bounds the wait."
             after = "startup_s" if kept else ""
             yield _finding("loading", [late], sentence, action, report_after=after, fatal=kept)
@@ -107,26 +109,25 @@ def _loading(snapshot: Snapshot) -> Iterator[Finding]:
 def _draining(snapshot: Snapshot) -> Iterator[Finding]:
     for late in snapshot.teachers:
         if snapshot.over and late.open and late.phase not in (*_BEFORE_READY, str(Phase.IDLE)):
-            sentence = f"{late.who} has not finished what the last training group left: {_doing(late)}"
+            sentence = f"{_standing([late])} and has not finished what the last training group left"
             action = "The next group waits for it. Its log and its stack tell what it does."
-            yield _finding("draining", [late], sentence, action, snapshot.generation, still_s=late.still_s)
+            yield _finding("draining", [late], sentence, action, snapshot.generation, waits=[late])
 
 
 def _missing(snapshot: Snapshot) -> Iterator[Finding]:
     others = [rank for rank in snapshot.ranks if rank.open]
-    still_s = max((other.still_s for other in others or snapshot.teachers), default=None)
     for rank in snapshot.ranks if snapshot.ready else ():
         if not rank.attached:
-            process = f" (pid {rank.pid}, {rank.stacks.place or rank.process})" if rank.pid else ""
+            process = f" (pid {rank.pid}, {rank.stacks.place.text or rank.process})" if rank.pid else ""
             sentence = f"{rank.who} has not attached to the session{process}; {_standing(others) or 'no rank has'}"
+            action = (
+                "Every rank calls shmbridge.connect(); where one does not come to it, its stack or its log tells why."
+            )
+            at = snapshot.generation, snapshot.progress
+            after = "report_s" if others else "startup_s"
+            waits = others or snapshot.teachers
             yield _finding(
-                *("missing", [rank], sentence),
-                "Every rank calls shmbridge.connect(); where one does not come to it, its stack or its log tells why.",
-                *(snapshot.generation, snapshot.progress),
-                still_s=still_s,
-                excused=any(other.excused for other in others),
-                report_after="report_s" if others else "startup_s",
-                fatal=bool(others),
+                "missing", [rank], sentence, action, *at, waits=waits, report_after=after, fatal=bool(others)
             )
 
 
@@ -140,8 +141,8 @@ def _lockstep(snapshot: Snapshot) -> Iterator[Finding]:
                 owed = "has sent no request (teacher.collect=lockstep needs one of every rank)"
                 sentence = f"{_standing([rank])} and {owed}{_waiting(snapshot, rank)}"
                 action = "Make the same requests in every rank between two collectives, or set teacher.collect=greedy."
-                key = (snapshot.generation, lane.requested)
-                yield _finding("lockstep", [rank], sentence, action, *key, **_stands(rank))
+                at = snapshot.generation, lane.requested
+                yield _finding("lockstep", [rank], sentence, action, *at, waits=[rank])
 
 
 def _unread(snapshot: Snapshot) -> Iterator[Finding]:
@@ -149,8 +150,8 @@ def _unread(snapshot: Snapshot) -> Iterator[Finding]:
         if _is_unread(rank, lane):
             sentence = f"{_standing([rank])} and does not read its streamed reply: the teacher has no free chunk left"
             action = "Read the chunks, which gives them back to the teacher, or cancel the request (pending.cancel)."
-            key = (snapshot.generation, lane.replied, lane.consumed)
-            yield _finding("unread", [rank], sentence, action, *key, **_stands(rank))
+            at = snapshot.generation, lane.replied, lane.consumed
+            yield _finding("unread", [rank], sentence, action, *at, waits=[rank])
 
 
 def _reply(snapshot: Snapshot) -> Iterator[Finding]:
@@ -160,72 +161,66 @@ def _reply(snapshot: Snapshot) -> Iterator[Finding]:
         if asked and not _awaited(snapshot, teacher):
             rank, lane = max(asked, key=lambda pair: pair[1].oldest_s or 0.0)
             age_s = lane.oldest_s or 0.0
-            given_up = ", given up" if lane.replied < lane.abandoned else ""
-            notes = f"{', all slots in use' if lane.full else ''}{given_up}"
+            notes = ", all slots in use" if lane.full else ""
+            notes += ", given up" if lane.replied < lane.abandoned else ""
             request = f"{rank.who}'s request (sequence {lane.replied}{notes})"
-            doing = f"it is {_doing(teacher)}{_waiting(snapshot, teacher)}"
-            sentence = f"{teacher.who} has not answered {request} for {seconds(age_s)}; {doing}"
+            sentence = f"{request} has waited for {seconds(age_s)}: {_standing([teacher])}{_waiting(snapshot, teacher)}"
+            action = "A teacher that collects should have taken it: keep this report, and end the run."
             if teacher.phase == str(Phase.FORWARD):
                 action = "Wait, or lower teacher.max_batch_tokens; the first forwards of a compiled model take long."
-            else:
-                action = "A teacher that collects should have taken it: keep this report, and end the run."
-            after = "startup_s" if teacher.phase in _BEFORE_READY else "report_s"
-            key = (rank.rank, snapshot.generation, lane.replied, lane.streamed)
-            yield _finding("reply", [teacher], sentence, action, *key, still_s=age_s, report_after=after)
+            at = rank.rank, snapshot.generation, lane.replied, lane.streamed
+            after = "report_s" if teacher.ready else "startup_s"
+            yield _finding("reply", [teacher], sentence, action, *at, still_s=age_s, report_after=after)
 
 
 # Nobody owes anything on the bridge
 
 
 def _standstill(snapshot: Snapshot) -> Iterator[Finding]:
-    """The training's own collectives, and ranks that do something else. Not timed while a request is waited for."""
+    """The training's own collectives, and ranks that do something else. Not timed while a request is waited for.
+
+    Where ranks are at different collectives, or some at none, the smallest group is the suspect. Of groups of the same
+    size the suspect is the group at no collective; without such a group all ranks are suspects.
+    """
     ranks = [rank for rank in snapshot.ranks if rank.open and rank.alive]
     if not ranks or not snapshot.ready:
         return
-    yield _finding(
-        *("standstill", *_apart(ranks, complete=len(ranks) == len(snapshot.ranks))),
-        *(snapshot.generation, snapshot.progress),
-        still_s=max(rank.still_s for rank in ranks),
-        excused=any(rank.excused for rank in ranks),
-        report_after="" if any(lane.unanswered for lane in snapshot.lanes) else "report_s",
-    )
-
-
-def _apart(ranks: Sequence[Participant], complete: bool) -> tuple[Sequence[Participant], str, str]:
-    """The suspects among ranks that stand still, a sentence and an action; `complete`: these are all ranks.
-
-    Where they are at different collectives, or some at none, the smallest group is the suspect. Of groups of the same
-    size the suspect is the group at no collective; without such a group all ranks are suspects.
-    """
     groups: dict[str, list[Participant]] = {}
     for rank in ranks:
-        place = rank.stacks.place
-        groups.setdefault(str(place) if place and place.kind == COLLECTIVE else "", []).append(rank)
+        kind, text = rank.stacks.place
+        groups.setdefault(text if kind == COLLECTIVE else "", []).append(rank)
+    smallest = min(map(len, groups.values()))
+    fewest = [group for group in groups.values() if len(group) == smallest]
     if set(groups) == {""}:
-        waiting = [rank for rank in ranks if (place := rank.stacks.place) and place.kind == WAIT]
+        waiting = [rank for rank in ranks if rank.stacks.place.kind == WAIT]
+        suspects = waiting or ranks
+        sentence = f"no rank waits on the bridge: {_standing(suspects)}"
         action = 'The stacks tell more. If this is an evaluation, say so: `with bridge.phase("eval", timeout=900):`.'
         if waiting:
             action = "Look at what it waits for: the DataLoader's workers (see the processes below it), or the GPU."
-        return waiting or ranks, f"no rank waits on the bridge: {_standing(waiting or ranks)}", action
-    if len(groups) == 1 and complete:
+    elif len(groups) == 1 and len(ranks) == len(snapshot.ranks):
+        suspects = ranks
+        sentence = f"the collective does not end: {_standing(ranks)}"
         action = (
             "No rank is missing: look at the network, the GPUs (nvidia-smi, dmesg), NCCL_DEBUG=INFO, other machines."
         )
-        return ranks, f"the collective does not end: {_standing(ranks)}", action
-    smallest = min(map(len, groups.values()))
-    fewest = [group for group in groups.values() if len(group) == smallest]
-    suspects = fewest[0] if len(fewest) == 1 else groups[""] if groups.get("") in fewest else ranks
-    others = [rank for rank in ranks if rank not in suspects]
-    action = "Every rank must call a collective: look for `if rank == 0:`, uneven batches, an error that was caught."
-    return suspects, "; ".join(map(_standing, filter(None, (suspects, others)))), action
+    else:
+        suspects = fewest[0] if len(fewest) == 1 else groups[""] if groups.get("") in fewest else ranks
+        others = [rank for rank in ranks if rank not in suspects]
+        sentence = "; ".join(map(_standing, filter(None, (suspects, others))))
+        action = (
+            "Every rank must call a collective: look for `if rank == 0:`, uneven batches, an error that was caught."
+        )
+    at = snapshot.generation, snapshot.progress
+    after = "" if any(lane.unanswered for lane in snapshot.lanes) else "report_s"
+    yield _finding("standstill", suspects, sentence, action, *at, waits=ranks, report_after=after)
 
 
 def _healthy(snapshot: Snapshot) -> Finding:
-    moved = [participant for participant in snapshot.participants if participant.open]
+    moved = [rank for rank in snapshot.ranks if rank.open] or [teacher for teacher in snapshot.teachers if teacher.open]
     if snapshot.over or not moved:
         sentence = "no rank is at work: all have closed the bridge, or none has attached"
         return _finding("closed", [], sentence, "Nothing to do.")
-    moved = [rank for rank in snapshot.ranks if rank.open] or moved
     latest_s = max(participant.still_s for participant in moved)
     sentence = f"nothing hangs: {names(moved)} moved within the last {seconds(latest_s)}"
     action = f"Nothing to do: nobody has been waited for longer than {seconds(snapshot.patience_s)}."
@@ -233,10 +228,8 @@ def _healthy(snapshot: Snapshot) -> Finding:
 
 
 RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (
-    *(_garbled, _dead, _stopped, _stalled),
-    *(_loading, _draining, _missing),
-    *(_lockstep, _unread, _reply),
-    _standstill,
+    *(_garbled, _dead, _stopped, _stalled, _loading, _draining, _missing),
+    *(_lockstep, _unread, _reply, _standstill),
 )
 
 
@@ -244,18 +237,18 @@ RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (
 
 
 def _finding(
-    kind: str, suspects: Sequence[Participant], sentence: str, action: str, *at: str | int, **more: Any
+    kind: str, suspects: Who, sentence: str, action: str, *at: str | int, waits: Who = (), **more: Any
 ) -> Finding:
-    """`at`: what it stands at. Who has declared a phase has nothing to do."""
-    if any(participant.excused for participant in suspects):
-        action = f"Nothing, while the phase lasts that {names(suspects)} declared."
-    who = tuple(participant.who for participant in suspects)
-    key = (kind, *who, *(participant.pid for participant in suspects), *at)
-    return Finding(kind=kind, who=who, sentence=sentence, action=action, key=key, **more)
-
-
-def _stands(rank: Participant) -> dict[str, Any]:
-    return {"still_s": rank.still_s, "excused": rank.excused}
+    """`at`: what it stands at. `waits`: who stands still because of it; while one of them has declared a phase, there is
+    nothing to do."""
+    excused = [one for one in waits if one.excused]
+    if excused:
+        action = f"Nothing, while the phase lasts that {names(excused)} declared."
+    if waits:
+        more |= {"still_s": max(one.still_s for one in waits), "excused": bool(excused)}
+    who = tuple(one.who for one in suspects)
+    key = (kind, *who, *(one.pid for one in suspects), *at)
+    return Finding(kind=kind, suspects=who, sentence=sentence, action=action, key=key, **more)
 
 
 def _served(snapshot: Snapshot, teacher: Participant) -> list[tuple[Participant, LaneState]]:
@@ -279,23 +272,26 @@ def _is_unread(rank: Participant, lane: LaneState) -> bool:
 
 
 def _at(participant: Participant) -> str:
-    return f", {participant.stacks.place}" if participant.stacks.place else ""
+    text = participant.stacks.place.text
+    return f", {text}" if text else ""
 
 
-def _doing(teacher: Participant) -> str:
-    since = f"in phase {teacher.activity} for {seconds(teacher.phase_s)}{_at(teacher)}"
-    return since if teacher.attached else teacher.activity
+def _where(one: Participant) -> str:
+    """`in phase forward, in attend (model.py:8)`; of a rank that has declared nothing its place alone."""
+    if not one.attached:
+        return one.activity
+    phase = f", in phase {one.activity}" if one.role == TEACHER or one.declared or not _at(one) else ""
+    return f"{phase}{_at(one)}"[2:]
 
 
-def _standing(ranks: Sequence[Participant]) -> str:
+def _standing(who: Who) -> str:
     """`ranks 0-1 are at all_reduce() in step (train.py:8) for 41.0 s; rank 2 is in phase training for 41.0 s`."""
     groups: dict[str, list[Participant]] = {}
-    for rank in ranks:
-        phase = f"in phase {rank.activity}" if rank.declared or not rank.stacks.place else ""
-        groups.setdefault(f"{phase}{_at(rank)}".removeprefix(", "), []).append(rank)
+    for one in who:
+        groups.setdefault(_where(one), []).append(one)
     parts = []
     for where, group in groups.items():
-        still = seconds(min(rank.still_s for rank in group))
+        still = seconds(min(one.still_s for one in group))
         parts.append(f"{names(group)} {'is' if len(group) == 1 else 'are'} {where} for {still}")
     return "; ".join(parts)
 

@@ -9,6 +9,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -16,11 +17,12 @@ from launcher.console.text import ranges, seconds
 from launcher.hang.stacks import COLLECTIVE, GONE, Stacks
 from launcher.plan import placement
 from shmbridge.config import Config
-from shmbridge.errors import AttachError, ConfigError
+from shmbridge.errors import AttachError
 from shmbridge.shm import process
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.process import Identity
 from shmbridge.shm.record import Phase, Record
+from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, MappedSession, Token
 
 TEACHER, TRAINER = "teacher", "trainer"
@@ -68,8 +70,8 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def waits(self) -> bool:
         """For a teacher, or in a collective."""
-        in_collective = self.stacks.place is not None and self.stacks.place.kind == COLLECTIVE
-        return self.alive and (self.phase in (str(Phase.BARRIER), str(Phase.WAITING)) or in_collective)
+        on_the_bridge = self.phase in (str(Phase.BARRIER), str(Phase.WAITING))
+        return self.alive and (on_the_bridge or self.stacks.place.kind == COLLECTIVE)
 
     @property
     def activity(self) -> str:
@@ -83,6 +85,11 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
         name = self.declared if len(self.declared) <= 20 else f"{self.declared[:17]}..."
         left = f"{seconds(abs(self.declared_left_s))} {'over' if self.declared_left_s < 0 else 'left'}"
         return f"{self.phase}: {name} ({left})"
+
+
+# The cursors of a lane in the order of a request's life, each behind the one before it; then those of its chunks.
+CURSORS = ("requested", "replied", "released", "abandoned")
+CHUNK_CURSORS = ("streamed", "consumed")
 
 
 class LaneState(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,11 +153,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def progress(self) -> int:
-        """A number that is another one once any participant or cursor has moved."""
+        """A number that changes whenever a participant or a cursor moves."""
         seen = [
             (p.attached, p.pid, p.phase, p.step, p.sequence, p.declared, p.ready, p.done) for p in self.participants
         ]
-        cursors = [(lane.requested, lane.replied, lane.released, lane.streamed, lane.consumed) for lane in self.lanes]
+        cursors = [[getattr(lane, name) for name in CURSORS + CHUNK_CURSORS] for lane in self.lanes]
         return zlib.crc32(repr((seen, cursors)).encode())
 
 
@@ -158,121 +165,107 @@ def look(view: MappedSession, stacks: Mapping[int, Stacks] = {}, *, search: bool
     """The session now.
 
     Args:
-        stacks: that were collected of its processes, by pid.
-        search: also find the processes of ranks that have not attached, through all of /proc.
+        stacks: the stacks of its processes by pid, where they were collected.
+        search: also search /proc for the processes of ranks that have not attached.
     """
     control, settings = view.control, view.settings
     over = settings.teacher.keep and control.words[ControlWord.TRAINING_DONE] >= view.generation
     lanes = [] if over else view.lanes
     search = search and any(lane.records[0].identity is None for lane in lanes)
     pids = processes_of(view) if search else {}
-    count, generation = len(control.teachers), view.generation
-    seen = [_participant(record, placement.teacher_name(record.rank, count), generation) for record in control.teachers]
-    for i, lane in enumerate(lanes):
-        seen.append(_participant(lane.records[0], f"rank {i}", generation, pids.get(i, 0), _since_request(lane)))
-    gpu_of = _gpus(settings, count, len(lanes))
+    seen = [_participant(record, view, 0, stacks) for record in control.teachers]
+    seen += [_participant(lane.records[0], view, pids.get(lane.index, 0), stacks) for lane in lanes]
     lost = {record.rank for record in control.teachers if record.lost}
     return Snapshot(
         session_id=view.session_id,
-        generation=generation,
+        generation=view.generation,
         launcher_pid=control.owner_identity.pid,
         kept=settings.teacher.keep,
         over=over,
         model=settings.teacher.model,
         lockstep=settings.teacher.collect == "lockstep",
         patience_s=min(STILL_S, settings.timeouts.report_s / 2),
-        participants=tuple(
-            msgspec.structs.replace(who, gpu=gpu_of.get(who.who, ""), stacks=stacks.get(who.pid, Stacks()))
-            for who in seen
-        ),
+        participants=tuple(seen),
         lanes=tuple(_lane(lane, lane.teacher in lost) for lane in lanes),
     )
 
 
-def _participant(
-    record: Record, who: str, generation: int, pid: int = 0, since_request_s: float = float("inf")
-) -> Participant:
-    """`pid`: where it has not attached, and its process is known."""
-    identity, declared = record.identity, record.declared or ("", 0.0)
-    teaches = record.role == TEACHER
-    if identity is None:
-        state = process.state(pid) if pid else ""
-        ready = not teaches or record.lost
-        return Participant(
-            role=record.role, rank=record.rank, who=who, attached=False, pid=pid, process=state, ready=ready
-        )
-    done, total = record.progressed if teaches else (0, 0)
-    opened = record.ready == generation if generation else record.phase is Phase.IDLE
+def _participant(record: Record, view: MappedSession, pid: int, stacks: Mapping[int, Stacks]) -> Participant:
+    """`pid`: its process, where that is known although it has not attached."""
+    identity, teachers = record.identity, len(view.control.teachers)
+    pid = identity.pid if identity else pid
+    phase_s = still_s = record.seconds_in_phase if identity else 0.0
+    if record.role == TEACHER:
+        who = placement.teacher_name(record.rank, teachers)
+        opened = record.ready == view.generation if view.generation else record.phase is Phase.IDLE
+    else:
+        who, opened = f"rank {record.rank}", True
+        ring = view.lanes[record.rank].ring
+        with suppress(AttachError):  # it has sent none
+            still_s = min(phase_s, _age_s(ring, ring.requested - 1))
+    declared, left_s = record.declared or ("", 0.0)
+    done, total = record.progressed
     return Participant(
         role=record.role,
         rank=record.rank,
         who=who,
-        pid=identity.pid,
+        attached=identity is not None,
+        pid=pid,
+        gpu=_gpu(view.settings, record, teachers),
         phase=str(record.phase),
-        declared=declared[0],
-        declared_left_s=declared[1],
+        declared=declared,
+        declared_left_s=left_s,
         step=record.step,
         sequence=record.sequence,
-        phase_s=record.seconds_in_phase,
-        still_s=min(record.seconds_in_phase, since_request_s),
+        phase_s=phase_s,
+        still_s=still_s,
         heartbeat_s=record.heartbeat_age_s,
-        process=process.state_of(identity),
-        ready=not teaches or record.lost or opened,
+        process=process.state_of(identity) if identity else process.state(pid) if pid else "",
+        ready=record.lost or opened,
         lost=record.lost,
         done=done,
         total=total,
+        stacks=stacks.get(pid, Stacks()),
     )
 
 
 def _lane(lane: Lane, lost: bool) -> LaneState:
-    """The cursors of a lane. `lost`: whether its teacher is lost. A garbled lane does not raise: `LaneState.garbled` has the error."""
+    """`lost`: its teacher is lost. A garbled lane does not raise: `LaneState.garbled` has the error."""
     ring = lane.ring
-    replied = ring.replied  # before `requested`, which it never passes
+    # Backwards, because no cursor passes the one before it.
+    cursors = {name: getattr(ring, name) for name in reversed(CURSORS + CHUNK_CURSORS)}
     oldest_s, garbled = None, ""
     try:
         if ring.next_request() is not None:
-            oldest_s = (time.monotonic_ns() - ring.read_request(replied).submitted_ns) / 1e9
+            oldest_s = _age_s(ring, cursors["replied"])
     except AttachError as error:
-        garbled = str(error) if ring.replied == replied else ""  # else it moved on while we read
+        garbled = str(error) if ring.replied == cursors["replied"] else ""  # else the slot was used again meanwhile
     return LaneState(
         rank=lane.index,
         teacher=lane.teacher,
-        lost=lost,
         depth=ring.depth,
-        requested=ring.requested,
-        replied=replied,
-        released=ring.released,
-        abandoned=ring.abandoned,
         closed=ring.closed,
         chunks=ring.layout.chunks,
-        streamed=ring.streamed,
-        consumed=ring.consumed,
         oldest_s=oldest_s,
+        lost=lost,
         garbled=garbled,
+        **cursors,
     )
 
 
-def _since_request(lane: Lane) -> float:
-    """Seconds since the rank's latest request; infinite where there is none to read."""
-    try:
-        latest = lane.ring.requested - 1
-        return (
-            (time.monotonic_ns() - lane.ring.read_request(latest).submitted_ns) / 1e9 if latest >= 0 else float("inf")
-        )
-    except AttachError:
-        return float("inf")
+def _age_s(ring: Ring, sequence: int) -> float:
+    """Seconds since a request was submitted. Raises AttachError where its slot does not hold it."""
+    return (time.monotonic_ns() - ring.read_request(sequence).submitted_ns) / 1e9
 
 
-def _gpus(settings: Config, teachers: int, ranks: int) -> dict[str, str]:
-    """Who has which GPU, as people number them."""
-    try:
-        of_teachers = placement.parse_gpus(settings.teacher.gpus, "teacher.gpus") if settings.teacher.gpus else []
-        of_ranks = placement.parse_gpus(settings.train.gpus, "train.gpus", shared=True) if settings.train.gpus else []
-    except ConfigError:
-        return {}
-    shares = enumerate(placement.shares(of_teachers, teachers))
-    found = {placement.teacher_name(i, teachers): ",".join(map(str, share)) for i, share in shares}
-    return found | {f"rank {rank}": str(number) for rank, number in list(enumerate(of_ranks))[:ranks]}
+def _gpu(settings: Config, record: Record, teachers: int) -> str:
+    """The participant's GPUs, as people number them."""
+    mine: Sequence[int] = ()
+    if record.role == TEACHER and settings.teacher.gpus:
+        mine = placement.shares(placement.parse_gpus(settings.teacher.gpus, "teacher.gpus"), teachers)[record.rank]
+    if record.role == TRAINER and settings.train.gpus:
+        mine = placement.parse_gpus(settings.train.gpus, "train.gpus", shared=True)[record.rank : record.rank + 1]
+    return ",".join(map(str, mine))
 
 
 # Processes

@@ -3,7 +3,7 @@
 A process that called shm.process.write_stacks_on_signal writes its stacks when STACKS_SIGNAL arrives, also while it holds
 the GIL or waits in native code, and goes on undisturbed. A process that is stopped, or has not connected yet, cannot:
 py-spy reads it where it is installed, and the kernel tells its innermost calls. A missing stack is labelled with the
-reason. The processes have PATIENCE_S to answer, and py-spy has as long again.
+reason. The processes have PATIENCE_S to answer, and after them py-spy has as long again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,7 +33,6 @@ COLLECTIVE, WAIT, CODE = "collective", "wait", "code"  # kinds of place: a wait 
 
 _LOOK_EVERY_S = 0.02
 _SETTLED = 3  # looks without growth
-_LARGEST = 256 * 1024  # bytes read of one dump
 _THREAD = re.compile(r"(?:Current thread|Thread) (0x[0-9a-f]+)(?: \[(.*)\])? \(most recent call first\):")
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 # Calls into native code leave no frame: the source line of the innermost frame tells.
@@ -61,11 +62,6 @@ class Frame(msgspec.Struct, frozen=True):
         """Not the user's own code."""
         return self.ours or bool(_LIBRARIES.search(self.file))
 
-    @property
-    def name(self) -> str:
-        """The function without the class that py-spy tells."""
-        return self.function.rpartition(".")[2]
-
 
 class Thread(msgspec.Struct, frozen=True):
     """One thread's frames, the innermost first."""
@@ -74,18 +70,11 @@ class Thread(msgspec.Struct, frozen=True):
     frames: tuple[Frame, ...]
 
 
-class Place(msgspec.Struct, frozen=True):
-    """`at barrier() in save (checkpoint.py:41)`."""
+class Place(NamedTuple):
+    """Where a process stands: the kind, and words such as `at barrier() in save (checkpoint.py:41)`."""
 
     kind: str
-    doing: str  # empty for the user's own code
-    function: str  # the innermost that is the user's own; where there is none, the innermost of all
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        at = f"({Path(self.file).name}:{self.line})"
-        return f"{self.doing} {at if self.function == '<module>' else f'in {self.function} {at}'}".strip()
+    text: str
 
 
 class Stacks(msgspec.Struct, frozen=True):
@@ -97,85 +86,72 @@ class Stacks(msgspec.Struct, frozen=True):
     kernel: str = ""  # where it is in the kernel, where that was asked
 
     @property
-    def place(self) -> Place | None:
-        """Where the main thread is; None without stacks, and on the bridge, where the phase tells more."""
-        frames = self.threads[0].frames if self.threads else ()
-        if not frames or frames[0].ours:
-            return None
-        inner = list(takewhile(lambda frame: frame.library, frames))
-        user = frames[len(inner)] if len(inner) < len(frames) else frames[0]
-        return Place(*_doing(inner, frames[0]), user.function, user.file, user.line)
+    def frames(self) -> tuple[Frame, ...]:
+        """The main thread's."""
+        return self.threads[0].frames if self.threads else ()
+
+    @property
+    def place(self) -> Place:
+        """Where the main thread is, named by the innermost frame that is the user's own, or else by the innermost of all.
+        Empty without stacks, and on the bridge, where the phase tells more."""
+        if not self.frames or self.frames[0].ours:
+            return Place("", "")
+        inner = list(takewhile(lambda frame: frame.library, self.frames))
+        user = self.frames[len(inner)] if len(inner) < len(self.frames) else self.frames[0]
+        kind, doing = _doing(inner, self.frames[0])
+        within = "" if user.function == "<module>" else f"in {user.function} "
+        return Place(kind, f"{doing} {within}({Path(user.file).name}:{user.line})".strip())
 
 
 def _doing(inner: Sequence[Frame], innermost: Frame) -> tuple[str, str]:
-    """What a process waits for, by the library frames between the user's code and the kernel: the kind of place, and
-    words."""
+    """The kind of place and words for what a process waits for, by the library frames between the user's code and the
+    kernel."""
 
-    def within(folder: str, name: str = "") -> list[Frame]:
-        return [frame for frame in inner if folder in frame.file and (not name or frame.name == name)]
+    def within(folder: str) -> list[Frame]:
+        return [frame for frame in inner if folder in frame.file]
 
-    distributed = within("/torch/distributed/")
-    gpu = None if inner else _NATIVE_GPU.search(innermost.code)
-    if distributed:
+    if distributed := within("/torch/distributed/"):
         of_fsdp = " of FSDP" if within("/torch/distributed/fsdp/") else ""
         return COLLECTIVE, f"at {_collective(distributed)}(){of_fsdp}"
     if within("/torch/utils/data/"):
         return WAIT, "waiting for its DataLoader"
-    if within("/torch/cuda/", "synchronize"):
+    if any(frame.function == "synchronize" for frame in within("/torch/cuda/")):
         return WAIT, "at torch.cuda.synchronize(), which waits for the GPU,"
     if within("/torch/autograd/"):
         return COLLECTIVE, "at backward()"  # where DistributedDataParallel and FSDP wait for other ranks
     if not inner and _NATIVE_WAIT.search(innermost.code):
         return COLLECTIVE, "at wait()"
-    return (WAIT, f"at {gpu[1]}, which waits for the GPU,") if gpu else (CODE, "")
+    if not inner and (call := _NATIVE_GPU.search(innermost.code)):
+        return WAIT, f"at {call[1]}, which waits for the GPU,"
+    return CODE, ""
 
 
 def _collective(frames: Sequence[Frame]) -> str:
     """As the user, or FSDP, has called it: the outermost function of c10d, else the innermost public one."""
-    called = [frame.name for frame in frames if frame.file.endswith("/distributed_c10d.py")]
-    public = [frame.name for frame in frames if not frame.name.startswith("_") and frame.name != "wrapper"]
-    return (called[-1:] or public or [frames[-1].name])[0]
+    called = [frame.function for frame in frames if frame.file.endswith("/distributed_c10d.py")]
+    public = [frame.function for frame in frames if not frame.function.startswith("_") and frame.function != "wrapper"]
+    return (called[-1:] or public or [frames[-1].function])[0]
 
 
 def parse(text: str) -> Stacks:
     """What faulthandler wrote. It lists the threads from the latest to the main thread."""
     threads: list[tuple[str, list[Frame]]] = []
+    linecache.checkcache()
     for line in text.splitlines():
         if head := _THREAD.match(line):
             threads.append((head[2] or f"thread {head[1]}", []))
         elif (frame := _FRAME.match(line)) and threads:
-            threads[-1][1].append(Frame(frame[3], frame[1], int(frame[2])))
+            threads[-1][1].append(_frame(frame[3], frame[1], int(frame[2])))
     return _stacks(threads[::-1], "faulthandler")
 
 
-def _parse_py_spy(text: bytes) -> Stacks:
-    """The answer of `py-spy dump --json`; without threads where it is none."""
-    try:
-        dumped = sorted(json.loads(text), key=lambda thread: bool(thread["os_thread_id"] != thread["pid"]))
-        threads = [
-            (
-                thread["thread_name"] or f"thread {thread['os_thread_id']}",
-                [Frame(frame["name"], frame["filename"], frame["line"]) for frame in thread["frames"]],
-            )
-            for thread in dumped
-        ]
-    except (ValueError, TypeError, KeyError):
-        return Stacks()
-    return _stacks(threads, "py-spy")
+def _frame(function: str, file: str, line: int) -> Frame:
+    return Frame(function, file, line, linecache.getline(file, line).strip()[:120])
 
 
 def _stacks(threads: Sequence[tuple[str, list[Frame]]], source: str) -> Stacks:
-    """The frames of the first, the main thread, get their source lines."""
-    linecache.checkcache()
-    found = [Thread(name, tuple(frames)) for name, frames in threads]
-    for _, frames in threads[:1]:
-        lines = (linecache.getline(frame.file, frame.line).strip()[:120] for frame in frames)
-        with_code = (msgspec.structs.replace(frame, code=code) for frame, code in zip(frames, lines, strict=True))
-        found[0] = Thread("main thread", tuple(with_code))
+    found = [Thread(name if i else "main thread", tuple(frames)) for i, (name, frames) in enumerate(threads)]
     return Stacks(tuple(found), source)
-
-
-# Asked of the process itself
 
 
 def collect(processes: Iterable[Identity], run: Path | None) -> dict[int, Stacks]:
@@ -192,14 +168,13 @@ def collect(processes: Iterable[Identity], run: Path | None) -> dict[int, Stacks
             file = process.stacks_path(run, who.pid)
             asked[who.pid] = (file, file.stat().st_size)
             process.send(who, process.STACKS_SIGNAL)
-    readers = {pid: _start_py_spy(pid) for pid in outside}
     for pid, text in _await(asked).items():
         found[pid] = parse(text)
         if not found[pid].threads:
             outside[pid] = f"it did not answer the signal within {PATIENCE_S:g} s"
-            readers[pid] = _start_py_spy(pid)
-    deadline = time.monotonic() + PATIENCE_S
-    return found | {pid: _from_outside(pid, why, readers[pid], deadline) for pid, why in outside.items()}
+    with ThreadPoolExecutor() as pool:
+        seen = pool.map(_from_outside, outside, outside.values())
+        return found | dict(zip(outside, seen, strict=True))
 
 
 def _cannot_answer(pid: int, run: Path | None) -> str:
@@ -223,44 +198,37 @@ def _await(asked: dict[int, tuple[Path, int]]) -> dict[int, str]:
             size = file.stat().st_size
             quiet[pid] = quiet[pid] + 1 if size == sizes[pid] > before else 0
             sizes[pid] = size
-    return {pid: _tail(file, before) for pid, (file, before) in asked.items()}
+    return {pid: file.read_bytes()[before:].decode(errors="replace") for pid, (file, before) in asked.items()}
 
 
-def _tail(file: Path, start: int) -> str:
-    with file.open("rb") as opened:
-        opened.seek(start)
-        return opened.read(_LARGEST).decode(errors="replace")
-
-
-# Read from outside
-
-
-def _start_py_spy(pid: int) -> subprocess.Popen[bytes] | None:
-    """None where it is not installed."""
-    command = shutil.which("py-spy") or Path(sys.executable).with_name("py-spy")
-    arguments = [command, "dump", "--nonblocking", "--json", "--pid", str(pid)]
-    try:
-        return subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    except OSError:
-        return None
-
-
-def _from_outside(pid: int, why: str, reader: subprocess.Popen[bytes] | None, deadline: float) -> Stacks:
+def _from_outside(pid: int, why: str) -> Stacks:
     """What py-spy tells of a process, and the innermost kernel functions; only root may see more than the first."""
     calls = re.findall(r"^\[<0>\] (\w+)", _read(pid, "stack"), re.M)[:4]
     kernel = " < ".join(calls) or _read(pid, "wchan").strip("0\n")
-    if reader is None:
+    tool = shutil.which("py-spy") or Path(sys.executable).with_name("py-spy")
+    command = [tool, "dump", "--nonblocking", "--json", "--pid", str(pid)]
+    try:
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return Stacks(missing=f"{why}; py-spy did not answer", kernel=kernel)
+    except OSError:
         return Stacks(missing=f"{why}; py-spy is not installed", kernel=kernel)
-    with reader:
-        try:
-            answer, complaint = reader.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            reader.kill()
-            return Stacks(missing=f"{why}; py-spy did not answer", kernel=kernel)
-    found = _parse_py_spy(answer)
-    if found.threads:
-        return msgspec.structs.replace(found, kernel=kernel)
-    last = (complaint.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
+    try:
+        threads = [
+            (
+                thread["thread_name"] or f"thread {thread['os_thread_id']}",
+                [
+                    _frame(frame["name"].rpartition(".")[2], frame["filename"], frame["line"])
+                    for frame in thread["frames"]
+                ],
+            )
+            for thread in sorted(json.loads(ended.stdout), key=lambda thread: thread["os_thread_id"] != thread["pid"])
+        ]
+    except (ValueError, TypeError, KeyError):
+        threads = []
+    if threads:
+        return msgspec.structs.replace(_stacks(threads, "py-spy"), kernel=kernel)
+    last = (ended.stderr.decode(errors="replace").strip().splitlines() or ["no answer"])[-1]
     return Stacks(missing=f"{why}; py-spy: {last.strip()[:100]}", kernel=kernel)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from launcher.console.text import seconds, table
-from launcher.hang.snapshot import LaneState, Participant, Snapshot
+from launcher.hang.snapshot import CHUNK_CURSORS, CURSORS, Snapshot
 
-_HEAD = ("", "who", "pid", "GPU", "phase", "for", "step", "seq", "beat", "process")
+_HEAD: tuple[str, ...] = ("", "who", "pid", "GPU", "phase", "for", "step", "seq", "beat", "process")
 
 
 def head(snapshot: Snapshot, name: str, run: str) -> str:
@@ -21,45 +21,33 @@ def head(snapshot: Snapshot, name: str, run: str) -> str:
 
 def participants(snapshot: Snapshot, suspects: Collection[str] = ()) -> str:
     """A row for each teacher and rank; suspects are marked."""
-    rows = [_row(participant, ">" if participant.who in suspects else "") for participant in snapshot.participants]
-    return _aligned([_HEAD, *rows], right={2, 3, 5, 6, 7, 8})
+    rows = [_HEAD]
+    for one in snapshot.participants:
+        mark = ">" if one.who in suspects else ""
+        phase_s = seconds(one.phase_s) if one.attached else ""
+        numbers = ("" if number is None else str(number) for number in (one.step, one.sequence))
+        beat = "" if one.heartbeat_s is None or not one.open else seconds(one.heartbeat_s)
+        state = one.process if one.open or one.alive else "ended"
+        rows.append((mark, one.who, str(one.pid or "-"), one.gpu or "-", one.activity, phase_s, *numbers, beat, state))
+    return _aligned(rows, right={2, 3, 5, 6, 7, 8})
 
 
 def rings(snapshot: Snapshot) -> str:
     """A row for each lane: its cursors, the age of the oldest request that is not answered, and its state."""
-    streamed = any(lane.chunks for lane in snapshot.lanes)
-    head = ["", "lane", "depth", "requested", "replied", "released", "abandoned"]
-    head += ["chunks", "streamed", "consumed"] if streamed else []
-    rows = [_lane(lane, streamed) for lane in snapshot.lanes]
-    return _aligned([[*head, "oldest unanswered", "state"], *rows], right=set(range(2, len(head) + 1))) if rows else ""
+    columns = ["depth", *CURSORS]
+    if any(lane.chunks for lane in snapshot.lanes):
+        columns += ["chunks", *CHUNK_CURSORS]
+    rows = [("", "lane", *columns, "oldest unanswered", "state")]
+    for lane in snapshot.lanes:
+        age = "" if lane.oldest_s is None else seconds(lane.oldest_s)
+        state = "garbled" if lane.garbled else "closed" if lane.closed else "full" if lane.full else "open"
+        rows.append(("", f"rank {lane.rank}", *(str(getattr(lane, name)) for name in columns), age, state))
+    return _aligned(rows, right=range(2, len(columns) + 3)) if snapshot.lanes else ""
 
 
 def page(snapshot: Snapshot, name: str, run: str) -> str:
     """All of it, as `shmbridge-launch status` shows it."""
     return "\n\n".join(part for part in (head(snapshot, name, run), participants(snapshot), rings(snapshot)) if part)
-
-
-def _row(participant: Participant, mark: str) -> tuple[str, ...]:
-    return (
-        mark,
-        participant.who,
-        str(participant.pid or "-"),
-        participant.gpu or "-",
-        participant.activity,
-        seconds(participant.phase_s) if participant.attached else "",
-        "" if participant.step is None else str(participant.step),
-        "" if participant.sequence is None else str(participant.sequence),
-        "" if participant.heartbeat_s is None or not participant.open else seconds(participant.heartbeat_s),
-        participant.process if participant.open or participant.alive else "ended",
-    )
-
-
-def _lane(lane: LaneState, streamed: bool) -> tuple[str, ...]:
-    cursors = [lane.depth, lane.requested, lane.replied, lane.released, lane.abandoned]
-    cursors += [lane.chunks, lane.streamed, lane.consumed] if streamed else []
-    age = "" if lane.oldest_s is None else seconds(lane.oldest_s)
-    state = "garbled" if lane.garbled else "closed" if lane.closed else "full" if lane.full else "open"
-    return ("", f"rank {lane.rank}", *map(str, cursors), age, state)
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Collection[int]) -> str:

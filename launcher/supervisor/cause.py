@@ -119,7 +119,7 @@ def of_overdue(overdue: Overdue) -> Cause:
         reason=overdue.reason,
         phase=late.phase,
         at_ns=time.monotonic_ns(),
-        traceback=hang_report.traceback(late),
+        traceback=hang_report.stack([late]),
     )
 
 

@@ -85,7 +85,7 @@ class Scene:
 
         def is_so() -> bool:
             made[:] = [make(self.owner, self.run, "a test asks")]
-            return made[0].finding.kind == kind
+            return made[0].verdict.kind == kind
 
         until(is_so, f"the finding {kind!r}")
         return made[0]

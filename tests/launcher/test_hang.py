@@ -173,7 +173,7 @@ SCENES = [
     case(
         *("a forward", "reply: teacher", teacher("forward", stacks=at("/u/model.py:12 forward")), waiter(0)),
         lanes=[lane(0)],
-        has="in phase forward for 41.0 s, in forward (model.py:12) | sequence 7 | max_batch_tokens",
+        has="in phase forward, in forward (model.py:12) for 41.0 s | sequence 7 | max_batch_tokens",
     ),
     case(
         *("a request that is not taken, of a full ring, given up", "reply: teacher", teacher(), waiter(0)),
@@ -197,7 +197,7 @@ SCENES = [
     case("a full stream whose rank waits", "reply: teacher", teacher(), waiter(0), lanes=[lane(0, **CHUNKS)]),
     case(
         *("a teacher that loads", "loading: teacher", teacher("loading", **LATE), trainer(0, "barrier", at())),
-        has="in phase loading 3/4 for 41.0 s | waiting: rank 0",
+        has="in phase loading 3/4; waiting: rank 0",
     ),
     case(
         *("a teacher that has not attached", "loading: teacher", teacher(ready=False, **ASLEEP)),
@@ -242,9 +242,9 @@ SCENES = [
 
 @pytest.mark.parametrize(("snapshot", "kind", "who", "words"), SCENES)
 def test_who_is_waited_for(snapshot, kind, who, words):
-    first, *also = found = rules.told(snapshot)
+    first, *also = found = rules.verdict(snapshot)
     assert {finding.kind for finding in found} == {kind}
-    assert ", ".join(name for finding in found for name in finding.who) == who
+    assert ", ".join(name for finding in found for name in finding.suspects) == who
     text = " ".join(str(Report("12:00:00", "a test asks", "", "run", first, snapshot, also)).split())
     assert text.startswith("report" if kind in rules.HEALTHY else "hang report")
     assert all(word in text for word in words)
@@ -300,7 +300,7 @@ def test_what_is_timed(snapshot, timed):
 def test_a_collective_is_recognised(frames, told):
     pairs = (frame.split() for frame in frames.split(" < "))
     named = [f"{os.path.normpath(f'{C10D}/{file}')}:1 {function}" for file, function in pairs]
-    assert str(at(*named, "/u/train.py:5 main").place) == f"{told} in main (train.py:5)"
+    assert at(*named, "/u/train.py:5 main").place.text == f"{told} in main (train.py:5)"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_collective_is_recognised(frames, told):
 def test_calls_that_leave_no_frame_are_read_from_the_source(tmp_path, code, told):
     file = tmp_path / "train.py"
     file.write_text(f"def main():\n    {code}\n")
-    assert str(at(f"{file}:2 main").place) == f"{told} in main (train.py:2)".strip()
+    assert at(f"{file}:2 main").place.text == f"{told} in main (train.py:2)".strip()
 
 
 # Of real processes
@@ -319,7 +319,7 @@ def test_calls_that_leave_no_frame_are_read_from_the_source(tmp_path, code, told
 def stands(report: Report, who: str, function, lines=1) -> str:
     """Where `who` is, in so many lines below the first of `function`, without the file."""
     (found,) = [one for one in report.snapshot.participants if one.who == who]
-    told, _, at = str(found.stacks.place).rpartition(" ")
+    told, _, at = found.stacks.place.text.rpartition(" ")
     assert at == f"(test_hang.py:{function.__code__.co_firstlineno + lines})"
     return told
 
@@ -342,9 +342,9 @@ def test_a_rank_that_sits_in_a_barrier_is_named_with_every_stack(tmp_path, hasty
             on.rank(rank, body)
         on.waits(0)
         on.waits(1)
-        until(lambda: "barrier()" in on.stands("lockstep").finding.sentence, "rank 2 at the barrier")
+        until(lambda: "barrier()" in on.stands("lockstep").verdict.sentence, "rank 2 at the barrier")
         report = on.report()
-        assert report.finding.who == ("rank 2",)
+        assert report.verdict.suspects == ("rank 2",)
         assert stands(report, "rank 2", save) == "at barrier() in save"
         text = (on.run / "hang-1.txt").read_text()
         assert text == f"{report}\n"
@@ -374,7 +374,7 @@ def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
         child.kill(signal.SIGSTOP)
         until(lambda: process.state(child.pid) == "stopped", "the stop")
         report = on.report()
-        assert report.finding.kind == "stopped"
+        assert report.verdict.kind == "stopped"
         stopped = report.snapshot.ranks[0]
         assert stopped.stacks.missing == "stopped: its interpreter cannot answer; py-spy is not installed"
         assert "no stack: stopped" in str(report)
@@ -394,7 +394,7 @@ def test_a_rank_that_holds_the_gil_tells_its_stack(tmp_path, hasty):
 
         on.rank(0, lambda bridge: count())
         report = on.stands("stalled")
-        assert report.finding.who == ("rank 0",)
+        assert report.verdict.suspects == ("rank 0",)
         assert stands(report, "rank 0", count) == "in count"
 
 
@@ -406,7 +406,7 @@ def test_a_rank_that_was_killed_is_dead(tmp_path):
         child.kill()
         until(lambda: child.poll() is not None, "its end")
         report = on.report()
-        assert report.finding.kind == "dead"
+        assert report.verdict.kind == "dead"
         assert report.snapshot.ranks[0].process == "gone"
 
 
@@ -421,7 +421,7 @@ def test_a_slow_forward_is_no_fault(tmp_path, hasty):
         on.teacher(Slow())
         on.rank(0, lambda bridge: bridge.exchange(IDS.new_ones((3, 5)), step=3))
         report = on.stands("reply")
-        assert report.finding.who == ("teacher",)
+        assert report.verdict.suspects == ("teacher",)
         assert stands(report, "teacher", Slow.__call__, 2) == "in __call__"
 
 
@@ -520,7 +520,7 @@ def test_py_spy_reads_what_cannot_answer(tmp_path, monkeypatch):
     with running(sleep) as (child,):
         found = hang_stacks.collect([process.identity(child.pid)], None)[child.pid]
         assert found.source == "py-spy"
-        assert str(found.place) == "at barrier() in save (checkpoint.py:41)"
+        assert found.place.text == "at barrier() in save (checkpoint.py:41)"
         assert [thread.name for thread in found.threads] == ["main thread", "loader"]
 
 

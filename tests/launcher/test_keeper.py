@@ -332,7 +332,7 @@ def test_a_teacher_that_does_not_become_ready_ends_its_keeper_with_a_report(kept
     run = kept.begin("timeouts.startup_s=2", FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     assert run.process.wait(60) == 1
     assert "hang report" in run.text
-    late = r"teacher is not ready: in phase loading 1/4 for [\d.]+ s.* \(timeouts\.startup_s is 2\.0 s\)"
+    late = r"teacher is not ready: in phase loading 1/4.* \(timeouts\.startup_s is 2\.0 s\)"
     assert re.search(late, run.text)
     kept.is_gone()
 

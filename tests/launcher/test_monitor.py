@@ -63,7 +63,7 @@ class Clocked:
             self.now += every
             due = self.monitor.due(self.now)
             if due:
-                found.append((self.now - began, sorted({who for finding, _ in due for who in finding.who})))
+                found.append((self.now - began, sorted({who for finding, _ in due for who in finding.suspects})))
         return found
 
 
