@@ -50,12 +50,13 @@ def main(record: Path, patience_s: int, args: list[str]) -> int:
     try:
         run.main(args)
     except ChildFailedError as error:
-        failures = [_describe(rank, failure) for rank, failure in error.failures.items()]
-        first = _first(failures)
+        first = _first(list(error.failures.values()))
+        # Of a script whose main function has @record: it gives a mapping; otherwise torchrun makes up a sentence.
+        told: dict[str, Any] = first.message.get("extraInfo", {}) if isinstance(first.message, dict) else {}
+        facts = {name: getattr(first, name) for name in ("local_rank", "pid", "exitcode", "timestamp")}
         record.parent.mkdir(parents=True, exist_ok=True)  # torchrun makes it only where it logs there
-        record.write_text(json.dumps({"first": first, "failures": failures}))
-        code: int = first["exitcode"]
-        return code if code >= 0 else 128 - code
+        record.write_text(json.dumps({"first": facts | {"traceback": str(told.get("py_callstack", ""))}}))
+        return first.exitcode if first.exitcode >= 0 else 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval
     return 0
@@ -114,34 +115,14 @@ def _signal_each_rank_once(patience_s: int) -> None:
     setattr(SubprocessHandler, "close", signal_rank)  # noqa: B010
 
 
-def _describe(rank: int, failure: ProcessFailure) -> dict[str, Any]:
-    return {
-        "rank": rank,
-        "local_rank": failure.local_rank,
-        "pid": failure.pid,
-        "exitcode": failure.exitcode,
-        "signal": failure.signal_name() if failure.exitcode < 0 else None,
-        "traceback": _traceback(failure.message),
-        "timestamp": failure.timestamp,
-    }
-
-
-def _traceback(message: Any) -> str:
-    """Of a script whose main function has @record: it gives a mapping; otherwise torchrun makes up a sentence."""
-    return str(message.get("extraInfo", {}).get("py_callstack", "")) if isinstance(message, dict) else ""
-
-
-def _first(failures: list[dict[str, Any]]) -> dict[str, Any]:
+def _first(failures: list[ProcessFailure]) -> ProcessFailure:
     """The failure that came first. torchrun lists them as it saw them, those that it ended itself last.
 
     Within the second that its timestamps resolve, a rank that died by a signal comes before one whose exception may be
     the echo of it, such as a lost connection.
     """
-    first = failures[0]
-    for failure in failures:
-        if -failure["exitcode"] in _HARD_DEATHS and failure["timestamp"] <= first["timestamp"] + 1:
-            return failure
-    return first
+    hard = [failure for failure in failures if -failure.exitcode in _HARD_DEATHS]
+    return next((failure for failure in hard if failure.timestamp <= failures[0].timestamp + 1), failures[0])
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from launcher.plan.jobs import JobSpec
 from launcher.process import shim
 from shmbridge.shm import process
 
-_SHIM = Path(shim.__file__)
 _CLEAR_S = 5.0
 
 
@@ -47,7 +45,20 @@ class Job:
         self.first_pid = 0  # of the teacher or torchrun, below the shim; known at the first poll that finds it
         self.asked = False  # to end, by this launcher, while it still ran: its exit status is no failure then
         spec.log.parent.mkdir(parents=True, exist_ok=True)
-        self.pid = _spawn(spec, base)
+        write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        no_input = (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)
+        self.pid = os.posix_spawn(
+            sys.executable,
+            shimmed(spec.argv),
+            spec.environment(base),
+            file_actions=[
+                *(() if spec.reads_terminal and _has_terminal() else (no_input,)),
+                (os.POSIX_SPAWN_OPEN, 1, str(spec.log), write, 0o644),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,  # Ctrl-C on the terminal reaches the launcher alone
+            setsigmask=[],
+        )
         self.pidfd = os.pidfd_open(self.pid)
 
     @property
@@ -86,35 +97,24 @@ class Job:
 
     def _send(self, number: int) -> None:
         if self.exit is None:
-            self.asked = self.asked or self._runs()
+            # Where the first process has ended, only the shim does not tell it yet.
+            self.asked |= process.state(self.first_pid or self.pid) not in ("zombie", "gone")
             try:
                 signal.pidfd_send_signal(self.pidfd, number)
             except ProcessLookupError:
                 pass  # it has ended; the next poll tells how
-
-    def _runs(self) -> bool:
-        """False where the first process has ended and only the shim does not tell it yet."""
-        return process.state(self.first_pid or self.pid) not in ("zombie", "gone")
 
     def children(self) -> list[int]:
         """Pids of the job's processes: its first process, then what that has started."""
         return shim.descendants(self.pid) if self.alive else []
 
 
-def adopt_orphans() -> None:
-    """Make this process the parent of what a killed shim leaves behind."""
-    shim.become_subreaper()
-
-
 def sweep(jobs: Iterable[Job], and_trackers: bool = False) -> int:
     """Kill what the launcher has inherited from a shim that was killed; multiprocessing's resource trackers, which end by
     themselves, only with `and_trackers`. Returns how many processes there were."""
-    orphans = shim.descendants(os.getpid())
-    guarded: set[int] = set()
-    for job in jobs:
-        if job.alive:
-            guarded.update([job.pid, *job.children()])
-    orphans = [pid for pid in orphans if pid not in guarded]
+    below = shim.descendants(os.getpid())
+    guarded = {pid for job in jobs if job.alive for pid in (job.pid, *job.children())}
+    orphans = [pid for pid in below if pid not in guarded]
     shim.kill_all(orphans, and_trackers)
     return len(orphans)
 
@@ -149,26 +149,7 @@ def clear(jobs: Collection[Job]) -> str:
 
 def shimmed(argv: Sequence[str]) -> list[str]:
     """The command line that runs `argv` below a shim of this process's."""
-    return [sys.executable, "-I", "-S", str(_SHIM), str(os.getpid()), *argv]
-
-
-def _spawn(spec: JobSpec, base: Mapping[str, str]) -> int:
-    """Start the shim in a session of its own: Ctrl-C on the terminal reaches the launcher alone."""
-    argv = shimmed(spec.argv)
-    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    reads_terminal = spec.reads_terminal and _has_terminal()
-    return os.posix_spawn(
-        sys.executable,
-        argv,
-        spec.environment(base),
-        file_actions=[
-            *(() if reads_terminal else ((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),)),
-            (os.POSIX_SPAWN_OPEN, 1, str(spec.log), write, 0o644),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-        setsid=True,
-        setsigmask=[],
-    )
+    return [sys.executable, "-I", "-S", shim.__file__, str(os.getpid()), *argv]
 
 
 def _has_terminal() -> bool:

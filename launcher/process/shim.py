@@ -78,7 +78,14 @@ def descendants(root: int) -> list[int]:
     return found[1:]
 
 
-def kill(pid: int, number: int) -> None:
+def kill_all(pids: list[int], and_trackers: bool) -> None:
+    """SIGKILL for each of `pids`; for multiprocessing's resource trackers only with `and_trackers`."""
+    for pid in pids:
+        if and_trackers or not _is_tracker(pid):
+            _send(pid, signal.SIGKILL)
+
+
+def _send(pid: int, number: int) -> None:
     """Send a signal to a process that may have ended."""
     try:
         os.kill(pid, number)
@@ -86,38 +93,20 @@ def kill(pid: int, number: int) -> None:
         pass
 
 
-def kill_all(pids: list[int], and_trackers: bool) -> None:
-    """SIGKILL for each of `pids`; for multiprocessing's resource trackers only with `and_trackers`."""
-    for pid in pids:
-        if and_trackers or not _is_tracker(pid):
-            kill(pid, signal.SIGKILL)
-
-
 def _guard(child: int) -> int:
     """Serve signals until `child` has ended; its wait status. Orphans are reaped on the way."""
     while True:
         number = signal.sigwait(signal.valid_signals())
         if number in (*STOP_SIGNALS.values(), HOLD_SIGNAL):
-            kill(child, number)
+            _send(child, number)
         elif number == KILL_SIGNAL:
             kill_all(descendants(os.getpid()), and_trackers=False)
         elif number == signal.SIGCHLD:
-            for pid, status in _ended():
-                if pid == child:
-                    return status
-
-
-def _ended() -> list[tuple[int, int]]:
-    """(pid, wait status) of every child that has ended."""
-    found: list[tuple[int, int]] = []
-    while True:
-        try:
             pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return found
-        if pid == 0:
-            return found
-        found.append((pid, status))
+            while pid not in (0, child):  # `child` is not reaped yet, so that there is always one to wait for
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == child:
+                return status
 
 
 def _clear() -> None:

@@ -16,8 +16,8 @@ class Signals:
     def __init__(self) -> None:
         self._taken: list[signal.Signals] = []
         self.fd, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        # A process started by nohup keeps ignoring SIGHUP.
-        wanted = [number for number in (*STOP, *USER) if not _ignores_hangup(number)]
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # a process that it started keeps ignoring SIGHUP
+        wanted = [number for number in (*STOP, *USER) if not (nohup and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._take) for number in wanted}
         self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
 
@@ -37,9 +37,6 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         signal.set_wakeup_fd(self._wake_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -55,7 +52,3 @@ def handles(pid: int, number: int) -> bool:
     except (OSError, StopIteration):
         return False
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-def _ignores_hangup(number: int) -> bool:
-    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN

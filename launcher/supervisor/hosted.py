@@ -20,7 +20,7 @@ from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.ranks import Ranks
 from launcher.supervisor.teachers import Teachers
 from shmbridge.config import Config
-from shmbridge.errors import SessionInUse, ShmbridgeError
+from shmbridge.errors import ShmbridgeError
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.record import Failure
@@ -42,7 +42,7 @@ class HostedSession(SessionHandle):
         self._owner = owner
         self._loop = loop
         self._console = loop.console
-        self._teachers = Teachers(config, owner, specs, loop.start, loop.console)
+        self._teachers = Teachers(config, owner, specs, loop)
         self._progress = Progress(loop.console, owner.control.teachers)
         self._has_replies = False
         self._answered = 0  # requests of the generations before this one
@@ -69,8 +69,9 @@ class HostedSession(SessionHandle):
     @property
     def no_witnesses(self) -> list[int]:
         """All while the session is well: it judges its teachers itself."""
-        well = not self._closed and not self.failure
-        return [replica.index for replica in self._teachers.replicas if well or replica.served or replica.excused]
+        if self._closed or self.failure:
+            return self._teachers.excused
+        return [replica.index for replica in self._teachers.replicas]
 
     @property
     def lost(self) -> bool:
@@ -104,8 +105,6 @@ class HostedSession(SessionHandle):
 
     def begin(self, settings: Config, ranks: int) -> Token:
         """Raises PlanError where /dev/shm has no room; the next generation may begin then as if nothing had been asked."""
-        if self.state in (State.DRAINING, State.CLOSED):
-            raise SessionInUse(f"the session is {self.state.name.lower()}")
         before, answered = self._owner.settings, self.answered
         try:
             self._owner.describe(settings)
@@ -157,8 +156,8 @@ class HostedSession(SessionHandle):
             self.failure = cause.of_launcher(str(error), REFUSED)
             return
         self._progress.show()
-        excused = [replica.index for replica in self._teachers.replicas if replica.served or replica.excused]
-        found = cause.find(self.jobs, self._owner, self._loop.oom_kills, excused=excused, teachers_alone=True)
+        excused, oom_kills = self._teachers.excused, self._loop.oom_kills
+        found = cause.find(self.jobs, self._owner, oom_kills, excused=excused, teachers_alone=True)
         if found and self._teachers.survives(found, now) and not (self._kept and self._teachers.lost):
             found = None
         self.failure = found or self._ended_early()

@@ -18,9 +18,10 @@ from launcher.console.terminal import Console
 from launcher.console.text import listed, seconds
 from launcher.plan import machine
 from launcher.plan.jobs import TRAIN, JobSpec
-from launcher.process import job
+from launcher.process import job, shim
 from launcher.process.job import Job
 from launcher.process.signals import Signals
+from launcher.supervisor.handle import SessionHandle
 
 _SHORTEST_S, _BEHIND_S = 0.05, 0.1  # after log lines were shown; while the terminal takes none
 _SHOW_S = 5.0
@@ -28,8 +29,8 @@ _UNKILLABLE_S = 5.0  # a process in uninterruptible sleep takes no SIGKILL until
 _NEVER = float("inf")
 
 
-class Part(Protocol):
-    """What the loop steps."""
+class Driver(Protocol):
+    """What the loop steps beside the session: the part that decides how the launcher ends."""
 
     @property
     def done(self) -> bool:
@@ -44,10 +45,6 @@ class Part(Protocol):
 
     def step(self, now: float) -> None:
         """Look, and do what is due; `now`: monotonic seconds."""
-
-
-class Driver(Part, Protocol):
-    """The part that decides how the launcher ends."""
 
     def on_signal(self, number: signal.Signals) -> None: ...
     def conclude(self, elapsed_s: float) -> int:
@@ -95,10 +92,10 @@ class EventLoop:
         self._stop_at = self._kill_at = _NEVER
         self._give_up_at = time.monotonic() + _UNKILLABLE_S
 
-    def run(self, session: Part, driver: Driver) -> int:
+    def run(self, session: SessionHandle, driver: Driver) -> int:
         """Step both until they are done and no process is left. The exit code."""
         started, tick_s = time.monotonic(), _SHORTEST_S
-        job.adopt_orphans()
+        shim.become_subreaper()
         try:
             while True:
                 for number in self._signals.take():
@@ -111,7 +108,12 @@ class EventLoop:
                 if (session.done and driver.done and not self._alive) or time.monotonic() >= self._give_up_at:
                     break
                 tick_s = _SHORTEST_S if shown else _BEHIND_S if self.console.behind else 2 * tick_s
-                self._sleep(min(tick_s, session.patience_s, driver.patience_s), session, driver)
+                fds = [*session.watch(), *driver.watch(), (self._signals.fd, select.POLLIN)]
+                fds += [(running.pidfd, select.POLLIN) for running in self._alive]
+                poll = select.poll()
+                for fd, events in fds:
+                    poll.register(fd, events)
+                poll.poll(1000 * min(tick_s, session.patience_s, driver.patience_s))
             self.logs.finish()
             return driver.conclude(time.monotonic() - started)
         finally:
@@ -140,12 +142,3 @@ class EventLoop:
         if now >= self._kill_at:
             self.console.say(f"the grace of {seconds(self._grace_s)} (timeouts.shutdown_s) is over")
             self.kill()
-
-    def _sleep(self, longest_s: float, *parts: Part) -> None:
-        poll = select.poll()
-        for fd in (self._signals.fd, *(running.pidfd for running in self._alive)):
-            poll.register(fd, select.POLLIN)
-        for part in parts:
-            for fd, events in part.watch():
-                poll.register(fd, events)
-        poll.poll(1000 * longest_s)

@@ -7,14 +7,14 @@ submitted and not answered is in the ring; whoever serves the lane next answers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from launcher.console.terminal import Console
 from launcher.console.text import seconds
 from launcher.plan import placement
 from launcher.plan.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor.cause import Cause
+from launcher.supervisor.loop import EventLoop
 from shmbridge.config import Config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer
@@ -48,21 +48,13 @@ class Replica:
 class Teachers:
     """Of one session. Lane i is replica i % replicas' own."""
 
-    def __init__(
-        self,
-        config: Config,
-        owner: Owner,
-        specs: Sequence[JobSpec],
-        start: Callable[[JobSpec], Job],
-        console: Console,
-    ) -> None:
-        """`start` starts a job; the first step starts one for each replica."""
+    def __init__(self, config: Config, owner: Owner, specs: Sequence[JobSpec], loop: EventLoop) -> None:
+        """The first step starts a job for each replica."""
         self.replicas: list[Replica] = []  # empty until then
         self._config = config
         self._owner = owner
         self._specs = specs
-        self._start = start
-        self._console = console
+        self._loop = loop
         self._agreed: Offer | None = None
         self._started = 0  # in the place of dead ones
 
@@ -70,6 +62,11 @@ class Teachers:
     def lost(self) -> bool:
         """None is there any more, and none will come."""
         return bool(self.replicas) and all(replica.lost for replica in self.replicas)
+
+    @property
+    def excused(self) -> list[int]:
+        """Replicas whose end is no failure."""
+        return [replica.index for replica in self.replicas if replica.served or replica.excused]
 
     def step(self, now: float) -> None:
         """Take note of those that are ready, give the lanes of the dead to the living, start the new ones that are due.
@@ -79,15 +76,18 @@ class Teachers:
         """
         if not self.replicas:
             pairs = zip(self._owner.control.teachers, self._specs, strict=True)
-            self.replicas = [Replica(record, self._start(spec)) for record, spec in pairs]
+            self.replicas = [Replica(record, self._loop.start(spec)) for record, spec in pairs]
         self._agreed = self._agreed or self._owner.offered()
+        generation = self._owner.generation
         for replica in self.replicas:
             if replica.died_at is not None:
                 self._refuse_other(replica)
-            if self._is_ready(replica) and not replica.excused:
+            # It has loaded and waits for a generation, or serves the current one.
+            ready = replica.record.phase is Phase.IDLE or 0 < generation == replica.record.ready
+            if ready and not replica.excused:
                 replica.was_ready = True
                 if replica.died_at is not None:
-                    self._console.say(f"{self._called(replica)} is back after {seconds(now - replica.died_at)}")
+                    self._loop.console.say(f"{self._called(replica)} is back after {seconds(now - replica.died_at)}")
                     replica.died_at = None
                     self._ask_lanes_back(replica)
         self._give_lanes_away()
@@ -95,7 +95,7 @@ class Teachers:
             if replica.due_at is not None and replica.job.exit and now >= replica.due_at:
                 replica.due_at = None
                 replica.record.clear()
-                replica.job = self._start(replica.job.spec)
+                replica.job = self._loop.start(replica.job.spec)
 
     def survives(self, found: Cause, now: float) -> bool:
         """Whether the session goes on although this teacher has died; what is needed for it is begun."""
@@ -109,13 +109,15 @@ class Teachers:
         replica.died_at = replica.died_at or now
         if pause_s is None:
             replica.lost = True
-            self._console.say(f"{found.sentence}; no new one follows, and training goes on (on_teacher_lost=continue)")
+            self._loop.console.say(
+                f"{found.sentence}; no new one follows, and training goes on (on_teacher_lost=continue)"
+            )
             return True
         self._started += 1
         replica.due_at = now + pause_s
         allowed = self._config.teacher.restarts
         often = f"restart {self._started} of {allowed}" if self._started <= allowed else "on_teacher_lost=wait"
-        self._console.say(f"{found.sentence}; training waits for a new one ({often})")
+        self._loop.console.say(f"{found.sentence}; training waits for a new one ({often})")
         return True
 
     def _pause_s(self, gone_s: float) -> float | None:
@@ -126,11 +128,6 @@ class Teachers:
         if self._config.on_teacher_lost == "wait" and gone_s < self._config.timeouts.request_s:
             return min(2.0**beyond, _LONGEST_PAUSE_S)
         return None
-
-    def _is_ready(self, replica: Replica) -> bool:
-        """It serves the current generation, or has loaded and waits for the next."""
-        record, generation = replica.record, self._owner.generation
-        return record.phase is Phase.IDLE or (generation > 0 and record.ready == generation)
 
     def _refuse_other(self, replica: Replica) -> None:
         text = replica.record.offer
@@ -167,7 +164,14 @@ class Teachers:
         """Lanes of replicas that have no process: to their own replica where it lives, else to the living in turn."""
         ended = {replica.index for replica in self.replicas if replica.job.exit}
         excused = {replica.index for replica in self.replicas if replica.excused}
-        living = [replica.index for replica in self.replicas if self._serves(replica)]
+        living = [
+            replica.index
+            for replica in self.replicas
+            if replica.died_at is None
+            and replica.index not in ended
+            and replica.record.ready == self._owner.generation
+            and replica.record.phase is not Phase.CLOSED
+        ]
         for lane in self._owner.lanes:
             home = self._home(lane)
             if lane.teacher in ended and living and (lane.teacher in excused or lane.teacher != home):
@@ -179,8 +183,3 @@ class Teachers:
             if replica.lost and replica.job.exit and not replica.record.lost:
                 replica.record.lost = True
                 self._owner.ring_all()
-
-    def _serves(self, replica: Replica) -> bool:
-        record = replica.record
-        alive = replica.died_at is None and not replica.job.exit
-        return alive and record.ready == self._owner.generation and record.phase is not Phase.CLOSED

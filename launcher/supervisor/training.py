@@ -195,10 +195,15 @@ class TrainingJob:
         """Once nothing of the crashed generation is left, and the teachers have finished with it."""
         if self._runs:
             return
-        patience_s = self._timeouts.request_s
+        session, patience_s = self._session, self._timeouts.request_s
+        assert session.view
         try:
-            if self._session.state in MAY_BEGIN:
-                self._begin()
+            if session.state in MAY_BEGIN:
+                if self._record.exists():
+                    self._record.rename(self._record.with_name(f"failures-{session.view.generation}.json"))
+                token = session.begin(settings_of(self._plan, self._run), self._plan.ranks)
+                self._loop.logs.expect(self._plan.ranks)
+                self._start(token)
             elif now - self._crashed_at >= patience_s:
                 late = f"after {seconds(patience_s)} (timeouts.request_s); its log tells where it is"
                 why = f"the teacher has not finished what the crashed training has left {late}"
@@ -207,14 +212,6 @@ class TrainingJob:
             self.on_signal(stopped.number)
         except ShmbridgeError as error:
             self._fail(cause.of_launcher(str(error), REFUSED))
-
-    def _begin(self) -> None:
-        assert self._session.view
-        if self._record.exists():
-            self._record.rename(self._record.with_name(f"failures-{self._session.view.generation}.json"))
-        token = self._session.begin(settings_of(self._plan, self._run), self._plan.ranks)
-        self._loop.logs.expect(self._plan.ranks)
-        self._start(token)
 
     # Ending
 

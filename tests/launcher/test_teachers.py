@@ -38,7 +38,8 @@ class Scene:
         self.told: list[str] = []
         self.started: list[tuple[float, int]] = []
         specs = [SimpleNamespace(replica=i) for i in range(len(owner.control.teachers))]
-        self.teachers = Teachers(settings, owner, specs, self.start, SimpleNamespace(say=self.told.append))
+        loop = SimpleNamespace(start=self.start, console=SimpleNamespace(say=self.told.append))
+        self.teachers = Teachers(settings, owner, specs, loop)
         self.tick()
         self.started.clear()
         for index in range(len(specs)):
