@@ -160,11 +160,11 @@ def _commands(
     """The commands of exporter and importer, as jobs of a run on these GPUs."""
     teacher, train = [pairs[0].teacher.number], [pair.train.number for pair in pairs]
 
-    def command(job: str, base: Mapping[str, str], own: list[int], others: list[int], *arguments: str) -> Command:
+    def command(job: str, base: Mapping[str, str], own: list[int], others: list[int], task: str) -> Command:
         variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": placement.visible(own, others, cards)}
-        return Command(f"the {job}", (sys.executable, "-m", probe.__name__, *arguments), {**base, **variables})
+        return Command(f"the {job}", (sys.executable, "-m", probe.__name__, task), {**base, **variables})
 
-    exporter = command("exporter", jobs.shareable(environment), teacher, train, "export", str(len(pairs)))
+    exporter = command("exporter", jobs.shareable(environment), teacher, train, "export")
     return [exporter], command("importer", environment, train, teacher, "import")
 
 

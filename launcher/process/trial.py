@@ -1,24 +1,28 @@
 """The trial of plane cuda_ipc: short-lived processes in the environments of both jobs open, read and check what a run would.
 
     trial ── shim ── shmbridge.plane.probe export    one for each replica, as the teacher's process will be
-         └── shim ── shmbridge.plane.probe import    as the ranks will be, on each training GPU
+         │                    │ stdout to stdin
+         └── shim ── shmbridge.plane.probe import    as the replica's ranks will be, on each training GPU
 
-The messages between them go through here, so that whoever dies or hangs is seen. Nothing of the trial is left when it ends.
+An importer prints one line for each step. A thread waits for each process, so whoever dies or hangs is seen. Nothing of the
+trial is left when it ends.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import select
+import queue
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
@@ -27,15 +31,12 @@ from launcher.plan.plane_choice import GpuPair
 from launcher.process import job, shim
 from launcher.process.signals import STOP, Signals
 from shmbridge.plane import probe
-from shmbridge.plane.probe import Exported, Task, Tried
 from shmbridge.shm.session import OFF
 
 LIMIT_S = 180.0  # imports torch from a cold disk and makes CUDA contexts where the driver is not loaded yet
 _END_S = 20.0  # for processes that have nothing left to do
 _REAP_S = 5.0  # a process in uninterruptible sleep takes no SIGKILL until the kernel lets go of it
-_PIPE_BYTES = 2**20
-
-T = TypeVar("T")
+_LOOK_S = 0.1  # between two looks at signals and at the deadline
 
 
 class Command(NamedTuple):
@@ -60,9 +61,8 @@ def commands(planned: Plan, pairs: Sequence[GpuPair], base: Mapping[str, str]) -
     exporters = []
     for replica in dict.fromkeys(pair.replica for pair in pairs):
         spec = teachers[replica]
-        count = sum(pair.replica == replica for pair in pairs)
-        argv: tuple[str, ...] = (spec.argv[0], "-m", probe.__name__, "export", str(count))
         whose = spec.who if len(teachers) > 1 else f"the {spec.who}"
+        argv = (spec.argv[0], "-m", probe.__name__, "export")
         exporters.append(Command(f"the trial in {whose}'s environment", argv, spec.environment(base)))
     argv = (train.argv[0], "-m", probe.__name__, "import")
     return exporters, Command("the trial in training's environment", argv, train.environment(base))
@@ -80,13 +80,19 @@ def run(
     Raises:
         Stopped: a signal that ends the launcher has arrived.
     """
-    trial = _Trial(exporters, importer, signals, limit_s)
+    trial = _Trial(signals, limit_s)
     try:
-        return trial.talk(pairs)
+        for exporter, (_, own) in zip(exporters, groupby(pairs, key=lambda pair: pair.replica), strict=True):
+            trial.start(exporter, importer, tuple(own))
+        reasons = trial.answers()
+        trial.finish()
     except _Failed as failed:
         return str(failed)
     finally:
         trial.clear()
+    wrong = [f"{pair}: {reasons[pair]}" for pair in pairs if reasons[pair]]
+    more = f" (and {len(wrong) - 1} of {len(pairs)} pairs more)" if wrong[1:] else ""
+    return wrong[0] + more if wrong else None
 
 
 class _Failed(Exception):
@@ -96,161 +102,122 @@ class _Failed(Exception):
 class _Process:
     """One process of the trial, below its own shim."""
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, arguments: Sequence[str], stdin: int, stdout: int) -> None:
         self.who = command.who
-        self.messages: deque[bytes] = deque()
-        self.ended = False  # its stdout is closed, which the shim has too
-        self._rest = b""
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
-        self._popen = subprocess.Popen(
-            job.shimmed(command.argv),
+        self.steps: deque[str | GpuPair] = deque()  # what an importer has not answered yet: of a process, or of a pair
+        self.ended = False
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self.popen = subprocess.Popen(
+            job.shimmed((*command.argv, *arguments)),
             env=dict(command.environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=self.stderr,
             start_new_session=True,
         )
-        assert self._popen.stdin and self._popen.stdout
-        self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
-        self.fd = self._stdout.fileno()
 
-    def pull(self) -> None:
-        """Take what it has printed. Blocks until it prints or ends."""
-        data = os.read(self.fd, 65536)
-        self.ended = not data
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        self.messages.extend(probe.messages(lines))
-
-    def send(self, message: object) -> None:
-        """Never blocks: a few kilobytes for each pair of GPUs fit the pipe."""
-        fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        try:
-            self._stdin.write(probe.encode(message))
-            self._stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended, which the next look at it tells
-
-    def finish(self) -> None:
-        """Tell it that nothing follows."""
-        try:
-            self._stdin.close()
-        except BrokenPipeError:
-            pass
+    def watch(self, events: _Events) -> None:
+        """Put each of its messages into `events`, and None once it has ended."""
+        if self.popen.stdout:
+            with self.popen.stdout as lines:
+                for message in probe.messages(lines):
+                    events.put((self, message))
+        self.popen.wait()
+        events.put((self, None))
 
     def fate(self) -> str | None:
-        """How it ended, where that was not well."""
-        code = self._popen.wait(_REAP_S)
+        """Why its end is the reason, in one line; None where it has ended well, with nothing left to do."""
+        code, stdin = self.popen.returncode, self.popen.stdin
+        about = f"{self.steps[0]}: " if self.steps and isinstance(self.steps[0], GpuPair) else ""
         if code == 0:
-            return None
+            early = self.steps or (stdin and not stdin.closed)
+            return f"{about}{self.who} ended before it had answered" if early else None
         if code < 0:
-            return f"{self.who} was killed by {signal.Signals(-code).name}"
-        self._stderr.seek(0)
-        lines = list(filter(str.strip, self._stderr.read().decode(errors="replace").split("\n")))
+            return f"{about}{self.who} was killed by {signal.Signals(-code).name}"
+        self.stderr.seek(0)
+        lines = list(filter(str.strip, self.stderr.read().decode(errors="replace").split("\n")))
         last = f" ({lines[-1].strip()})" if lines else ""
-        return f"{self.who} ended with exit code {code}{last}"
+        return f"{about}{self.who} ended with exit code {code}{last}"
 
-    def kill(self) -> None:
-        """SIGKILL for all of it. One that has ended stays as it is."""
-        self._popen.send_signal(shim.KILL_SIGNAL)
 
-    def reap(self) -> None:
-        try:
-            self._popen.wait(_REAP_S)
-        except subprocess.TimeoutExpired:
-            pass  # its shim ends it with the launcher, at the latest
-        self.finish()
-        self._stdout.close()
-        self._stderr.close()
+_Events = queue.SimpleQueue[tuple[_Process, bytes | None]]
 
 
 class _Trial:
-    """The processes, and the messages between them."""
+    """The processes of all replicas, and what their importers answer."""
 
-    def __init__(self, exporters: Sequence[Command], importer: Command, signals: Signals, limit_s: float) -> None:
+    def __init__(self, signals: Signals, limit_s: float) -> None:
         self._signals = signals
         self._limit_s = limit_s
         self._deadline = time.monotonic() + limit_s
-        self._all: list[_Process] = []
-        try:
-            for command in (importer, *exporters):
-                self._all.append(_Process(command))
-        except BaseException:
-            self.clear()
-            raise
-        self._importer, *self._exporters = self._all
+        self._exporters: list[_Process] = []
+        self._importers: list[_Process] = []
+        self._events: _Events = queue.SimpleQueue()
 
-    def talk(self, pairs: Sequence[GpuPair]) -> str | None:
-        """Bring exports to the importer, and collect what it says of each; the reason, where something is wrong."""
-        offered = []
-        for exporter in self._exporters:
-            exported = self._receive(exporter, Exported, exporter.who)
-            if exported.refused:
-                return exported.refused
-            offered += [(exported.facts, export) for export in exported.exports]
-        if len(offered) != len(pairs):
-            return f"{len(offered)} exports came for {len(pairs)} pairs of GPUs"
-        self._importer.send([Task(pair.device, *offer) for pair, offer in zip(pairs, offered, strict=True)])
-        failed = []
-        for pair in pairs:
-            tried = self._receive(self._importer, Tried, f"{pair}: {self._importer.who}")
-            if tried.of_jobs:
-                return tried.reason
-            failed += [f"{pair}: {tried.reason}"] if tried.reason else []
-        self._finish()
-        more = f" (and {len(failed) - 1} of {len(pairs)} pairs more)" if failed[1:] else ""
-        return failed[0] + more if failed else None
+    def start(self, exporter: Command, importer: Command, pairs: Sequence[GpuPair]) -> None:
+        """Start the two processes of a replica."""
+        read, write = os.pipe()
+        with open(read), open(write, "w"):
+            devices = [str(pair.device) for pair in pairs]
+            self._exporters.append(_Process(exporter, devices, subprocess.PIPE, write))
+            self._importers.append(_Process(importer, (), read, subprocess.PIPE))
+        self._importers[-1].steps.extend((exporter.who, importer.who, *pairs))
+        for process in (self._exporters[-1], self._importers[-1]):
+            threading.Thread(target=process.watch, args=(self._events,), daemon=True).start()
 
-    def clear(self) -> None:
-        """Leave no process behind."""
-        for process in self._all:
-            process.kill()
-        for process in self._all:
-            process.reap()
+    def answers(self) -> dict[str | GpuPair, str | None]:
+        """What the importers say of every step: None, or why it went wrong."""
+        found: dict[str | GpuPair, str | None] = {}
+        while left := [importer for importer in self._importers if importer.steps]:
+            step = left[0].steps[0]
+            self._take(step if isinstance(step, str) else f"{step}: {left[0].who}", found)
+        return found
 
-    def _receive(self, process: _Process, kind: type[T], who: str) -> T:
-        """Its next message."""
-        self._until(lambda: bool(process.messages) or any(one.ended for one in self._all), who)
-        if process.messages:
-            try:
-                return msgspec.json.decode(process.messages.popleft(), type=kind)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise _Failed(f"{process.who} sent a garbled message: {error}") from None
-        ended = next(one for one in self._all if one.ended)
-        about = who.removesuffix(process.who) if ended is process else ""
-        raise _Failed(f"{about}{ended.fate() or f'{ended.who} ended before it had answered'}")
-
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """Everything was read. What crashes or hangs on its way out would do so in the run."""
         ends = time.monotonic() + _END_S
         if ends < self._deadline:
             self._deadline, self._limit_s = ends, _END_S
-        for process in self._all:  # the importer first: an exporter outlives whoever reads its memory
-            process.finish()
+        for process in (*self._importers, *self._exporters):  # an exporter outlives whoever reads its memory
+            if process.popen.stdin:
+                process.popen.stdin.close()
+            while not process.ended:
+                self._take(f"{process.who} was told to end and", {})
 
-            def ended(process: _Process = process) -> bool:
-                return process.ended
+    def clear(self) -> None:
+        """Leave no process behind."""
+        for process in (*self._importers, *self._exporters):
+            process.popen.send_signal(shim.KILL_SIGNAL)
+        for process in (*self._importers, *self._exporters):
+            with suppress(subprocess.TimeoutExpired):  # its shim ends it with the launcher, at the latest
+                process.popen.wait(_REAP_S)
+            if process.popen.stdin:
+                process.popen.stdin.close()
+            process.stderr.close()
 
-            self._until(ended, f"{process.who} was told to end and")
-            fate = process.fate()
-            if fate:
-                raise _Failed(fate)
+    def _take(self, who: str, found: dict[str | GpuPair, str | None]) -> None:
+        """Wait for `who`: put the next answer of an importer into `found`, or note that a process has ended."""
+        process, message = self._next_event(who)
+        if message is None:
+            process.ended = True
+            reason = process.fate()
+            if reason:
+                raise _Failed(reason)
+            return
+        step = process.steps.popleft()
+        try:
+            reason = found[step] = msgspec.json.decode(message, type=probe.Answer).reason
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise _Failed(f"{process.who} sent a garbled message: {error}") from None
+        if reason and isinstance(step, str):  # no pair of GPUs can do what this process cannot
+            raise _Failed(reason)
 
-    def _until(self, ready: Callable[[], bool], who: str) -> None:
-        """Read what the processes print until `ready`."""
+    def _next_event(self, who: str) -> tuple[_Process, bytes | None]:
         while True:
             for number in self._signals.take():
                 if number in STOP:
                     raise Stopped(number)
-            if ready():
-                return
-            left_s = self._deadline - time.monotonic()
-            if left_s <= 0:
+            if time.monotonic() >= self._deadline:
                 raise _Failed(f"{who} gave no answer within {self._limit_s:g} s")
-            poll = select.poll()
-            poll.register(self._signals.fd, select.POLLIN)
-            running = {process.fd: process for process in self._all if not process.ended}
-            for fd in running:
-                poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll(left_s * 1000):
-                if fd in running:
-                    running[fd].pull()
+            with suppress(queue.Empty):
+                return self._events.get(timeout=_LOOK_S)

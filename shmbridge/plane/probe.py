@@ -1,10 +1,10 @@
-"""The trial of the CUDA plane: short-lived processes that the launcher starts before a session exists.
+"""The trial of the CUDA plane: short-lived processes that the launcher starts before a session exists, two for each replica.
 
-    launcher           export N, one for each replica        import, in the environment of training
-                       Exported: facts, N exports
-    Task for each pair
-                                                             Tried for each pair, in turn
-    closes its pipe    ends                                  has ended
+    export DEVICE...                                     import, in the environment of training
+    Exported: facts, and an export for each DEVICE  ──►  Answer: to the exporter's message
+                                                         Answer: whether the two jobs have alike what they must
+                                                         Answer: for each DEVICE in turn
+    ends when its stdin is closed                        ends
 
 A message is one line, MARK and JSON; whatever else is printed on the way is torch's or the user's, and no message. Each export
 is of a slab of its own, as each lane's is: torch opens a handle once in a process, so a second card that opened the same
@@ -13,6 +13,7 @@ one would be given the first card's mapping.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -37,26 +38,17 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """An exporter's message."""
+    """The exporter's message."""
 
     refused: str | None = None  # why it cannot export
     facts: Facts = Facts("", 0, ())
-    exports: tuple[msgspec.Raw, ...] = ()  # cuda_slab.Export as JSON, one for each importing GPU
+    exports: dict[int, msgspec.Raw] = {}  # cuda_slab.Export as JSON, by the importing GPU in the importer's numbering
 
 
-class Task(msgspec.Struct, frozen=True):
-    """A pair of GPUs to try, as the importer is told of it."""
-
-    device: int  # the importing GPU, in the importer's numbering
-    facts: Facts  # the exporter's
-    export: msgspec.Raw
-
-
-class Tried(msgspec.Struct, frozen=True):
-    """The importer's message: None, or why it did not work."""
+class Answer(msgspec.Struct, frozen=True):
+    """A message of the importer: None, or why a step went wrong."""
 
     reason: str | None
-    of_jobs: bool = False  # it is about the two jobs, not about this pair of GPUs
 
 
 def encode(message: object) -> bytes:
@@ -70,27 +62,29 @@ def messages(lines: Iterable[bytes]) -> Iterable[bytes]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`export N` or `import`; the exit code."""
+    """`export DEVICE...` or `import`; the exit code."""
     if argv[0] == "export":
-        export(int(argv[1]))
-    else:
-        tasks = next(iter(messages(sys.stdin.buffer)), b"[]")
-        try_all(msgspec.json.decode(tasks, type=tuple[Task, ...]))
+        export(tuple(map(int, argv[1:])))
+        return 0
+    message = next(iter(messages(sys.stdin.buffer)), None)
+    if message is not None:
+        import_(message)
     return 0
 
 
-def export(importers: int) -> None:
+def export(devices: Sequence[int]) -> None:
     """Say what this process exports, and keep it until stdin is closed."""
     slabs: list[object] = []
     try:
-        message = _export(importers, slabs)
+        message = _export(devices, slabs)
     except Exception as error:
         message = Exported(_told(error))
     _send(message)
+    os.dup2(2, 1)  # nobody reads what is printed from here on
     sys.stdin.buffer.read()
 
 
-def _export(importers: int, slabs: list[object]) -> Exported:
+def _export(devices: Sequence[int], slabs: list[object]) -> Exported:
     """What is exported; `slabs` keeps it."""
     from shmbridge.plane import cuda_ipc, cuda_slab
 
@@ -101,45 +95,56 @@ def _export(importers: int, slabs: list[object]) -> Exported:
     reason = cuda_ipc.unusable(device)
     if reason:
         return Exported(reason, own)
-    made = [cuda_slab.Slab(device, slots=1, stride=_STRIDE, generation=1) for _ in range(importers)]
+    made = [cuda_slab.Slab(device, slots=1, stride=_STRIDE, generation=1) for _ in devices]
     slabs += made
-    return Exported(None, own, tuple(msgspec.Raw(msgspec.json.encode(slab.export())) for slab in made))
+    exports = [msgspec.Raw(msgspec.json.encode(slab.export())) for slab in made]
+    return Exported(None, own, dict(zip(devices, exports, strict=True)))
 
 
-def try_all(tasks: Sequence[Task]) -> None:
-    """Say of each task whether its export opens, and reads as it was written."""
+def import_(message: bytes) -> None:
+    """Answer an exporter's message. Nothing follows an answer that is about the jobs."""
     opened: list[object] = []
     try:
+        exported = msgspec.json.decode(message, type=Exported)
+        if exported.refused:
+            raise AttachError(exported.refused)
+        _send(Answer(None))
         own = facts()
+        for device in exported.exports:
+            check(exported.facts, own, device)
+        _send(Answer(None))
+        for device, export in exported.exports.items():
+            _send(Answer(_open(device, export, own.gpus.index(exported.facts.gpus[0]), opened)))
+    except msgspec.DecodeError as error:
+        _send(
+            Answer(
+                f"the exporter's message is garbled: {error} (install the same shmbridge in both, see teacher.python)"
+            )
+        )
     except Exception as error:
-        _send(Tried(_told(error), of_jobs=True))
-        return
-    for task in tasks:
-        unlike = disagreement(task.facts, own, task.device)
-        _send(Tried(unlike, of_jobs=True) if unlike else Tried(_open(task, own, opened)))
+        _send(Answer(_told(error)))
 
 
-def disagreement(teacher: Facts, training: Facts, device: int) -> str | None:
-    """What keeps the two jobs from sharing memory of any GPU; `device` is training's."""
+def check(teacher: Facts, training: Facts, device: int) -> None:
+    """Raise AttachError where the two jobs cannot share memory of any GPU; `device` is training's."""
     if not training.gpus:
-        return f"torch {training.torch} finds no CUDA device in training's environment"
+        raise AttachError(f"torch {training.torch} finds no CUDA device in training's environment")
     if teacher.torch != training.torch:
-        return (
+        raise AttachError(
             f"the teacher has torch {teacher.torch}, training has torch {training.torch}; a CUDA handle opens only in the "
             "torch that made it (install the same in both, see teacher.python)"
         )
     if teacher.pid_namespace != training.pid_namespace:
-        return (
+        raise AttachError(
             "teacher and training are in different PID namespaces, between which CUDA IPC does not work (run both in one "
             "container, or with the host's: docker run --pid=host)"
         )
     if device >= len(training.gpus):
-        return _hidden("training", training, f"its own cuda:{device}")
+        raise _hidden("training", training, f"its own cuda:{device}")
     if teacher.gpus[0] not in training.gpus:
-        return _hidden("training", training, teacher.gpus[0])
+        raise _hidden("training", training, teacher.gpus[0])
     if training.gpus[device] not in teacher.gpus:
-        return _hidden("the teacher", teacher, training.gpus[device])
-    return None
+        raise _hidden("the teacher", teacher, training.gpus[device])
 
 
 def facts() -> Facts:
@@ -153,18 +158,16 @@ def facts() -> Facts:
     return Facts(str(torch.__version__), cuda_ipc.pid_namespace(), gpus)
 
 
-def _open(task: Task, own: Facts, opened: list[object]) -> str | None:
-    """Why the task's export cannot be used on its device; `opened` keeps it where it can."""
+def _open(device: int, export: msgspec.Raw, teacher: int, opened: list[object]) -> str | None:
+    """Why the export of GPU `teacher` cannot be used on `device`; `opened` keeps it where it can."""
     import torch
 
     from shmbridge.plane import cuda_slab
 
-    theirs = own.gpus.index(task.facts.gpus[0])
     try:
-        if theirs != task.device and not torch.cuda.can_device_access_peer(task.device, theirs):
+        if teacher != device and not torch.cuda.can_device_access_peer(device, teacher):
             return "no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)"
-        export = msgspec.json.decode(task.export, type=cuda_slab.Export)
-        opened.append(cuda_slab.Opened(export, _device(task.device)))
+        opened.append(cuda_slab.Opened(msgspec.json.decode(export, type=cuda_slab.Export), _device(device)))
     except Exception as error:
         return _told(error)
     return None
@@ -176,9 +179,9 @@ def _device(index: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _hidden(job: str, sees: Facts, missing: str) -> str:
+def _hidden(job: str, sees: Facts, missing: str) -> AttachError:
     count = f"{len(sees.gpus)} GPU{'s' if len(sees.gpus) > 1 else ''}"
-    return (
+    return AttachError(
         f"{job} sees {count}, and not {missing}; all GPUs of the run must be visible to both jobs (look for what sets "
         "CUDA_VISIBLE_DEVICES in its environment)"
     )

@@ -1,4 +1,4 @@
-"""A process of the CUDA trial without torch: `fake_probe.py export N MODE` or `fake_probe.py import MODE`."""
+"""A process of the CUDA trial without torch: `fake_probe.py SIDE MODE DEVICE...`, where SIDE is `export` or `import`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import time
 
 import msgspec
 
-from shmbridge.plane.probe import Exported, Facts, Task, Tried, encode, messages
-
-FACTS = Facts("2.9.0", 7, ("GPU-a", "GPU-b"))
+from shmbridge.plane.probe import Answer, Exported, Facts, encode, messages
 
 
 def send(message: object) -> None:
@@ -37,13 +35,10 @@ def meet(mode: str) -> None:
         os.write(1, b"a warning without an end of line" + b"x" * 100_000)
 
 
-def export(count: int, mode: str) -> None:
+def export(mode: str, devices: list[int]) -> None:
     meet(mode)
-    if mode == "refuses":
-        send(Exported("its allocator is cudaMallocAsync", FACTS))
-    else:
-        count -= mode == "exports less"
-        send(Exported(None, FACTS, tuple(msgspec.Raw(b'{"number":%d}' % i) for i in range(count))))
+    exports = {device: msgspec.Raw(b'"of %s"' % mode.encode()) for device in devices}
+    send(Exported("its allocator is cudaMallocAsync" if mode == "refuses" else None, Facts("2.9.0", 7, ()), exports))
     if mode == "crashes later":
         os.kill(os.getpid(), signal.SIGBUS)
     sys.stdin.buffer.read()
@@ -54,23 +49,25 @@ def export(count: int, mode: str) -> None:
 
 
 def import_(mode: str) -> None:
-    tasks = msgspec.json.decode(next(iter(messages(sys.stdin.buffer))), type=list[Task])
-    print(*(f"{task.device}{task.facts.torch}{bytes(task.export).decode()}" for task in tasks), file=sys.stderr)
-    for i, _ in enumerate(tasks):
-        if i == 1:
-            meet(mode)
-        if mode == "finds jobs unlike":
-            send(Tried("the teacher has another torch", of_jobs=True))
+    for message in messages(sys.stdin.buffer):
+        exported = msgspec.json.decode(message, type=Exported)
+        send(Answer(exported.refused))
+        send(Answer("the teacher has another torch" if mode == "finds jobs unlike" else None))
+        for place, (device, exports) in enumerate(exported.exports.items()):
+            if place == 1:
+                meet(mode)
+            if mode == "tells":
+                send(Answer(f"{device} {bytes(exports).decode()}"))
+            else:
+                send(Answer("no peer access" if mode == "fails all" or (mode == "fails one" and place == 1) else None))
+        if mode == "hangs at its end":
             time.sleep(600)
-        send(Tried("no peer access" if mode == "fails all" or (mode == "fails one" and i == 1) else None))
-    if mode == "tells":
-        sys.stdin.buffer.read()
-        sys.exit(1)
+        break
 
 
 if __name__ == "__main__":
-    side, *rest = sys.argv[1:]
+    side, told, *rest = sys.argv[1:]
     if side == "export":
-        export(int(rest[0]), rest[1])
+        export(told, list(map(int, rest)))
     else:
-        import_(rest[0])
+        import_(told)

@@ -124,7 +124,7 @@ def test_the_trials_processes_see_what_those_of_a_run_would(tmp_path, monkeypatc
     environment = fake_gpus.torch(tmp_path, 2) | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     gpu.facts(lambda note: None, environment)
     exporter, importer = asked
-    assert exporter.argv[1:] == ("-m", "shmbridge.plane.probe", "export", "1")
+    assert exporter.argv[1:] == ("-m", "shmbridge.plane.probe", "export")
     assert exporter.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-0"
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-0,GPU-0000-1"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in exporter.environment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import subprocess
@@ -15,9 +14,8 @@ import pytest
 import torch
 
 from shmbridge.errors import AttachError, PlanError
-from shmbridge.plane import cuda_ipc, cuda_slab
-from shmbridge.plane import probe as cuda_probe
-from shmbridge.plane.probe import Exported, Facts, Task, Tried
+from shmbridge.plane import cuda_ipc, cuda_slab, probe
+from shmbridge.plane.probe import Answer, Exported, Facts
 from tests.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
@@ -30,85 +28,30 @@ def fake(monkeypatch) -> FakeCuda:
     """CUDA whose memory is files, on two GPUs that both see."""
     made = FakeCuda().install(monkeypatch)
     monkeypatch.setattr(cuda_ipc, "unusable", lambda device: None)
-    monkeypatch.setattr(cuda_probe, "facts", lambda: THEIRS)
-    monkeypatch.setattr(cuda_probe, "_device", lambda index: CPU)
+    monkeypatch.setattr(probe, "facts", lambda: THEIRS)
+    monkeypatch.setattr(probe, "_device", lambda index: CPU)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: True)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
     return made
 
 
 def said(capture, kind: type) -> list:
     lines = capture.readouterr().out.encode().split(b"\n")
-    return [msgspec.json.decode(text, type=kind) for text in cuda_probe.messages(lines)]
+    return [msgspec.json.decode(text, type=kind) for text in probe.messages(lines)]
 
 
-def exported(capture, monkeypatch, importers: int = 1) -> Exported:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
-    cuda_probe.export(importers)
+def exported(monkeypatch, capture, *devices: int) -> Exported:
+    """What an exporter says; its memory is there as long as the stand-in for CUDA."""
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"")))
+    probe.export(devices)
     (message,) = said(capture, Exported)
     return message
 
 
-def tasks_of(message: Exported) -> list[Task]:
-    return [Task(0, message.facts, export) for export in message.exports]
-
-
-def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeypatch):
-    slabs: list[object] = []
-    message = cuda_probe._export(2, slabs)
-    assert message.facts == THEIRS
-    assert message.refused is None
-    handles = {msgspec.json.decode(export, type=cuda_slab.Export).memory.handle for export in message.exports}
-    assert len(handles) == 2, "each importing GPU has a slab of its own"
-    assert len(slabs) == 2
-    monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)
-    cuda_probe.try_all(tasks_of(message))
-    assert said(capsys, Tried) == [Tried(None), Tried(None)]
-
-
-def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, capsys, monkeypatch):
-    kept = weakref.WeakSet()
-    real = cuda_slab.Slab
-
-    def slab(*args: object, **kwargs: object) -> cuda_slab.Slab:
-        made = real(*args, **kwargs)
-        kept.add(made)
-        return made
-
-    def told() -> bytes:
-        (message,) = said(capsys, Exported)
-        events.append((message.refused, len(message.exports), len(kept)))
-        return b""
-
-    events: list[tuple[object, ...]] = []
-    monkeypatch.setattr(cuda_slab, "Slab", slab)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=told)))
-    cuda_probe.export(2)
-    assert events == [(None, 2, 2)]
-
-
-def test_a_message_is_told_from_what_else_is_printed():
-    lines = (b"half a line" + cuda_probe.encode(Tried("x")) + b"noise\n" + cuda_probe.encode(Tried(None))).split(b"\n")
-    assert list(cuda_probe.messages(lines)) == [
-        msgspec.json.encode(Tried("x")),
-        msgspec.json.encode(Tried(None)),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("part", "replacement", "refused"),
-    [
-        ("unusable", lambda device: "the allocator is cudaMallocAsync", "the allocator is cudaMallocAsync"),
-        ("Slab", PlanError("no room here.\nMore lines."), "PlanError: no room here"),
-        ("facts", RuntimeError("CUDA driver initialization failed"), "RuntimeError: CUDA driver initialization failed"),
-        ("facts", lambda: Facts("2.9.0", 7, ()), "torch 2.9.0 finds no CUDA device in the teacher's environment"),
-    ],
-)
-def test_an_exporter_says_why_it_cannot(fake, capsys, monkeypatch, part, replacement, refused):
-    module = {"unusable": cuda_ipc, "Slab": cuda_slab, "facts": cuda_probe}[part]
-    monkeypatch.setattr(module, part, raising(replacement) if isinstance(replacement, Exception) else replacement)
-    message = exported(capsys, monkeypatch)
-    assert message.refused == refused
-    assert message.exports == ()
+def answers(capture, message: Exported) -> list[str | None]:
+    """What an importer says of it."""
+    probe.import_(msgspec.json.encode(message))
+    return [answer.reason for answer in said(capture, Answer)]
 
 
 def raising(error: Exception):
@@ -118,63 +61,106 @@ def raising(error: Exception):
     return raises
 
 
+def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeypatch):
+    message = exported(monkeypatch, capsys, 0, 1)
+    assert (message.refused, message.facts, list(message.exports)) == (None, THEIRS, [0, 1])
+    handles = {msgspec.json.decode(one, type=cuda_slab.Export).memory.handle for one in message.exports.values()}
+    assert len(handles) == 2, "each importing GPU has a slab of its own"
+    monkeypatch.setattr(probe, "facts", lambda: OURS)
+    assert answers(capsys, message) == [None, None, None, None]
+
+
+def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, capsys, monkeypatch):
+    kept, events = weakref.WeakSet(), []
+    real = cuda_slab.Slab
+
+    def slab(*args: object, **kwargs: object) -> cuda_slab.Slab:
+        made = real(*args, **kwargs)
+        kept.add(made)
+        return made
+
+    def told() -> bytes:
+        events.append((len(said(capsys, Exported)), len(kept)))
+        return b""
+
+    monkeypatch.setattr(cuda_slab, "Slab", slab)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=told)))
+    probe.export((0, 1))
+    assert events == [(1, 2)]
+
+
+def test_a_message_is_told_from_what_else_is_printed():
+    lines = (b"half a line" + probe.encode(Answer("x")) + b"noise\n" + probe.encode(Answer(None))).split(b"\n")
+    assert list(probe.messages(lines)) == [msgspec.json.encode(Answer("x")), msgspec.json.encode(Answer(None))]
+
+
+@pytest.mark.parametrize(
+    ("part", "replacement", "refused"),
+    [
+        ("unusable", lambda device: "the allocator is cudaMallocAsync", "the allocator is cudaMallocAsync"),
+        ("Slab", raising(PlanError("no room here.\nMore lines.")), "PlanError: no room here"),
+        ("facts", raising(RuntimeError("no CUDA driver")), "RuntimeError: no CUDA driver"),
+        ("facts", lambda: Facts("2.9.0", 7, ()), "torch 2.9.0 finds no CUDA device in the teacher's environment"),
+    ],
+)
+def test_an_exporter_says_why_it_cannot(fake, capsys, monkeypatch, part, replacement, refused):
+    monkeypatch.setattr({"unusable": cuda_ipc, "Slab": cuda_slab, "facts": probe}[part], part, replacement)
+    message = exported(monkeypatch, capsys, 0)
+    assert (message.refused, message.exports) == (refused, {})
+    assert answers(capsys, message) == [refused]
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         (AttachError("reads 3 where 5 was written. Set plane=host, which goes by."), "reads 3 where 5 was written"),
-        (
-            AttachError("GPU-x cannot be read: CUDA error: boom\nCUDA kernel errors"),
-            "GPU-x cannot be read: CUDA error: boom",
-        ),
+        (AttachError("GPU-x cannot be read: CUDA error: boom\nCUDA kernel"), "GPU-x cannot be read: CUDA error: boom"),
         (ValueError("odd"), "ValueError: odd"),
         (ValueError(), "ValueError: "),
     ],
 )
-def test_an_importer_says_why_it_cannot(fake, capsys, monkeypatch, error, reason):
-    message = cuda_probe._export(2, [])
-    real = cuda_slab.Opened
-    monkeypatch.setattr(cuda_slab, "Opened", lambda *args: raising(error)() if not fake.tried else real(*args))
-    fake.tried = 0
-    cuda_probe.try_all(tasks_of(message)[:1])
-    fake.tried = 1
-    cuda_probe.try_all(tasks_of(message)[1:])
-    assert said(capsys, Tried) == [Tried(reason), Tried(None)]
+def test_an_importer_says_why_it_cannot_and_tries_the_next(fake, capsys, monkeypatch, error, reason):
+    real, tried = cuda_slab.Opened, []
+
+    def opened(export: cuda_slab.Export, device: torch.device) -> cuda_slab.Opened:
+        tried.append(export)
+        if len(tried) == 1:
+            raise error
+        return real(export, device)
+
+    monkeypatch.setattr(cuda_slab, "Opened", opened)
+    assert answers(capsys, exported(monkeypatch, capsys, 0, 1)) == [None, None, reason, None]
 
 
-def test_gpus_without_peer_access_are_not_opened(fake, capsys, monkeypatch):
-    message = cuda_probe._export(2, [])
-    monkeypatch.setattr(cuda_probe, "facts", lambda: OURS)
-    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: (device, other) != (0, 1))
-    monkeypatch.setattr(cuda_slab, "Opened", raising(AssertionError("it was opened")))
-    cuda_probe.try_all(tasks_of(message)[:1])
-    assert said(capsys, Tried) == [Tried("no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)")]
-
-
-def test_a_gpu_needs_no_access_to_itself(fake, capsys, monkeypatch):
-    message = cuda_probe._export(1, [])
+def test_gpus_without_peer_access_are_not_opened_and_a_gpu_needs_none_to_itself(fake, capsys, monkeypatch):
+    message = exported(monkeypatch, capsys, 0, 1)
+    monkeypatch.setattr(probe, "facts", lambda: OURS)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: False)
-    cuda_probe.try_all(tasks_of(message))
-    assert said(capsys, Tried) == [Tried(None)]
+    monkeypatch.setattr(cuda_slab, "Opened", lambda export, device: opened.append(export))
+    opened: list[object] = []
+    reason = "no peer access (`nvidia-smi topo -p2p r` shows which GPUs have it)"
+    assert answers(capsys, message) == [None, None, reason, None]
+    assert len(opened) == 1
 
 
-def test_an_importer_without_cuda_says_so_once(fake, capsys, monkeypatch):
-    message = cuda_probe._export(2, [])
-    monkeypatch.setattr(cuda_probe, "facts", raising(RuntimeError("no driver")))
-    cuda_probe.try_all(tasks_of(message))
-    assert said(capsys, Tried) == [Tried("RuntimeError: no driver", of_jobs=True)]
+def test_an_importer_without_cuda_or_with_another_shmbridge_says_so_once(fake, capsys, monkeypatch):
+    message = exported(monkeypatch, capsys, 0, 1)
+    monkeypatch.setattr(probe, "facts", raising(RuntimeError("no driver")))
+    assert answers(capsys, message) == [None, "RuntimeError: no driver"]
+    probe.import_(b"[]")
+    (answer,) = said(capsys, Answer)
+    assert "garbled" in answer.reason and "teacher.python" in answer.reason
 
 
 @pytest.mark.parametrize(
     ("teacher", "training", "device", "reason"),
     [
-        ({}, {}, 0, None),
-        ({}, {}, 1, None),
         ({}, {"gpus": ()}, 0, "torch 2.9.0 finds no CUDA device in training's environment"),
         (
             {"torch": "2.10.0"},
             {},
             0,
-            "the teacher has torch 2.10.0, training has torch 2.9.0; .* .install the same in both",
+            "the teacher has torch 2.10.0, training has torch 2.9.0; .*install the same in both",
         ),
         ({"torch": "2.9.0+cu128"}, {"torch": "2.9.0+cu126"}, 0, "the teacher has torch 2.9.0.cu128"),
         ({"pid_namespace": 8}, {}, 0, "different PID namespaces, .* --pid=host"),
@@ -185,51 +171,25 @@ def test_an_importer_without_cuda_says_so_once(fake, capsys, monkeypatch):
 )
 def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, training, device, reason):
     theirs, ours = msgspec.structs.replace(THEIRS, **teacher), msgspec.structs.replace(OURS, **training)
-    found = cuda_probe.disagreement(theirs, ours, device)
-    if reason is None:
-        assert found is None
-        return
-    monkeypatch.setattr(cuda_probe, "facts", lambda: ours)
-    monkeypatch.setattr(cuda_slab, "Opened", raising(AssertionError("it was opened")))
-    cuda_probe.try_all([Task(device, theirs, msgspec.Raw(b"{}"))])
-    assert said(capsys, Tried) == [Tried(found, of_jobs=True)]
+    monkeypatch.setattr(probe, "facts", lambda: ours)
+    monkeypatch.setattr(cuda_slab, "Opened", lambda *_: pytest.fail("it was opened"))
+    heard, found = answers(capsys, Exported(None, theirs, {device: msgspec.Raw(b"{}")}))
+    assert heard is None
     assert re.search(reason, found)
 
 
 # The command, where torch finds no GPU
 
 
-def probe(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "shmbridge.plane.probe", *arguments],
+def test_the_exporting_process_ends_when_it_is_told():
+    with subprocess.Popen(
+        [sys.executable, "-m", "shmbridge.plane.probe", "export", "0", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
-def test_the_exporting_process_ends_when_it_is_told():
-    with probe("export", "2") as process:
-        text = next(iter(cuda_probe.messages(process.stdout)))
-        message = msgspec.json.decode(text, type=Exported)
+    ) as process:
+        message = msgspec.json.decode(next(iter(probe.messages(process.stdout))), type=Exported)
         assert message.refused == f"torch {torch.__version__} finds no CUDA device in the teacher's environment"
         assert message.facts == Facts(str(torch.__version__), cuda_ipc.pid_namespace(), ())
         process.stdin.close()
         assert process.wait(60) == 0
-
-
-def test_the_importing_process_ends_once_it_has_answered():
-    with probe("import") as process:
-        task = Task(0, THEIRS, msgspec.Raw(b"{}"))
-        process.stdin.write(b"noise\n" + cuda_probe.encode([task]))
-        process.stdin.flush()
-        (text,) = cuda_probe.messages(process.stdout)
-        assert "finds no CUDA device in training's environment" in msgspec.json.decode(text, type=Tried).reason
-        assert process.wait(60) == 0
-
-
-def test_an_importing_process_that_is_told_nothing_ends():
-    with probe("import") as process:
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert list(cuda_probe.messages(out.split(b"\n"))) == []
