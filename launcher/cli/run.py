@@ -112,9 +112,9 @@ def settle(settings: Config, planned: Plan, found: Machine, console: Console, si
     from launcher.plan import jobs, plane_choice
     from launcher.process import trial
 
-    if not planned.plane or not planned.plane.untried:
+    if not planned.plane or planned.plane.reason:
         return planned
-    pairs = plane_choice.pairs(planned.teachers, planned.train_gpus)
+    pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
     console.say(f"trying CUDA IPC between {plane_choice.between(pairs)}")
     exporters, importer = trial.commands(planned, pairs, os.environ)
     chosen = plane_choice.by_trial(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))
