@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from shmbridge.errors import AttachError, RingFull
 from shmbridge.output_spec import Extent
-from shmbridge.shm.layout import ARRAYS, CHUNK_HEAD, ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout, LaneWord
+from shmbridge.shm.layout import ARRAYS, CHUNK_HEAD, ERROR_CAPACITY, REPLY_HEAD, REQUEST, LaneLayout
 from shmbridge.shm.ring import Composition, Ring
 
 PLACE = Composition(1, 0, 2, 4, 7, 1000)
@@ -34,6 +34,11 @@ def answer(ring: Ring, error: str | None = None) -> int:
     ring.write_reply(sequence, PLACE, error)
     ring.publish_reply(sequence)
     return sequence
+
+
+def stream(ring: Ring, sequence: int, start: int) -> None:
+    ring.write_chunk(sequence, start, 5)
+    ring.publish_chunk()
 
 
 def test_a_request_arrives_as_it_was_sent():
@@ -66,19 +71,6 @@ def test_every_array_arrives_beside_the_ids_and_none_reaches_beyond_the_slot(nam
     assert (request.extent, request.probe, request.step) == (extent, "mask" in names, None)
 
 
-def test_nothing_is_seen_before_it_is_published():
-    ring = make()
-    sequence = ring.claim()
-    ring.write_request(sequence, None, Extent(2, 4), memoryview(bytes(64)))
-    assert ring.next_request() is None
-    ring.publish_request(sequence)
-    assert ring.next_request() == 0
-    ring.write_reply(0, PLACE)
-    assert ring.answered(0) is None
-    ring.publish_reply(0)
-    assert ring.answered(0)
-
-
 def test_a_full_ring_refuses_and_a_release_frees():
     ring = make(depth=2)
     ask(ring), ask(ring)
@@ -100,31 +92,43 @@ def test_a_long_traceback_keeps_its_end():
     assert head.error is not None and head.error.endswith("the end") and len(head.error) == ERROR_CAPACITY
 
 
-def test_a_reply_of_another_sequence_or_generation_is_refused():
-    ring = make(depth=1)
-    ask(ring)
-    answer(ring)
-    for generation, sequence in ((3, 1), (2, 0)):
-        REPLY_HEAD.pack_into(ring.memory, ring.layout.reply_head(0), generation, sequence, 1, *[0] * 8)
-        with pytest.raises(AttachError, match="refused"):
-            ring.read_reply(0)
-
-
 @pytest.mark.parametrize(("generation", "sequence"), [(3, 1), (2, 0)])
-def test_a_request_of_another_sequence_or_generation_is_refused(generation, sequence):
-    ring = make(depth=1)
+@pytest.mark.parametrize("what", ["request", "reply", "chunk"])
+def test_what_belongs_to_another_sequence_or_generation_is_refused(what, generation, sequence):
+    ring = make(depth=1, chunks=2)
     ask(ring)
-    REQUEST.pack_into(ring.memory, ring.layout.request(0), generation, sequence, 9, 2, 4, 8, 0, 8, 0)
+    stream(ring, 0, 0)
+    answer(ring)
+    head, offset, values, read = {
+        "request": (REQUEST, ring.layout.request(0), (9, 2, 4, 8, 0, 8, 0), lambda: ring.read_request(0)),
+        "reply": (REPLY_HEAD, ring.layout.reply_head(0), (1, *[0] * 8), lambda: ring.read_reply(0)),
+        "chunk": (CHUNK_HEAD, ring.layout.chunk_head(0), (0, 5), lambda: ring.next_chunk(0)),
+    }[what]
+    head.pack_into(ring.memory, offset, 3, 0, *values)
+    read()
+    ring.replied = 0  # else a chunk of a later sequence tells that the reply is over
+    head.pack_into(ring.memory, offset, generation, sequence, *values)
     with pytest.raises(AttachError, match="refused"):
-        ring.read_request(0)
+        read()
 
 
-@pytest.mark.parametrize(("requested", "replied"), [(3, 0), (0, 1), (2**63, 0), (7, 4)])
-def test_garbled_cursors_are_named(requested, replied):
-    ring = make(depth=2)
-    ring.words[LaneWord.REQUESTED], ring.words[LaneWord.REPLIED] = requested, replied
-    with pytest.raises(AttachError, match="cursors are garbled"):
-        ring.next_request()
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"requested": 3},
+        {"replied": 1},
+        {"requested": 2**63},
+        {"requested": 7, "replied": 4},
+        {"requested": 1, "abandoned": 8},
+        {"streamed": 2**40},
+    ],
+)
+def test_garbled_cursors_are_named(words):
+    ring = make(depth=2, chunks=2)
+    for name, value in words.items():
+        setattr(ring, name, value)
+    with pytest.raises(AttachError, match="refused" if "streamed" in words else "cursors are garbled"):
+        ring.next_chunk(0) if "streamed" in words else ring.next_request()
 
 
 @given(fields=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 9), min_size=9, max_size=9))
@@ -166,11 +170,6 @@ def test_cursors_keep_their_order_under_any_schedule(moves, depth):
         assert released <= answered <= asked <= released + depth
 
 
-def stream(ring: Ring, sequence: int, start: int) -> None:
-    ring.write_chunk(sequence, start, 5)
-    ring.publish_chunk()
-
-
 def test_chunks_are_read_in_order_and_wait_for_room():
     ring = make(chunks=2)
     assert ring.next_chunk(0) is None
@@ -195,22 +194,6 @@ def test_chunks_of_an_abandoned_reply_are_skipped():
     assert ring.consumed == 2
 
 
-@pytest.mark.parametrize(("generation", "sequence"), [(3, 1), (2, 0)])
-def test_a_chunk_of_a_later_request_or_another_generation_is_refused(generation, sequence):
-    ring = make(chunks=2)
-    stream(ring, 0, 0)
-    CHUNK_HEAD.pack_into(ring.memory, ring.layout.chunk_head(0), generation, sequence, 0, 5)
-    with pytest.raises(AttachError, match="refused"):
-        ring.next_chunk(0)
-
-
-def test_garbled_chunk_cursors_are_named():
-    ring = make(chunks=2)
-    ring.words[LaneWord.STREAMED] = 2**40
-    with pytest.raises(AttachError, match="refused"):
-        ring.next_chunk(0)
-
-
 def test_a_reply_that_was_skipped_is_no_reply():
     ring = make()
     ask(ring)
@@ -219,11 +202,3 @@ def test_a_reply_that_was_skipped_is_no_reply():
     ring.publish_reply(0)
     with pytest.raises(AttachError, match="status 3: refused"):
         ring.read_reply(0)
-
-
-def test_an_abandoned_cursor_beyond_the_requests_is_garbled():
-    ring = make()
-    ask(ring)
-    ring.abandon(7)
-    with pytest.raises(AttachError, match="cursors are garbled"):
-        ring.next_request()
