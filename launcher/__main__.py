@@ -2,6 +2,6 @@
 
 import sys
 
-from launcher.cli.main import main
+from shmbridge.launch import main
 
 sys.exit(main())

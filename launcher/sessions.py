@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import msgspec
 
@@ -30,6 +31,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     state: str = LIVE
     objects: int = 0  # in /dev/shm
+    nbytes: int = 0  # that these take
     problem: str = ""  # why it cannot be read
     run: str = ""
     snapshot: Snapshot | None = None
@@ -54,9 +56,9 @@ def every() -> list[Session]:
 
 def dead() -> list[str]:
     """Ids of this user's dead sessions."""
-    return [
-        session_id for session_id, left in owner.objects().items() if not _other_user(left) and not live(session_id)
-    ]
+    found = owner.objects()
+    mine = [one for one, left in found.items() if all(stat.st_uid == os.geteuid() for stat in _stats(left))]
+    return [session_id for session_id in mine if not live(session_id)]
 
 
 def reclaim() -> Iterator[tuple[str, int]]:
@@ -100,10 +102,12 @@ def _listed(sessions: Sequence[Session]) -> str:
 
 
 def _read(session_id: str, name: str, left: Sequence[str]) -> Session:
-    found = Session(session_id=session_id, name=name, objects=len(left))
-    other = _other_user(left)
-    if other:
-        return msgspec.structs.replace(found, state=UNREADABLE, problem=f"it belongs to uid {other}")
+    stats = _stats(left)
+    nbytes = 512 * sum(stat.st_blocks for stat in stats)
+    found = Session(session_id=session_id, name=name, objects=len(left), nbytes=nbytes)
+    others = [stat.st_uid for stat in stats if stat.st_uid != os.geteuid()]
+    if others:
+        return msgspec.structs.replace(found, state=UNREADABLE, problem=f"it belongs to uid {others[0]}")
     if not live(session_id):
         return msgspec.structs.replace(found, state=STALE)
     try:
@@ -114,13 +118,10 @@ def _read(session_id: str, name: str, left: Sequence[str]) -> Session:
     return msgspec.structs.replace(found, run=view.settings.run_dir, snapshot=seen)
 
 
-def _other_user(names: Sequence[str]) -> str:
-    """The uid that an object of a session belongs to, where that is not this user's; else empty."""
+def _stats(names: Sequence[str]) -> list[os.stat_result]:
+    """Of a session's objects, without those that its owner is just removing."""
+    found = []
     for name in names:
-        try:
-            uid = (owner.SHM_DIRECTORY / name).lstat().st_uid
-        except FileNotFoundError:  # its owner is removing it
-            continue
-        if uid != os.geteuid():
-            return str(uid)
-    return ""
+        with suppress(FileNotFoundError):
+            found.append((owner.SHM_DIRECTORY / name).lstat())
+    return found

@@ -22,6 +22,7 @@ def folder(name: str) -> Path:
 def main() -> int:
     """Run the command line of this process; the exit code."""
     load_launcher()
+    import_module("launcher.process.signals").exit_on_interrupt()
     code: int = import_module("launcher.cli.main").main()
     return code
 

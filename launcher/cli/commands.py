@@ -14,10 +14,11 @@ import msgspec
 from launcher import registry, sessions
 from launcher.cli import parsers
 from launcher.console.text import size, table
+from launcher.doctor import command as doctor
 from launcher.hang import report, snapshot, status
+from launcher.process.signals import Signals, Stopped
 from launcher.sessions import LIVE, STALE, Session
 from shmbridge.errors import AttachError
-from shmbridge.shm import owner
 from shmbridge.shm.session import MappedSession
 
 _EVERY_S = 1.0
@@ -51,30 +52,28 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
+    """With --watch once a second, until Ctrl-C or the session's end."""
     session = sessions.find(args.session)
     view = MappedSession(session.session_id)
-    if args.watch:
-        return _keep_showing(session, view)
-    print(_page(session, view))
-    return 0
 
+    def page() -> str:
+        return status.page(snapshot.look(view), session.name, view.settings.run_dir)
 
-def _page(session: Session, view: MappedSession) -> str:
-    return status.page(snapshot.look(view), session.name, view.settings.run_dir)
-
-
-def _keep_showing(session: Session, view: MappedSession) -> int:
-    """Once a second, until Ctrl-C or the session's end."""
+    if not args.watch:
+        print(page())
+        return 0
     clear = _CLEAR if sys.stdout.isatty() else ""
     try:
-        while sessions.live(session.session_id):
-            if view.control.generation != view.generation:
-                view.update()
-            print(f"{clear}{time.strftime('%H:%M:%S')}  {_page(session, view)}\n", flush=True)
-            time.sleep(_EVERY_S)
+        with Signals() as signals:
+            while sessions.live(session.session_id):
+                if view.control.generation != view.generation:
+                    view.update()
+                print(f"{clear}{time.strftime('%H:%M:%S')}  {page()}\n", flush=True)
+                signals.wait(_EVERY_S)
+                signals.check()
     except AttachError:
         pass  # it ended between two looks
-    except KeyboardInterrupt:
+    except Stopped:
         return 0
     print(f"session {session.short} has ended")
     return 0
@@ -114,39 +113,22 @@ def _line(one: Session) -> tuple[str, ...]:
 def _clean(args: argparse.Namespace) -> int:
     """Whoever is live holds a kernel lock, and is not touched."""
     would = "would remove" if args.dry_run else "removed"
-    dead = {one.session_id: _bytes(one.session_id) for one in sessions.every() if one.state == STALE}
-    removed = (
-        [(one, len(owner.objects(one).get(one, []))) for one in dead] if args.dry_run else list(sessions.reclaim())
-    )
-    for session_id, count in removed:
-        freed = f" ({size(dead[session_id])})" if dead.get(session_id) else ""
-        print(f"{would} {count} objects{freed} of the dead session {session_id[: sessions.SHORT]}")
+    found = sessions.every()
+    removed = [one for one in found if one.state == STALE]
+    if not args.dry_run:
+        reclaimed = dict(sessions.reclaim())
+        removed = [one for one in removed if one.session_id in reclaimed]
+    for one in removed:
+        print(f"{would} {one.objects} objects ({size(one.nbytes)}) of the dead session {one.short}")
     names = [name for name in registry.entries() if registry.remove_if_free(name, args.dry_run)]
     for name in names:
         print(f"{would} the name {name!r}, which no live launcher holds")
     if not removed and not names:
         print("nothing to remove")
-    live = sum(one.state == LIVE for one in sessions.every())
+    live = sum(one.state == LIVE for one in found)
     if live:
         print(f"{live} live session{'s' if live > 1 else ''} untouched")
     return 0
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    """Every check of the machine; 1 where one finds a fault."""
-    from launcher.doctor import command
-
-    return command.main(args.json)
-
-
-def _bytes(session_id: str) -> int:
-    total = 0
-    for name in owner.objects(session_id).get(session_id, []):
-        try:
-            total += (owner.SHM_DIRECTORY / name).stat().st_blocks * 512
-        except OSError:
-            pass
-    return total
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -154,5 +136,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "ls": _list,
     "clean": _clean,
-    "doctor": _doctor,
+    "doctor": lambda args: doctor.main(args.json),
 }

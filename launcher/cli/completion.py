@@ -11,7 +11,7 @@ from launcher.cli import parsers
 from launcher.codes import REFUSED
 from shmbridge.launch import folder
 
-_FILES = ("config", "teacher")
+_FILES = ("config", "teacher.model")
 _FOLDERS = ("run_dir",)
 
 # The training script and its arguments follow `--`: files, which shtab does not know. Bash and zsh run the first line of

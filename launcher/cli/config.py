@@ -11,7 +11,6 @@ import yaml
 from msgspec import inspect as types
 
 from launcher.cli import parsers
-from launcher.cli.run import values
 from shmbridge import __version__, config
 from shmbridge.config import Config, schema
 
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     parser = parsers.command("config")
     args, unknown = parser.parse_known_intermixed_args(argv)
     parsers.refuse_unknown_flag(parser, unknown)
-    given = config.given(args.config, args.overrides, values(args))
+    given = config.given(args.config, args.overrides, parsers.values(args))
     print(page(config.from_tree(given), given), end="")
     return 0
 

@@ -1,6 +1,8 @@
 """`shmbridge-launch`: which command is meant.
 
 shmbridge-launch --teacher-gpu 7 --train-gpus 0-6 --teacher MODEL [a.b=c ...] -- train.py ARGS
+
+Each command imports what it needs itself, so that it loads no more than that.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from launcher.cli import parsers
-from launcher.codes import INTERRUPTED, REFUSED
+from launcher.codes import REFUSED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,55 +26,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return REFUSED
     if argv[0] == "help":
         argv = [*argv[1:], "--help"]
+    from launcher.process.signals import Stopped
     from shmbridge.errors import ShmbridgeError
 
-    said_by = parsers.PROGRAM
+    is_command = argv[0] in parsers.COMMANDS
+    said_by = f"{parsers.PROGRAM} {argv[0]}" if is_command else parsers.PROGRAM
     try:
-        if argv[0] in parsers.COMMANDS:
-            parsers.refuse_missing_word(argv)
-            said_by += f" {argv[0]}"
-            return _command(argv)
-        arguments, script = _split(argv)
-        if "--" not in argv:
-            parsers.refuse_missing_separator(parser, argv)
-        args, unknown = parser.parse_known_intermixed_args(arguments)
-        parsers.refuse_unknown_flag(parser, unknown)
-        return _launch(args, script)
+        return _command(*argv) if is_command else _launch(parser, argv)
     except ShmbridgeError as error:
         print(f"{said_by}: {error}", file=sys.stderr)
         return REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except Stopped as stopped:
+        from launcher.console.terminal import Console
+
+        Console().say(str(stopped))
+        return 128 + stopped.number
 
 
-def _command(argv: Sequence[str]) -> int:
-    """The commands import what they need themselves, so that each loads no more than that."""
-    name, *rest = argv
-    if name == "config":
-        from launcher.cli import config
-
-        return config.main(rest)
-    if name == "completion":
-        from launcher.cli import completion
-
-        return completion.main(rest)
-    if name == "teacher":
-        from launcher.cli import teacher
-
-        return teacher.main(rest)
+def _command(name: str, *rest: str) -> int:
+    parsers.refuse_missing_word(name, rest)
+    if name in ("config", "completion", "teacher"):
+        code: int = import_module(f"launcher.cli.{name}").main(rest)
+        return code
     from launcher.cli import commands
 
     return commands.main(name, rest)
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The launcher's arguments, and the training command after the first `--`."""
-    arguments = list(argv)
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
-
-
-def _launch(args: argparse.Namespace, script: Sequence[str]) -> int:
+def _launch(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """A run: the launcher's arguments stand before the first `--`, the training command after it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    script = argv[at + 1 :]
+    if at == len(argv):
+        parsers.refuse_missing_separator(parser, argv)
+    args, unknown = parser.parse_known_intermixed_args(argv[:at])
+    parsers.refuse_unknown_flag(parser, unknown)
     from launcher.console.terminal import Console
 
     if args.attach is not None:

@@ -8,6 +8,7 @@ import difflib
 import re
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from shmbridge import __version__
 from shmbridge.errors import ConfigError
@@ -27,6 +28,34 @@ COMMANDS = {
 }
 _SPLIT = re.compile(r"=[{\[][^}\]]*$")  # a setting whose brace or bracket does not close
 SHELLS = ("bash", "zsh", "fish")
+_TEACHER_COMMANDS = {
+    "start": "load a teacher and keep it, in the background, for training groups that come with --attach NAME",
+    "status": "what it is, who holds it",
+    "stop": "end it",
+}
+
+# Flag, setting, what its value is called, type, help. Every flag is a setting.
+_Flag = tuple[str, str, str, type, str]
+_CONFIG: _Flag = ("--config", "config", "FILE", str, "file or ready configuration; FILE#a.b reads one section")
+_RUN_DIR: _Flag = ("--run-dir", "run_dir", "DIR", str, "each run gets its own directory in it (default: runs)")
+_TRAIN_GPUS: _Flag = ("--train-gpus", "train.gpus", "GPUS", str, "0-6 or 0,2,5: one rank each; 0,0: two on one GPU")
+_CPU: _Flag = ("--cpu", "train.cpu_ranks", "N", int, "N training ranks on the CPU, instead of --train-gpus")
+_TEACHER: tuple[_Flag, ...] = (
+    ("--teacher", "teacher.model", "MODEL", str, "directory, hub id or .gguf file; or module:build"),
+    ("--teacher-gpu", "teacher.gpus", "GPUS", str, "such as 7 or 6,7 (default: the teacher is on the CPU)"),
+    ("--teacher-replicas", "teacher.replicas", "N", int, "copies (default: one on each of its GPUs)"),
+    ("--teacher-restarts", "teacher.restarts", "N", int, "start a dead teacher again, up to N times"),
+    ("--plane", "plane", "PLANE", str, "where replies lie: auto, cuda_ipc or host (default: auto)"),
+)
+_TRAINING: tuple[_Flag, ...] = (
+    *(_TRAIN_GPUS, _CPU),
+    ("--train-restarts", "train.restarts", "N", int, "start crashed training again, up to N times"),
+    ("--torchrun", "train.torchrun_args", "ARGS", str, 'further flags of torchrun, in one string: "--tee 3"'),
+)
+_RUN: tuple[_Flag, ...] = (
+    *(_CONFIG, _RUN_DIR),
+    ("--name", "name", "NAME", str, "alias of the session; refused while a live launcher has it"),
+)
 
 _EXAMPLE = f"{PROGRAM} --teacher-gpu 7 --train-gpus 0-6 --teacher meta-llama/Llama-3.1-8B -- train.py --lr 1e-4"
 _EPILOG = f"""\
@@ -62,119 +91,14 @@ def launch() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--version", action="version", version=f"shmbridge {__version__}")
-    add_teacher_flags(parser)
-    training = parser.add_argument_group("training")
-    _add_training_flags(training)
-    run = parser.add_argument_group("the run")
-    _add_run_flags(run)
-    run.add_argument("--attach", metavar="NAME", help="train with the teacher that `teacher start NAME` keeps loaded")
-    run.add_argument(
-        "--no-teacher", action="store_true", help="run the same script without a teacher; it must look at reply.missing"
-    )
-    run.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
-
-
-def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher", metavar="MODEL", help="directory, hub id or .gguf file; or module:build")
-    group.add_argument("--teacher-gpu", metavar="GPUS", help="such as 7 or 6,7 (default: the teacher is on the CPU)")
-    group.add_argument("--teacher-replicas", metavar="N", type=int, help="copies (default: one on each of its GPUs)")
-    group.add_argument("--teacher-restarts", metavar="N", type=int, help="start a dead teacher again, up to N times")
-    group.add_argument("--plane", metavar="PLANE", help="where replies lie: auto, cuda_ipc or host (default: auto)")
-
-
-def _add_training_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--train-gpus", metavar="GPUS", help="such as 0-6 or 0,2,5, one rank each; 0,0: two on one GPU")
-    group.add_argument("--cpu", metavar="N", type=int, help="N training ranks on the CPU, instead of --train-gpus")
-    group.add_argument("--train-restarts", metavar="N", type=int, help="start crashed training again, up to N times")
-    group.add_argument("--torchrun", metavar="ARGS", help='further flags of torchrun, in one string: "--tee 3"')
-
-
-def _add_run_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--config", metavar="FILE", help="YAML file, or the name of a ready configuration; FILE#a.b reads one section"
-    )
-    group.add_argument("--run-dir", metavar="DIR", help="each run gets its own directory in it (default: runs)")
-    group.add_argument("--name", metavar="NAME", help="alias of the session; refused while a live launcher has it")
-
-
-def teacher_start() -> argparse.ArgumentParser:
-    """The parser of `teacher start`."""
-    parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} teacher start",
-        usage="%(prog)s NAME [flags] [a.b=c ...]",
-        description="Load a teacher and keep it, in the background, for training groups that come with --attach NAME.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "words", nargs="+", metavar="NAME [a.b=c ...]", help="its name, then settings such as ring.depth=4"
-    )
-    _add_start_flags(parser)
-    return parser
-
-
-def _add_start_flags(parser: argparse.ArgumentParser) -> None:
-    add_teacher_flags(parser)
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file, or the name of a ready configuration; FILE#a.b reads one section"
-    )
-    parser.add_argument("--run-dir", metavar="DIR", help="the teacher gets its own directory in it (default: runs)")
-    parser.add_argument("--train-gpus", metavar="GPUS", help="which GPUs will train (default: all others)")
-    parser.add_argument("--cpu", metavar="N", type=int, help="how many ranks on the CPU are planned for")
-    parser.add_argument("--foreground", action="store_true", help="stay in this terminal; Ctrl-C ends the teacher")
-
-
-def kept_teacher() -> argparse.ArgumentParser:
-    """The parser of `teacher status` and `teacher stop`; `teacher_start` parses `teacher start`."""
-    parser = argparse.ArgumentParser(prog=f"{PROGRAM} teacher", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("start", help="load a teacher and keep it (teacher start --help)")
-    _add_kept_commands(commands)
-    return parser
-
-
-def _add_kept_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    for command, says in (("status", "what it is, who holds it"), ("stop", "end it")):
-        sub = commands.add_parser(command, help=says, allow_abbrev=False)
-        sub.add_argument("name", metavar="NAME")
-        if command == "stop":
-            sub.add_argument("--force", action="store_true", help="end the training group that holds it first")
-
-
 def command(name: str) -> argparse.ArgumentParser:
-    """The parser of the arguments after one of COMMANDS."""
-    says = COMMANDS[name]
+    """The parser of the arguments after one of COMMANDS, or after `teacher start`."""
+    says = COMMANDS[name] if name in COMMANDS else _TEACHER_COMMANDS[name.removeprefix("teacher ")]
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}", description=f"{says[0].upper()}{says[1:]}.", allow_abbrev=False
     )
-    add_command_flags(parser, name)
+    _add_command_flags(parser, name)
     return parser
-
-
-def add_command_flags(parser: argparse.ArgumentParser, name: str) -> None:
-    if name in ("status", "report"):
-        parser.add_argument(
-            "session", nargs="?", default="", metavar="SESSION", help="name, id, or the beginning of an id"
-        )
-    if name == "status":
-        parser.add_argument(
-            "--watch", action="store_true", help="again every second, until Ctrl-C or the session's end"
-        )
-    if name == "report":
-        parser.add_argument("--json", action="store_true", help="every fact as JSON")
-    if name == "doctor":
-        parser.add_argument("--json", action="store_true", help="every fact as JSON: name, status, found, remedy")
-    if name == "clean":
-        parser.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
-    if name == "completion":
-        parser.add_argument("shell", choices=SHELLS, help="the shell that is to read it")
-    if name == "config":
-        parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4")
-        add_teacher_flags(parser)
-        _add_training_flags(parser.add_argument_group("training"))
-        _add_run_flags(parser.add_argument_group("the run"))
 
 
 def whole() -> argparse.ArgumentParser:
@@ -184,23 +108,95 @@ def whole() -> argparse.ArgumentParser:
     _add_launch_flags(parser)
     commands = parser.add_subparsers()
     for name, says in COMMANDS.items():
-        sub = commands.add_parser(name, help=says)
-        if name == "teacher":
-            kept = sub.add_subparsers()
-            start = kept.add_parser("start", help="load a teacher and keep it")
-            start.add_argument("name", metavar="NAME")
-            _add_start_flags(start)
-            _add_kept_commands(kept)
-        else:
-            add_command_flags(sub, name)
+        _add_command_flags(commands.add_parser(name, help=says), name)
     return parser
 
 
-def refuse_missing_word(argv: Sequence[str]) -> None:
-    """Raises ConfigError where a command stands alone that needs another word."""
+def _add(parser: argparse.ArgumentParser, title: str, flags: Sequence[_Flag]) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group(title)
+    for flag, setting, metavar, kind, says in flags:
+        group.add_argument(flag, dest=setting, metavar=metavar, type=kind, help=says)
+    return group
+
+
+def _add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"shmbridge {__version__}")
+    _add(parser, "teacher", _TEACHER)
+    _add(parser, "training", _TRAINING)
+    run = _add(parser, "the run", _RUN)
+    run.add_argument("--attach", metavar="NAME", help="train with the teacher that `teacher start NAME` keeps loaded")
+    run.add_argument(
+        "--no-teacher", action="store_true", help="run the same script without a teacher; it must look at reply.missing"
+    )
+    run.add_argument("--dry-run", action="store_true", help="print commands, environment and memory plan, then stop")
+
+
+def _add_command_flags(parser: argparse.ArgumentParser, name: str) -> None:
+    def switch(flag: str, says: str) -> None:
+        parser.add_argument(flag, action="store_true", help=says)
+
+    if name in ("status", "report"):
+        says = "name, id, or the beginning of an id"
+        parser.add_argument("session", nargs="?", default="", metavar="SESSION", help=says)
+    if name == "status":
+        switch("--watch", "again every second, until Ctrl-C or the session's end")
+    elif name == "report":
+        switch("--json", "every fact as JSON")
+    elif name == "doctor":
+        switch("--json", "every fact as JSON: name, status, found, remedy")
+    elif name == "clean":
+        switch("--dry-run", "say what would be removed, and remove nothing")
+    elif name == "completion":
+        parser.add_argument("shell", choices=SHELLS, help="the shell that is to read it")
+    elif name == "config":
+        parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, such as ring.depth=4")
+        _add(parser, "teacher", _TEACHER)
+        _add(parser, "training", _TRAINING)
+        _add(parser, "the run", _RUN)
+    elif name == "teacher":
+        commands = parser.add_subparsers(dest="command", required=True)
+        for word, says in _TEACHER_COMMANDS.items():
+            _add_command_flags(commands.add_parser(word, help=says, allow_abbrev=False), f"teacher {word}")
+    elif name == "teacher start":
+        parser.usage = f"{PROGRAM} {name} NAME [flags] [a.b=c ...]"
+        says = "its name, then settings such as ring.depth=4"
+        parser.add_argument("words", nargs="+", metavar="NAME [a.b=c ...]", help=says)
+        _add(parser, "teacher", _TEACHER)
+        _add(parser, "the training to plan for (default: a rank on each other GPU)", (_TRAIN_GPUS, _CPU))
+        _add(parser, "the run", (_CONFIG, _RUN_DIR))
+        switch("--foreground", "stay in this terminal; Ctrl-C ends the teacher")
+    elif name in ("teacher status", "teacher stop"):
+        parser.add_argument("name", metavar="NAME")
+        if name == "teacher stop":
+            switch("--force", "end the training group that holds it first")
+
+
+def values(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that were given, as dotted settings. None takes back what the config file has: --cpu its GPUs, --train-gpus
+    its ranks on the CPU.
+
+    Raises:
+        ConfigError: a GPU list, or --config, is there but blank.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    for flag, setting, *_ in (_CONFIG, _TEACHER[1], _TRAIN_GPUS):
+        if setting in given and not given[setting].strip():
+            what = "give a file or the name of a ready configuration" if flag == "--config" else "name GPUs such as 0-6"
+            raise ConfigError(f"{flag} is empty; {what}, or leave the flag out.")
+    values: dict[str, Any] = {"enabled": False} if given.get("no_teacher") else {}
+    if "train.cpu_ranks" in given:
+        values |= {"train.gpus": None, "teacher.gpus": None}
+    if "train.gpus" in given:
+        values |= {"train.cpu_ranks": None}
+    settings = [setting for _, setting, *_ in (*_TEACHER, *_TRAINING, _RUN_DIR, _RUN[-1])]
+    return values | {setting: given[setting] for setting in settings if setting in given}
+
+
+def refuse_missing_word(name: str, rest: Sequence[str]) -> None:
+    """Raises ConfigError where the command `name` needs another word and has none."""
     needed = {"teacher": "a command: start, status or stop", "completion": "a shell: bash, zsh or fish"}
-    if len(argv) == 1 and argv[0] in needed:
-        raise ConfigError(f"`{PROGRAM} {argv[0]}` needs {needed[argv[0]]}.")
+    if not rest and name in needed:
+        raise ConfigError(f"`{PROGRAM} {name}` needs {needed[name]}.")
 
 
 def refuse_missing_separator(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

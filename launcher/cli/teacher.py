@@ -5,81 +5,54 @@ from __future__ import annotations
 import argparse
 import os
 import select
-import time
-from collections.abc import Sequence
-from contextlib import closing
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
 
-from launcher.cli import parsers, teacher_start
-from launcher.cli.run import values
-from launcher.console.text import listed, seconds, table
-from launcher.keeper import messages
+import msgspec
+
+from launcher import registry
+from launcher.cli import parsers
+from launcher.cli.run import announce, prepared, reclaim
+from launcher.console.logs import Tail
+from launcher.console.terminal import LAUNCHER, Console
+from launcher.console.text import seconds, table
+from launcher.keeper import agreement, messages, transport
 from launcher.keeper.client import Connection
-from launcher.keeper.messages import Standing
+from launcher.keeper.server import Listener
+from launcher.plan import jobs, machine, placement
+from launcher.plan.jobs import Plan
+from launcher.plan.machine import Machine
+from launcher.process.signals import STOP, Signals
+from launcher.supervisor.hosted import HostedSession
 from shmbridge import config
+from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded
 from shmbridge.shm import process
 
 _QUIET_S = 3.0  # a stop that takes longer says what it waits for
+_LOOK_S = 0.05
+_READY = b"ready"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what follows `teacher` on the command line; the exit code."""
-    if argv[:1] == ["start"]:
-        return _start(parsers.teacher_start().parse_intermixed_args(argv[1:]))
-    args = parsers.kept_teacher().parse_args(argv)
+    if argv[0] == "start":
+        return _start(parsers.command("teacher start").parse_intermixed_args(argv[1:]))
+    args = parsers.command("teacher").parse_args(argv)
     with closing(Connection(args.name, to_stop=args.command == "stop")) as connection:
-        return _status(connection) if args.command == "status" else _stop(connection, args.force)
-
-
-def _start(args: argparse.Namespace) -> int:
-    name, *overrides = args.words
-    if not name or "=" in name:
-        raise ConfigError(f"the first word after `teacher start` is {name!r}; expected the teacher's name.")
-    settings = teacher_start.settings_of(config.given(args.config, overrides, values(args)), name)
-    if not settings.enabled:
-        raise ConfigError("enabled is false, and a kept teacher is nothing else than enabled: leave it out.")
-    if args.foreground:
-        return teacher_start.keep(settings, lambda run: None, lambda: None)
-    return teacher_start.in_background(settings)
-
-
-def _status(connection: Connection) -> int:
-    print(_page(connection.ask(messages.Look(), Standing), time.time()))
-    return 0
-
-
-def _page(standing: Standing, now: float) -> str:
-    where = f"GPU {standing.gpus}" if standing.gpus else "the CPU"
-    pids = listed([str(pid) if pid else "none" for pid in standing.teachers])
-    rows = [
-        ("state", standing.state),
-        ("teacher", f"{standing.model} on {where}, pid {pids}"),
-        ("plane", standing.plane),
-        ("keeper", f"pid {standing.pid}, since {_since(standing.since, now)}"),
-        ("session", standing.session),
-        ("run", standing.run),
-        ("answered", f"{standing.answered} request{'s' if standing.answered != 1 else ''}"),
-        ("held by", "nobody"),
-    ]
-    holder = standing.holder
-    if holder:
-        ranks = (
-            f"generation {holder.generation}, {holder.ranks} rank{'s' if holder.ranks > 1 else ''}, run {holder.run}"
-        )
-        rows[-1] = ("held by", f"pid {holder.pid}, since {_since(holder.since, now)}")
-        rows.append(("", ranks))
-    return f"kept teacher {standing.name}\n{table(rows)}"
-
-
-def _since(at: float, now: float) -> str:
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(at))} ({seconds(max(0.0, now - at))})"
+        if args.command == "stop":
+            return _stop(connection, args.force)
+        standing = connection.ask(messages.Look(), messages.Standing)
+        print(f"kept teacher {args.name}\n{table(standing.rows)}")
+        return 0
 
 
 def _stop(connection: Connection, force: bool) -> int:
     """Return once the keeper has ended. Raises DeadlineExceeded where it does not."""
     pid = connection.lines.pid
-    keeper = os.pidfd_open(pid)
-    try:
+    with open(os.pidfd_open(pid), "rb") as keeper:
         leaving = connection.ask(messages.Stop(force), messages.Leaving)
         poll = select.poll()
         poll.register(keeper, select.POLLIN)
@@ -90,7 +63,125 @@ def _stop(connection: Connection, force: bool) -> int:
                     f"the keeper of {connection.name} (pid {pid}) has not ended within {seconds(leaving.within_s)}; it is "
                     f"{process.state(pid)}. `kill -KILL {pid}` ends it and everything below it."
                 )
-    finally:
-        os.close(keeper)
     print(f"the kept teacher {connection.name} has ended")
     return 0
+
+
+def _start(args: argparse.Namespace) -> int:
+    name, *overrides = args.words
+    if not name or "=" in name:
+        raise ConfigError(f"the first word after `teacher start` is {name!r}; expected the teacher's name.")
+    given = config.given(args.config, overrides, parsers.values(args))
+    settings = agreement.located(config.from_tree({**given, "name": name}))
+    if not settings.enabled:
+        raise ConfigError("enabled is false, and a kept teacher is nothing else than enabled: leave it out.")
+    settings = msgspec.structs.replace(settings, teacher=msgspec.structs.replace(settings.teacher, keep=True))
+    console = Console()
+    reclaim(console)
+    found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
+    settings = _expecting(settings, found)
+    planned = jobs.plan(settings, ("-m", "training"), found)
+
+    def keep(told: int | None = None) -> int:
+        return _keep(settings, planned, found, console, told)
+
+    return keep() if args.foreground else _in_background(keep, console)
+
+
+def _expecting(settings: Config, found: Machine) -> Config:
+    """With the training group that is planned for, where none is named: a rank on each other GPU, or one for each replica."""
+    if settings.train.gpus or settings.train.cpu_ranks:
+        return settings
+    if settings.teacher.gpus:
+        own = placement.parse_gpus(settings.teacher.gpus, "teacher.gpus")
+        others = [number for number in range(len(found.gpus)) if number not in own] or own
+        train = msgspec.structs.replace(settings.train, gpus=",".join(map(str, others)))
+    else:
+        train = msgspec.structs.replace(settings.train, cpu_ranks=settings.teacher.replicas or 1)
+    return msgspec.structs.replace(settings, train=train)
+
+
+def _keep(settings: Config, planned: Plan, found: Machine, console: Console, told: int | None) -> int:
+    """Run a keeper to its end; its exit code. `told` is the pipe of a process that waits until the teacher is ready: it is told the run
+    directory, in which the output goes on as keeper.log, and then that the teacher is ready."""
+    name = settings.name
+    with (
+        Signals() as signals,
+        registry.claim(name, kept=True) as registration,
+        transport.listening(name) as listener,
+        prepared(settings, planned, found, console, signals) as made,
+    ):
+        assert isinstance(made.session, HostedSession)
+        registration.describe(made.token, str(made.run.resolve()))
+        if told is not None:
+            _log_to(made.run / "keeper.log")
+            os.write(told, f"{made.run}\n".encode())
+
+        def ready() -> None:
+            if told is not None:
+                with suppress(BrokenPipeError):  # whoever started the keeper has gone
+                    os.write(told, _READY)
+                os.close(told)
+
+        teacher = made.plan.config.teacher
+        where = f"GPU {teacher.gpus}" if teacher.gpus else "the CPU"
+        rows = [
+            ("run", str(made.run)),
+            ("session", made.token),
+            ("teacher", f"{teacher.model} on {where}, kept as {name}"),
+            ("plane", str(made.plan.plane)),
+            ("keeper", f"pid {os.getpid()}"),
+        ]
+        announce(made.plan, made.jobs[:-1], made.run, table(rows, indent=""), console)
+        return made.loop.run(made.session, Listener(made.plan, made.session, made.run, made.loop, listener, ready))
+
+
+def _log_to(path: Path) -> None:
+    """Let what this process prints go to a file, and have it read nothing."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    void = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    for fd, to in ((void, 0), (log, 1), (log, 2)):
+        os.dup2(fd, to)
+
+
+def _in_background(keep: Callable[[int], int], console: Console) -> int:
+    """Start a keeper that outlives this process; show its output until the teacher is ready. The exit code: 0, or the keeper's own. A
+    signal meanwhile goes to the keeper. In the keeper it returns too, at its end, with its exit code."""
+    read, write = os.pipe()
+    with Signals() as signals:
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, STOP
+        )  # what comes now is delivered once the keeper's own Signals is open
+        keeper = os.fork()
+        if keeper == 0:
+            os.setsid()
+            os.close(read)
+            return keep(write)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
+        os.close(write)
+        with open(read, "rb"):
+            return _look_on(keeper, read, signals, console)
+
+
+def _look_on(keeper: int, told: int, signals: Signals, console: Console) -> int:
+    heard, log, code = b"", None, None
+    pipes = [told]
+    while code is None:
+        if signals.wait(_LOOK_S, pipes) & {told}:
+            chunk = os.read(told, 64 * 1024)
+            heard += chunk
+            if not chunk:
+                pipes = []
+        for number in signals.take():
+            os.kill(keeper, number)
+        pid, status = os.waitpid(keeper, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+        elif heard.endswith(_READY):
+            code = 0
+        if log is None and b"\n" in heard:
+            log = Tail(LAUNCHER, Path(heard.split(b"\n")[0].decode()) / "keeper.log")
+        for line in log.read() if log else ():
+            console.write(f"{line}\n")
+        console.flush()
+    return code if code >= 0 else 128 - code

@@ -12,7 +12,7 @@ import msgspec
 
 from launcher.doctor import host
 from launcher.doctor.checks import STATUSES, Fact, gather, worst
-from launcher.process.trial import Stopped
+from launcher.process.signals import Stopped
 from shmbridge import __version__
 
 # The order in which facts are told, and the names that --json promises.

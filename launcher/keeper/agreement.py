@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from launcher.console.text import table
-from launcher.keeper.messages import Fingerprint
 from shmbridge import config, model_path
 from shmbridge.config import Config, is_builder
 from shmbridge.errors import ConfigError
@@ -19,15 +18,17 @@ from shmbridge.shm import layout
 
 _OF_THE_TEACHER = ("teacher", "ring", "payload", "plane", "on_teacher_lost")
 _OF_THE_GROUP = ("name", "run_dir", "train")
+_FREE_FORM = ("args", "outputs")  # replaced as a whole, as a file would replace a default
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
-def fingerprint(model: str) -> Fingerprint:
-    """Of this installation, and of the model's tokenizer as it is on the disk now."""
-    return Fingerprint(importlib.metadata.version("shmbridge"), layout.VERSION, _tokenizer(model))
+def versions() -> dict[str, str]:
+    """Of this installation: what must be the same on both sides for them to understand each other."""
+    return {"shmbridge": importlib.metadata.version("shmbridge"), "segment layout": str(layout.VERSION)}
 
 
-def _tokenizer(model: str) -> str:
+def tokenizer(model: str) -> str:
+    """SHA-256 of a local model's tokenizer as it is on the disk now; empty where it is not known."""
     found = [path for name in _TOKENIZER_FILES if (path := Path(model) / name).is_file()] if model else []
     digest = hashlib.sha256()
     for path in found:
@@ -56,46 +57,34 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     joined = dict(below)
     for key, value in above.items():
         deeper = joined.get(key)
-        whole = key in ("args", "outputs")  # free-form: replaced, as a file would replace a default
-        joined[key] = (
-            _over(deeper, value) if isinstance(deeper, dict) and isinstance(value, dict) and not whole else value
-        )
+        if isinstance(deeper, dict) and isinstance(value, dict) and key not in _FREE_FORM:
+            value = _over(deeper, value)
+        joined[key] = value
     return joined
 
 
-def check(name: str, kept: Fingerprint, asked: Fingerprint) -> None:
+def check_versions(name: str, kept: Mapping[str, str], here: Mapping[str, str]) -> None:
     """Raises ConfigError where the two sides cannot understand each other at all."""
-    rows = [("shmbridge", kept.shmbridge, asked.shmbridge), ("segment layout", str(kept.layout), str(asked.layout))]
-    differing = [row for row in rows if row[1] != row[2]]
-    if differing:
-        raise ConfigError(_told(name, differing, "Stop the kept teacher and start it with this installation."))
+    _refuse(name, list(_differences("", kept, here)), "Stop the kept teacher and start it with this installation.")
 
 
 def check_settings(name: str, kept: Config, asked: Config, tokenizers: tuple[str, str]) -> None:
-    """Raises ConfigError, naming each setting of the teacher that differs, with both values."""
+    """Raises ConfigError, naming each setting of the teacher that differs, with both values. `tokenizers`: when the teacher was loaded,
+    and now."""
     pairs = [(key, getattr(kept, key), getattr(asked, key)) for key in _OF_THE_TEACHER]
-    rows = [row for key, one, other in pairs for row in _differences(key, _plain(one), _plain(other))]
-    if all(tokenizers) and tokenizers[0] != tokenizers[1]:
-        rows.append(
-            ("tokenizer", f"{tokenizers[0][:12]}... (when it was loaded)", f"{tokenizers[1][:12]}... (on the disk)")
-        )
-    if rows:
-        first = rows[0][0]
-        remedy = (
-            f"Leave {first if len(rows) == 1 else 'these'} out to take what the kept teacher has, or start another with it: "
-            "shmbridge-launch teacher start NAME ..."
-        )
-        raise ConfigError(_told(name, rows, remedy))
-
-
-def _plain(value: Any) -> Any:
-    return msgspec.to_builtins(value)
+    rows = [row for key, *both in pairs for row in _differences(key, *map(msgspec.to_builtins, both))]
+    loaded, now = tokenizers
+    if loaded and now and loaded != now:
+        rows.append(("tokenizer", f"{loaded[:12]}... (when it was loaded)", f"{now[:12]}... (on the disk)"))
+    which = rows[0][0] if len(rows) == 1 else "these"
+    remedy = f"Leave {which} out to take what the kept teacher has, or start another with it"
+    _refuse(name, rows, f"{remedy}: shmbridge-launch teacher start NAME ...")
 
 
 def _differences(key: str, kept: Any, asked: Any) -> Iterator[tuple[str, str, str]]:
     if isinstance(kept, dict) and isinstance(asked, dict):
         for name in dict.fromkeys((*kept, *asked)):
-            yield from _differences(f"{key}.{name}", kept.get(name), asked.get(name))
+            yield from _differences(f"{key}.{name}".removeprefix("."), kept.get(name), asked.get(name))
     elif kept != asked:
         yield key, _shown(kept), _shown(asked)
 
@@ -107,6 +96,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _told(name: str, rows: list[tuple[str, str, str]], remedy: str) -> str:
-    shown = table([("setting", "kept", "asked for"), *rows])
-    return f"the kept teacher {name} is not what this run asks for:\n\n{shown}\n\n{remedy}"
+def _refuse(name: str, rows: Sequence[tuple[str, str, str]], remedy: str) -> None:
+    if rows:
+        shown = table([("setting", "kept", "asked for"), *rows])
+        raise ConfigError(f"the kept teacher {name} is not what this run asks for:\n\n{shown}\n\n{remedy}")

@@ -5,11 +5,13 @@ What it writes it asks of the keeper, over the socket; what it reads are mapping
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,10 +21,8 @@ from launcher import registry
 from launcher.console.terminal import Console
 from launcher.console.text import seconds
 from launcher.keeper import agreement, messages
-from launcher.keeper.messages import Begin, Begun, Fingerprint, FromKeeper, Leaving, Refused, Waiting, Welcome
-from launcher.keeper.transport import Lines, credentials
-from launcher.process.signals import STOP, Signals
-from launcher.process.trial import Stopped
+from launcher.keeper.messages import Begin, Begun, FromKeeper, Leaving, Message, Refused, Waiting, Welcome
+from launcher.keeper.transport import Lines
 from launcher.supervisor import cause
 from launcher.supervisor.handle import SessionHandle, State, state_of
 from launcher.supervisor.ranks import Ranks
@@ -36,7 +36,7 @@ from shmbridge.shm.session import MappedSession, Token
 _ANSWER_S = 30.0  # a keeper says something at once, unless it is stopped or creates memory for a group
 _BUSY_S, _SERVED_S = 0.1, 0.5
 
-M = TypeVar("M", bound=msgspec.Struct)
+M = TypeVar("M", bound=Message)
 
 
 class Connection:
@@ -47,62 +47,59 @@ class Connection:
         self.name = name
         self.lines: Lines[FromKeeper] = Lines(_connect(name, to_stop), messages.AT_CLIENT)
         self.leaving = ""  # why the keeper ends, where it has said so
-        self.lost_ns = 0  # CLOCK_MONOTONIC, when the keeper was seen to be gone
-        self.welcome = self.ask(messages.Hello(), Welcome)
+        self._heard: deque[FromKeeper] = deque()
+        self._asked_at = 0.0  # monotonic seconds
+        try:
+            if self.lines.uid != os.geteuid():
+                raise ConfigError(f"the socket of {name!r} is another user's: found uid {self.lines.uid}.")
+            self.welcome = self.ask(messages.Hello(), Welcome)
+        except BaseException:
+            self.close()
+            raise
 
-    def ask(
-        self,
-        question: msgspec.Struct,
-        expected: type[M],
-        waiting: Callable[[str], None] = lambda text: None,
-        silence_s: float = _ANSWER_S,
-        within_s: float = float("inf"),
-    ) -> M:
-        """The answer. `waiting` is told again and again why there is none yet; nothing until the keeper has said why. A keeper
-        says something within `silence_s`, and answers within `within_s`.
+    def ask(self, question: Message, expected: type[M], patience_s: float = _ANSWER_S) -> M:
+        """The answer to a question; raises as `answer` does."""
+        self.send(question)
+        while (found := self.answer(patience_s, expected)) is None:
+            poll = select.poll()
+            for fd, events in self.lines.watch():
+                poll.register(fd, events)
+            poll.poll(100)
+        return found
+
+    def send(self, question: Message) -> None:
+        self.lines.send(question)
+        self._asked_at = time.monotonic()
+
+    def answer(self, patience_s: float, *expected: type[M]) -> M | None:
+        """The answer to the last question, once it has come.
 
         Raises:
             ShmbridgeError: the keeper refuses.
-            DeadlineExceeded: it has only ever said why there is no answer yet.
-            LauncherDied: it is gone, or says nothing.
+            LauncherDied: it is gone, or has said nothing for `patience_s`.
         """
-        self.lines.send(question)
-        began = heard = time.monotonic()
-        text = ""
-        while self.lines.open and time.monotonic() - heard < silence_s:
-            poll = select.poll()
-            poll.register(self.lines.fd, select.POLLIN)
-            poll.poll(100)
-            for answer in self.hear():
-                if isinstance(answer, expected):
-                    return answer
-                if isinstance(answer, Refused):
-                    raise answer.error()
-                if isinstance(answer, Waiting):
-                    text, heard = answer.text, time.monotonic()
-            waiting(text)
-            if time.monotonic() - began >= within_s:
-                raise DeadlineExceeded(
-                    f"{text} after {seconds(within_s)} (timeouts.startup_s); `shmbridge-launch teacher status {self.name}` and its "
-                    "log tell more. Wait longer with a larger timeouts.startup_s."
-                )
+        self.hear()
+        while self._heard:
+            found = self._heard.popleft()
+            if isinstance(found, expected):
+                return found
+            if isinstance(found, Refused):
+                raise found.error()
         if not self.lines.open:
             raise LauncherDied(self.gone)
-        state = process.state(self.lines.pid)
-        remedy = f"resume it with `kill -CONT {self.lines.pid}`" if state == "stopped" else "its log tells why"
-        raise LauncherDied(f"{self._keeper} has said nothing for {seconds(silence_s)}; it is {state}: {remedy}.")
+        if time.monotonic() - self._asked_at >= patience_s:
+            pid, state = self.lines.pid, process.state(self.lines.pid)
+            remedy = f"resume it with `kill -CONT {pid}`" if state == "stopped" else "its log tells why"
+            raise LauncherDied(f"{self._keeper} has said nothing for {seconds(patience_s)}; it is {state}: {remedy}.")
+        return None
 
-    def hear(self) -> list[FromKeeper]:
-        """What has come; whether the keeper ends, or is gone, is noted."""
-        heard = self.lines.receive()
-        for message in heard:
+    def hear(self) -> None:
+        """Take what has come."""
+        for message in self.lines.receive():
             if isinstance(message, Leaving):
                 self.leaving = message.reason
-        if self.lines.open:
-            self.lines.flush()
-        if not self.lines.open and not self.lost_ns:  # a send may have been what found it gone
-            self.lost_ns = time.monotonic_ns()
-        return heard
+            self._heard.append(message)
+        self.lines.flush()
 
     @property
     def gone(self) -> str:
@@ -126,16 +123,16 @@ def _connect(name: str, to_stop: bool) -> socket.socket:
     except OSError as error:
         connection.close()
         raise ConfigError(_why_not(name, error, to_stop)) from None
-    if not credentials(connection).is_mine:
-        connection.close()
-        raise ConfigError(f"the socket of {name!r} is another user's: found uid {credentials(connection).uid}.")
     return connection
 
 
 def _why_not(name: str, error: OSError, to_stop: bool) -> str:
     """What there is instead of a keeper that takes connections."""
     entries = registry.entries()
-    kept = sorted(other for other, entry in entries.items() if entry.kept and _lives(entry))
+    live = {
+        other for other, entry in entries.items() if entry.pid and process.state(entry.pid) not in ("gone", "zombie")
+    }
+    kept = sorted(other for other in live if entries[other].kept)
     there_are = f"there are: {', '.join(kept)}" if kept else "there is none"
     remedy = f"Start it with `shmbridge-launch teacher start {name} --teacher MODEL`"
     if to_stop:
@@ -143,7 +140,7 @@ def _why_not(name: str, error: OSError, to_stop: bool) -> str:
     if name not in entries:
         return f"no teacher is kept under the name {name!r}; {there_are}. {remedy}."
     entry = entries[name]
-    if not _lives(entry):
+    if name not in live:
         return f"the teacher {name!r} is not kept any more: its keeper (pid {entry.pid}) was killed. {remedy}."
     if not entry.kept:
         return f"{name!r} is a run ({entry.where}), not a kept teacher; {there_are}."
@@ -153,22 +150,17 @@ def _why_not(name: str, error: OSError, to_stop: bool) -> str:
     )
 
 
-def _lives(entry: registry.Entry) -> bool:
-    return entry.pid > 0 and process.state(entry.pid) not in ("gone", "zombie")
-
-
-def agree(connection: Connection, given: dict[str, object]) -> tuple[Config, Fingerprint]:
+def agree(connection: Connection, given: dict[str, object]) -> Config:
     """The settings of a group that was `given` these. Raises ConfigError where the two sides differ in their versions."""
     welcome = connection.welcome
-    here = agreement.fingerprint("")
-    agreement.check(connection.name, welcome.fingerprint, here)
+    agreement.check_versions(connection.name, welcome.versions, agreement.versions())
     settings = agreement.merged(config.from_json(bytes(welcome.settings)), given)
     if settings.plane == "cuda_ipc" and not settings.train.gpus:
         raise ConfigError(
             f"the replies of the kept teacher {connection.name} lie in GPU memory (plane cuda_ipc), and training is on the CPU. "
             "Give --train-gpus, or start a teacher with plane=host."
         )
-    return settings, agreement.fingerprint(settings.teacher.model)
+    return settings
 
 
 class RemoteSession(SessionHandle):
@@ -176,56 +168,66 @@ class RemoteSession(SessionHandle):
 
     view: MappedSession
 
-    def __init__(self, connection: Connection, mine: Fingerprint, console: Console, signals: Signals) -> None:
-        """`mine` is what must be the same on both sides. `signals` end the wait for a generation."""
+    def __init__(self, connection: Connection, settings: Config, console: Console) -> None:
+        """`settings` are the group's."""
         super().__init__()
         self.connection = connection
         self.logs: list[Path] = []  # of the teachers
-        self._mine = mine
+        self._tokenizer = agreement.tokenizer(settings.teacher.model)
         self._console = console
-        self._signals = signals
+        self._asks_since: float | None = None  # monotonic seconds, for a generation
+        self._ask_at = 0.0  # monotonic seconds; infinite while an answer is due
         self._told: set[str] = set()
         self._told_ready = 0  # of this generation
         self._closed = False
 
-    def begin(self, settings: Config, ranks: int) -> Token:
-        """Also waits while a teacher finishes what the group before has left.
+    def begin(self, settings: Config, ranks: int) -> Token | None:
+        """Asks the keeper, and asks again while a teacher finishes what the group before has left.
 
         Raises:
             ConfigError: the settings are not the kept teacher's.
             SessionInUse: another group has it.
             PlanError: the replies do not fit.
             DeadlineExceeded: it is not free within timeouts.startup_s.
-            Stopped: the user ended the launcher meanwhile.
-            LauncherDied: the keeper is gone.
+            LauncherDied: the keeper is gone, or has said nothing for timeouts.startup_s, in which it may have to create the reply
+                memory, page by page.
         """
-        startup_s = settings.timeouts.startup_s  # in which the keeper may have to create the reply memory, page by page
-        question = Begin(self._mine, settings, ranks)
-        begun = self.connection.ask(question, Begun, self._wait, silence_s=startup_s, within_s=startup_s)
+        now, startup_s = time.monotonic(), settings.timeouts.startup_s
+        if self._asks_since is None:
+            self._asks_since = self._ask_at = now
+        if now >= self._ask_at:
+            self._ask_at = float("inf")
+            self.connection.send(Begin(settings, ranks, self._tokenizer))
+        found = self.connection.answer(startup_s, Begun, Waiting)
+        if isinstance(found, Waiting):
+            if found.text not in self._told:
+                self._told.add(found.text)
+                self._console.say(f"{found.text}; waiting")
+            if now - self._asks_since >= startup_s:
+                raise DeadlineExceeded(
+                    f"{found.text} after {seconds(startup_s)} (timeouts.startup_s); `shmbridge-launch teacher status "
+                    f"{self.connection.name}` and its log tell more. Wait longer with a larger timeouts.startup_s."
+                )
+            self._ask_at = now + _BUSY_S
+        if not isinstance(found, Begun):
+            return None
+        self._asks_since = None
         if self.logs:
             self.view.update()
         else:
-            self.view = MappedSession(begun.session)
-        self.logs = [Path(path) for path in begun.logs]
+            self.view = MappedSession(found.session)
+        self.logs = [Path(path) for path in found.logs]
         self.ranks = Ranks(self.view.lanes, ranks, settings.teacher.serve_until == "closed")
-        return Token(begun.session, begun.generation)
-
-    def _wait(self, text: str) -> None:
-        if text and text not in self._told:
-            self._told.add(text)
-            self._console.say(f"{text}; waiting")
-        for number in self._signals.take():
-            if number in STOP:
-                raise Stopped(number)
+        return Token(found.session, found.generation)
 
     def end(self) -> None:
-        self.connection.lines.send(messages.End())
+        self.connection.send(messages.End())
 
     def save(self) -> None:
-        self.connection.lines.send(messages.Save())
+        self.connection.send(messages.Save())
 
     def fail(self, failure: Failure) -> None:
-        self.connection.lines.send(messages.Fail(failure))
+        self.connection.send(messages.Fail(failure))
 
     def close(self, trained: bool = False, failed: int | None = None) -> None:
         """Of this group; the teacher stays."""
@@ -242,7 +244,7 @@ class RemoteSession(SessionHandle):
 
     @property
     def lost(self) -> bool:
-        return self.connection.lost_ns > 0 or all(record.lost for record in self.view.control.teachers)
+        return not self.connection.lines.open or all(record.lost for record in self.view.control.teachers)
 
     @property
     def ended(self) -> bool:
@@ -262,8 +264,7 @@ class RemoteSession(SessionHandle):
         return _SERVED_S if self._told_ready == self.view.generation and not self._closed else _BUSY_S
 
     def watch(self) -> Iterable[tuple[int, int]]:
-        lines = self.connection.lines
-        return [*super().watch(), *([(lines.fd, select.POLLIN)] if lines.open else [])]
+        return [*super().watch(), *self.connection.lines.watch()]
 
     def step(self, now: float) -> None:
         super().step(now)
@@ -272,6 +273,6 @@ class RemoteSession(SessionHandle):
         if self._ready and self._told_ready != generation:
             self._told_ready = generation
             self._console.say(f"the kept teacher {self.connection.name} serves generation {generation}")
-        if self.connection.lost_ns and not self.view.control.owner.failure:
+        if not self.connection.lines.open and not self.failure and not self.view.control.owner.failure:
             gone = cause.of_launcher(self.connection.gone, 1)
-            self.failure = self.failure or msgspec.structs.replace(gone, pid=self.connection.lines.pid)
+            self.failure = msgspec.structs.replace(gone, pid=self.connection.lines.pid)

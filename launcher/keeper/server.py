@@ -1,15 +1,16 @@
 """The keeper's socket: who comes, what they ask for, and which training group holds the session.
 
-It takes only processes of this user. One that says garbage is dropped; of too many the oldest that only asks makes room; nobody is
-waited for.
+It takes only processes of this user, and waits for none of them. One that says garbage is dropped; of too many that say nothing the oldest
+make room.
 
-One group at a time holds the session: it may begin while the teachers load, and waits only while they finish what the group before it
-has left.
+One group at a time holds the session: it may begin while the teachers load, and is told to ask again while they finish what the group
+before it has left.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.console.text import seconds
+from launcher.console.text import listed, seconds
 from launcher.hang.monitor import Monitor
 from launcher.keeper import agreement, messages
 from launcher.keeper.messages import (
@@ -28,7 +29,6 @@ from launcher.keeper.messages import (
     End,
     Fail,
     Hello,
-    Holder,
     Leaving,
     Look,
     Refused,
@@ -39,11 +39,12 @@ from launcher.keeper.messages import (
     Waiting,
     Welcome,
 )
-from launcher.keeper.transport import BACKLOG, Lines, credentials
+from launcher.keeper.transport import BACKLOG, Lines
 from launcher.plan.jobs import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report
-from launcher.supervisor.handle import LOADING_PHASES, MAY_BEGIN, State
+from launcher.supervisor.cause import Cause
+from launcher.supervisor.handle import LOADING_PHASES, State
 from launcher.supervisor.hosted import HostedSession
 from launcher.supervisor.loop import EventLoop
 from shmbridge import config
@@ -51,11 +52,22 @@ from shmbridge.errors import ConfigError, PlanError
 from shmbridge.shm.record import Phase
 
 Visitor = Lines[ToKeeper]
-_MOST_VISITORS = 32
+_MOST_SILENT, _MOST_VISITORS = 32, 256
+_FDS_OF_A_RANK, _SPARE_FDS = 3, 64  # in this process: mappings of its lane and its replies, its pidfd
 _BUSY_S = 0.1
 _AFTER_THE_GRACE_S = 20.0  # more than SIGKILL, clearing up and the last lines of output take
-_TELL_EVERY_S = 5.0  # those who wait, so that they know that the keeper runs
 _NEVER = float("inf")
+
+
+class _Group(msgspec.Struct):
+    """The training group that holds the session."""
+
+    visitor: Visitor
+    since: float  # seconds since the epoch
+    run: str  # directory
+    generation: int
+    ranks: int
+    ended: bool = False  # it has said that its generation is over
 
 
 class Listener:
@@ -71,7 +83,6 @@ class Listener:
         ready: Callable[[], None],
     ) -> None:
         """`run` is the keeper's directory; `ready` is called once the teachers have loaded."""
-        self._name = plan.config.name
         self._plan = plan
         self._session = session
         self._run = run
@@ -79,20 +90,17 @@ class Listener:
         self._console = loop.console
         self._listener = listener
         self._tell_ready = ready
-        self._fingerprint = agreement.fingerprint(plan.config.teacher.model)
+        self._teacher = f"the kept teacher {plan.config.name}"
+        self._tokenizer = agreement.tokenizer(plan.config.teacher.model)
         self._since = time.time()
         self._monitor = Monitor(session.view, plan.config, run, loop.console)
         self._visitors: list[Visitor] = []  # the oldest first
-        self._queue: list[tuple[Visitor, Begin]] = []  # who may begin once the teachers have drained
-        self._told_queue = 0.0  # monotonic seconds
-        self._visitor: Visitor | None = None  # whose launcher holds the session
-        self._holder: Holder | None = None
-        self._ended_well = True  # the holder has said that its generation is over
+        self._group: _Group | None = None
         self._was_ready = False
-        self._failed = False
-        self._leaving = ""
+        self._ending = ""  # why this keeper ends
+        self._cause: Cause | None = None  # where it ends for a failure of a teacher
         self._stopped_by: signal.Signals | None = None
-        self._close_at = _NEVER  # monotonic seconds: the holder has had its time to stop
+        self._close_at = _NEVER  # monotonic seconds: the group has had its time to stop
 
     # As the loop sees it
 
@@ -102,48 +110,50 @@ class Listener:
 
     @property
     def patience_s(self) -> float:
-        return _BUSY_S if self._queue or self._leaving else _NEVER
+        return _BUSY_S if self._ending else _NEVER
 
     def watch(self) -> Iterable[tuple[int, int]]:
         yield self._listener.fileno(), select.POLLIN
         for visitor in self._visitors:
-            if visitor.open:
-                yield visitor.fd, select.POLLIN | (select.POLLOUT if visitor.behind else 0)
+            yield from visitor.watch()
 
     def step(self, now: float) -> None:
         self._accept()
-        for visitor in list(self._visitors):
+        for visitor in self._visitors:
             for message in visitor.receive():
                 self._hear(visitor, message)
             visitor.flush()
         self._visitors = [visitor for visitor in self._visitors if visitor.open]
-        self._let_go_of_the_gone()
-        if self._leaving:
-            self._close_when_due(now)
-        elif not self._failed:
+        if self._group and not self._group.visitor.open:
+            self._let_go(self._group)
+        if not self._ending:
             self._look_at_teachers(now)
-            self._serve_queue(now)
+        elif not self._session.done and (self._group is None or now >= self._close_at):
+            if self._group:
+                self._session.fail(cause.of_launcher("the kept teacher was stopped", 1))
+            self._close()
 
     def on_signal(self, number: signal.Signals) -> None:
         if number not in STOP:
             return
-        if not self._leaving and not self._failed:
+        if not self._ending:
             self._stopped_by = number
-            self._leave(f"the kept teacher {self._name} is stopped by {number.name}")
+            self._leave(f"{self._teacher} is stopped by {number.name}")
         elif number == signal.SIGINT:
-            self._session.close()  # whatever the holder may still need
+            self._session.close()  # whatever the group may still need
             self._loop.kill()
 
     def conclude(self, elapsed_s: float) -> int:
-        """Tell how it ended; the exit code."""
+        """Tell how it ended; the exit code, which is not 0 where the teachers were never ready."""
         for visitor in self._visitors:
             visitor.close()
-        found = self._session.failure
-        if found and self._failed:
-            return report.conclude(found, self._plan, self._loop, elapsed_s, self._run)
+        if self._cause:
+            return report.conclude(self._cause, self._plan, self._loop, elapsed_s, self._run)
         answered = f"{self._session.answered} requests answered"
-        self._console.say(f"the kept teacher {self._name} has ended after {seconds(elapsed_s)}, {answered}")
-        return 128 + self._stopped_by if self._stopped_by else 0
+        self._console.say(f"{self._teacher} has ended after {seconds(elapsed_s)}, {answered}")
+        if self._stopped_by:
+            return 128 + self._stopped_by
+        return 0 if self._was_ready else 1
 
     # The teachers
 
@@ -154,23 +164,15 @@ class Listener:
             self._was_ready = True
             train = self._plan.config.train
             group = f"--train-gpus {train.gpus}" if train.gpus else f"--cpu {train.cpu_ranks}"
-            self._console.say(f"ready; train with: shmbridge-launch --attach {self._name} {group} -- train.py")
+            self._console.say(
+                f"ready; train with: shmbridge-launch --attach {self._plan.config.name} {group} -- train.py"
+            )
             self._tell_ready()
         overdue = self._monitor.step(now)
         if overdue and overdue.who.role == TEACHER:
             self._session.failure = self._session.failure or cause.of_overdue(overdue)
-        found = self._session.failure
-        if found:
-            self._failed = True
-            self._console.say(f"{found.sentence}; stopping")
-            self._refuse_queue(f"the kept teacher {self._name} ends: {found.sentence}.")
-            self._session.fail(found)
-            self._close(found.rank if found.role == TEACHER else None)
-
-    def _close(self, failed: int | None = None) -> None:
-        self._close_at = _NEVER
-        self._session.close(failed=failed)
-        self._loop.stop()
+        if self._session.failure:
+            self._leave(f"{self._teacher} ends: {self._session.failure.sentence}", self._session.failure)
 
     # Who comes
 
@@ -179,136 +181,110 @@ class Listener:
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # nobody (else) there; or they have gone, or there are no file descriptors left
-                return
-            if not credentials(connection).is_mine:
-                connection.close()
-                continue
-            self._visitors.append(Lines(connection, messages.AT_KEEPER))
-            if len(self._visitors) > _MOST_VISITORS:
-                spared = [self._visitor, *(visitor for visitor, _ in self._queue)]
-                oldest = next(visitor for visitor in self._visitors if visitor not in spared)
-                oldest.close()
-                self._visitors.remove(oldest)
+                break
+            visitor = Lines(connection, messages.AT_KEEPER)
+            spoke = sum(other.heard for other in self._visitors)
+            if visitor.uid != os.geteuid():
+                visitor.close()
+            elif spoke >= _MOST_VISITORS:
+                full = f"{spoke} processes have a connection to {self._teacher}, {_MOST_VISITORS} at most: end some of them."
+                visitor.send(Refused("held", full))
+                visitor.close()
+            else:
+                self._visitors.append(visitor)
+        silent = [visitor for visitor in self._visitors if not visitor.heard]
+        for visitor in silent[:-_MOST_SILENT]:
+            visitor.close()
 
     def _hear(self, visitor: Visitor, message: ToKeeper) -> None:
+        group = self._group
         match message:
             case Hello():
-                settings = msgspec.Raw(config.to_json(self._plan.config))
-                visitor.send(Welcome(self._name, self._fingerprint, settings))
+                visitor.send(Welcome(agreement.versions(), msgspec.Raw(config.to_json(self._plan.config))))
             case Look():
                 visitor.send(self._standing())
+            case Stop() if group and not message.force:
+                visitor.send(self._held(group, "End that run first, or end both with --force."))
+            case Stop() if self._ending:
+                visitor.send(self._farewell())
             case Stop():
-                self._hear_stop(visitor, message)
+                self._leave(f"{self._teacher} is stopped (by pid {visitor.pid})")
             case Begin():
-                self._hear_begin(visitor, message)
-            case _ if visitor is self._visitor:
-                self._hear_holder(message)
-            case _:
+                visitor.send(self._begin(visitor, message))
+            case _ if not group or visitor is not group.visitor:
                 visitor.close()
-
-    def _hear_stop(self, visitor: Visitor, message: Stop) -> None:
-        if self._holder and not message.force:
-            visitor.send(self._held("End that run first, or end both with --force."))
-            return
-        visitor.send(self._farewell("stopped"))
-        self._leave(f"the kept teacher {self._name} is stopped (by pid {visitor.pid})")
-
-    def _hear_holder(self, message: ToKeeper) -> None:
-        match message:
-            case End():
-                self._ended_well = True
-                self._session.end()
             case Save():
                 self._session.save()
-            case Fail():
-                self._ended_well = True
-                self._session.fail(message.failure)
+            case End() | Fail():
+                group.ended = True
+                if isinstance(message, Fail):
+                    self._session.fail(message.failure)
                 self._session.end()
 
     # Generations
 
-    def _hear_begin(self, visitor: Visitor, message: Begin) -> None:
+    def _begin(self, visitor: Visitor, asked: Begin) -> Begun | Waiting | Refused:
+        group = self._group
+        if self._ending:
+            return Refused("held", f"{self._ending}.")
+        if group and visitor is not group.visitor:
+            return self._held(group, "One group at a time: wait for it to end, or end it.")
         try:
-            agreement.check(self._name, self._fingerprint, message.fingerprint)
-            tokenizers = self._fingerprint.tokenizer, message.fingerprint.tokenizer
-            agreement.check_settings(self._name, self._plan.config, message.settings, tokenizers)
-            if message.ranks < len(self._plan.teachers):
-                replicas = len(self._plan.teachers)
-                raise ConfigError(f"{message.ranks} ranks cannot keep {replicas} replicas of the teacher busy.")
-        except ConfigError as error:
-            visitor.send(Refused("settings", str(error)))
-            return
-        if self._leaving or self._failed:
-            visitor.send(Refused("held", f"the kept teacher {self._name} is being stopped."))
-        elif self._session.state in MAY_BEGIN or self._visitor not in (None, visitor):
-            self._begin_or_refuse(visitor, message)
-        else:
-            self._queue.append((visitor, message))
-            self._tell_to_wait(visitor)
-
-    def _serve_queue(self, now: float) -> None:
-        """Begin the generation of who has come first, once the teachers have drained; the others find the session held."""
-        self._queue = [(visitor, asked) for visitor, asked in self._queue if visitor.open]
-        if self._session.state in MAY_BEGIN:
-            waiting, self._queue = self._queue, []
-            for visitor, asked in waiting:
-                self._begin_or_refuse(visitor, asked)
-        elif now - self._told_queue >= _TELL_EVERY_S:
-            self._told_queue = now
-            for visitor, _ in self._queue:
-                self._tell_to_wait(visitor)
-
-    def _refuse_queue(self, why: str) -> None:
-        for visitor, _ in self._queue:
-            visitor.send(Refused("held", why))
-
-    def _begin_or_refuse(self, visitor: Visitor, asked: Begin) -> None:
-        one_holds = self._visitor not in (None, visitor)
-        remedy = "One group at a time: wait for it to end, or end it."
-        visitor.send(self._held(remedy) if one_holds else self._begin(visitor, asked))
-
-    def _begin(self, visitor: Visitor, asked: Begin) -> Begun | Refused:
-        try:
+            tokenizers = self._tokenizer, asked.tokenizer
+            agreement.check_settings(self._plan.config.name, self._plan.config, asked.settings, tokenizers)
+            self._check_ranks(asked.ranks)
             token = self._session.begin(asked.settings, asked.ranks)
         except PlanError as error:
-            remedy = f"These are settings of the kept teacher {self._name}: fewer ranks need less, or start it again with others."
-            return Refused("memory", f"{error} {remedy}")
+            return Refused(
+                "memory",
+                f"{error} These are settings of {self._teacher}: fewer ranks need less, or start it again with others.",
+            )
         except ConfigError as error:
             return Refused("settings", str(error))
-        since = self._holder.since if self._holder else time.time()
-        run, generation = asked.settings.run_dir, token.generation
-        self._visitor, self._ended_well = visitor, False
-        self._holder = Holder(visitor.pid, since, run, generation, asked.ranks)
-        self._console.say(f"generation {generation}: {asked.ranks} ranks of pid {visitor.pid}, run {run}")
-        return Begun(token.session_id, generation, tuple(str(job.spec.log.resolve()) for job in self._session.jobs))
+        if token is None:
+            return Waiting(f"{self._teacher} is {self._state}")
+        since = group.since if group else time.time()
+        self._group = _Group(visitor, since, asked.settings.run_dir, token.generation, asked.ranks)
+        self._console.say(
+            f"generation {token.generation}: {asked.ranks} ranks of pid {visitor.pid}, run {asked.settings.run_dir}"
+        )
+        return Begun(
+            token.session_id, token.generation, tuple(str(job.spec.log.resolve()) for job in self._session.jobs)
+        )
 
-    def _let_go_of_the_gone(self) -> None:
-        if self._visitor is None or self._visitor.open or self._holder is None:
-            return
-        pid, self._visitor, self._holder = self._holder.pid, None, None
-        if not self._ended_well:
-            gone = cause.of_launcher(f"the launcher of this training group (pid {pid}) is gone: killed?", 1)
-            self._session.fail(gone)
+    def _check_ranks(self, ranks: int) -> None:
+        replicas = len(self._plan.teachers)
+        if ranks < replicas:
+            raise ConfigError(f"{ranks} ranks cannot keep {replicas} replicas of the teacher busy.")
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FDS) // _FDS_OF_A_RANK
+        if ranks > most:
+            raise ConfigError(
+                f"{ranks} ranks need {_FDS_OF_A_RANK} file descriptors each in the keeper, whose limit is {limit} (ulimit -n): "
+                f"{most} ranks at most. Train with fewer, or start {self._teacher} again under a higher limit."
+            )
+
+    def _let_go(self, group: _Group) -> None:
+        """The connection of the group that held the session is closed."""
+        self._group = None
+        if not group.ended:
+            why = f"the launcher of this training group (pid {group.visitor.pid}) is gone: killed?"
+            self._session.fail(cause.of_launcher(why, 1))
         self._session.end()
-        how = "has ended" if self._ended_well else "is gone without a word; its generation is ended"
-        stays = "" if self._leaving or self._failed else "; the teacher stays"
-        self._console.say(f"the training group of pid {pid} {how}{stays}")
+        how = "has ended" if group.ended else "is gone without a word; its generation is ended"
+        stays = "" if self._ending else "; the teacher stays"
+        self._console.say(f"the training group of pid {group.visitor.pid} {how}{stays}")
 
     # Telling
 
-    def _tell_to_wait(self, visitor: Visitor) -> None:
-        visitor.send(Waiting(f"the kept teacher {self._name} is {self._state}"))
-
-    def _held(self, remedy: str) -> Refused:
-        assert self._holder
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self._holder.since))
-        who = f"pid {self._holder.pid} (run directory {self._holder.run})"
-        return Refused("held", f"the kept teacher {self._name} is held by {who} since {since}. {remedy}")
+    def _held(self, group: _Group, remedy: str) -> Refused:
+        who = f"pid {group.visitor.pid} (run directory {group.run}) since {_time(group.since)}"
+        return Refused("held", f"{self._teacher} is held by {who}. {remedy}")
 
     @property
     def _state(self) -> str:
         """One phrase: idle; held; loading (loading, 3 of 14)."""
-        if self._leaving or self._failed:
+        if self._ending:
             return "being stopped"
         before = (*LOADING_PHASES, Phase.OFFERED)
         loading = next((record for record in self._session.view.control.teachers if record.phase in before), None)
@@ -316,59 +292,67 @@ class Listener:
             done, total = loading.progressed
             share = f", {done} of {total}" if total else ""
             return f"loading{' again' if self._was_ready else ''} ({loading.phase}{share})"
-        if self._holder:
+        if self._group:
             return "held"
         return "idle" if self._session.state is State.IDLE else "finishing what the last training group left"
 
     def _standing(self) -> Standing:
-        teachers = self._session.view.control.teachers
-        return Standing(
-            name=self._name,
-            pid=os.getpid(),
-            session=self._session.view.session_id,
-            run=str(self._run.resolve()),
-            model=self._plan.config.teacher.model,
-            gpus=",".join(str(gpu.number) for own in self._plan.teachers for gpu in own),
-            plane=self._plan.config.plane,
-            since=self._since,
-            state=self._state,
-            teachers=tuple(who.pid if (who := record.identity) else 0 for record in teachers),
-            answered=self._session.answered,
-            holder=self._holder,
-        )
+        settings, view, group = self._plan.config, self._session.view, self._group
+        gpus = ",".join(str(gpu.number) for own in self._plan.teachers for gpu in own)
+        pids = [str(record.identity.pid) if record.identity else "none" for record in view.control.teachers]
+        answered = self._session.answered
+        rows = [
+            ("state", self._state),
+            ("teacher", f"{settings.teacher.model} on {f'GPU {gpus}' if gpus else 'the CPU'}, pid {listed(pids)}"),
+            ("plane", settings.plane),
+            ("keeper", f"pid {os.getpid()}, since {_since(self._since)}"),
+            ("session", view.session_id),
+            ("run", str(self._run.resolve())),
+            ("answered", f"{answered} request{'s' if answered != 1 else ''}"),
+            ("held by", f"pid {group.visitor.pid}, since {_since(group.since)}" if group else "nobody"),
+        ]
+        if group:
+            ranks = f"{group.ranks} rank{'s' if group.ranks > 1 else ''}"
+            rows.append(("", f"generation {group.generation}, {ranks}, run {group.run}"))
+        return Standing(tuple(rows))
 
     # Leaving
 
-    def _leave(self, reason: str) -> None:
-        """Close the session once the holder has had its time to save and to stop."""
-        if self._leaving or self._failed:
-            return
-        self._leaving = reason
+    def _leave(self, reason: str, found: Cause | None = None) -> None:
+        """End, and tell everyone: at once after a failure of a teacher, which the group reads in its record; else once the group has had
+        its time to save and to stop."""
+        self._ending, self._cause = reason, found
         self._console.say(f"{reason}; stopping")
-        self._refuse_queue(f"{reason}.")
-        if self._visitor:
-            self._visitor.send(self._farewell(reason))
-            self._close_at = time.monotonic() + self._of_the_holder_s
+        for visitor in self._visitors:
+            if not (found and self._group and visitor is self._group.visitor):
+                visitor.send(self._farewell())
+        if found:
+            self._session.fail(found)
+            self._close(found.rank if found.role == TEACHER else None)
+        elif self._group:
+            self._close_at = time.monotonic() + self._of_the_group_s
         else:
             self._close()
 
-    def _close_when_due(self, now: float) -> None:
-        if self._session.done:
-            return
-        if self._visitor is None:
-            self._close()
-        elif now >= self._close_at:
-            self._session.fail(cause.of_launcher("the kept teacher was stopped", 1))
-            self._close()
+    def _close(self, failed: int | None = None) -> None:
+        self._session.close(failed=failed)
+        self._loop.stop()
 
     @property
-    def _of_the_holder_s(self) -> float:
+    def _of_the_group_s(self) -> float:
         """What a group that is to end is given to save and to stop."""
         timeouts = self._session.view.settings.timeouts
-        return timeouts.save_s + 2 * timeouts.shutdown_s
+        return timeouts.save_s + 2 * timeouts.shutdown_s if self._group else 0.0
 
-    def _farewell(self, reason: str) -> Leaving:
-        group = f"the training group of pid {self._holder.pid} and " if self._holder else ""
-        grace_s = self._plan.config.timeouts.shutdown_s
-        within_s = (self._of_the_holder_s if self._holder else 0.0) + grace_s + _AFTER_THE_GRACE_S
-        return Leaving(reason, f"{group}the teacher", within_s)
+    def _farewell(self) -> Leaving:
+        group = f"the training group of pid {self._group.visitor.pid} and " if self._group else ""
+        within_s = self._of_the_group_s + self._plan.config.timeouts.shutdown_s + _AFTER_THE_GRACE_S
+        return Leaving(self._ending, f"{group}the teacher", within_s)
+
+
+def _time(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _since(at: float) -> str:
+    return f"{_time(at)} ({seconds(max(0.0, time.time() - at))})"

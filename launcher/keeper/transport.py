@@ -6,12 +6,13 @@ is sent end that connection alone.
 
 from __future__ import annotations
 
-import os
+import select
 import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from pathlib import Path
+from typing import Generic, TypeVar
 
 import msgspec
 
@@ -19,49 +20,31 @@ from launcher import registry
 
 BACKLOG = 16  # connections that wait to be accepted
 LONGEST_LINE = 256 * 1024
-_CHUNK = 64 * 1024
+_CHUNK = 16 * 1024  # read at once: a flood of messages holds up nobody else for long
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 T = TypeVar("T")
 
 
-class Credentials(NamedTuple):
-    """Who is at the other end of a unix socket, as the kernel knows it since connect or listen."""
-
-    pid: int
-    uid: int
-
-    @property
-    def is_mine(self) -> bool:
-        return self.uid == os.geteuid()
-
-
-def credentials(connection: socket.socket) -> Credentials:
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(packed)
-    return Credentials(pid, uid)
-
-
 class Lines(Generic[T]):
-    """One connection, from which messages of the decoder's type come."""
+    """One connection, from which messages of the decoder's type come. The kernel knows the peer's `pid` and `uid` since it connected or
+    listened."""
 
     def __init__(self, connection: socket.socket, decoder: msgspec.json.Decoder[T]) -> None:
-        self.pid = credentials(connection).pid
+        packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.pid, self.uid, _ = _CREDENTIALS.unpack(packed)
         self.open = True
+        self.heard = False  # a message has come
         self._connection = connection
         self._connection.setblocking(False)
         self._decoder = decoder
         self._received = bytearray()
         self._unsent = bytearray()
 
-    @property
-    def fd(self) -> int:
-        return self._connection.fileno()
-
-    @property
-    def behind(self) -> bool:
-        """The peer has not taken all that it was sent."""
-        return bool(self._unsent)
+    def watch(self) -> list[tuple[int, int]]:
+        """The file descriptor, where it is open, with events of select.poll."""
+        writes = select.POLLOUT if self._unsent else 0
+        return [(self._connection.fileno(), select.POLLIN | writes)] if self.open else []
 
     def send(self, message: msgspec.Struct) -> None:
         if self.open:
@@ -71,7 +54,7 @@ class Lines(Generic[T]):
     def flush(self) -> None:
         """Give the peer what it takes now."""
         try:
-            while self._unsent:
+            while self.open and self._unsent:
                 del self._unsent[: self._connection.send(self._unsent)]
         except BlockingIOError:
             if len(self._unsent) > LONGEST_LINE:
@@ -80,32 +63,29 @@ class Lines(Generic[T]):
             self.close()
 
     def receive(self) -> list[T]:
-        """The messages that have come; afterwards `open` tells whether more may come."""
-        while self.open and len(self._received) <= LONGEST_LINE:
-            try:
-                chunk = self._connection.recv(_CHUNK)
-            except BlockingIOError:
-                break
-            except OSError:
-                chunk = b""
-            if not chunk:
-                self.close()
-            self._received += chunk
-        *lines, rest = self._received.split(b"\n")
-        self._received = bytearray(rest)
-        if len(rest) > LONGEST_LINE:
+        """Some messages that have come; afterwards `open` tells whether more may come."""
+        if not self.open:
+            return []
+        try:
+            chunk = self._connection.recv(_CHUNK)
+        except BlockingIOError:
+            return []
+        except OSError:
+            chunk = b""
+        if not chunk:
             self.close()
-        return self._decoded(lines)
-
-    def _decoded(self, lines: list[bytearray]) -> list[T]:
-        found: list[T] = []
-        for line in lines:
-            try:
-                found.append(self._decoder.decode(line))
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                self.close()
-                break
-        return found
+        self._received += chunk
+        *lines, self._received = self._received.split(b"\n")
+        messages = []
+        try:
+            for line in lines:
+                messages.append(self._decoder.decode(line))
+                self.heard = True
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            self.close()
+        if len(self._received) > LONGEST_LINE:
+            self.close()
+        return messages
 
     def close(self) -> None:
         self.open = False
@@ -115,26 +95,14 @@ class Lines(Generic[T]):
 @contextmanager
 def listening(name: str) -> Iterator[socket.socket]:
     """The socket of a name that this process has claimed, in the registry's directory, which is the user's alone."""
-    with registry.socket_path(name) as path:
-        _remove(path)  # a keeper that was killed has left it
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)
+    with registry.socket_path(name) as short, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        path = Path(short)
+        path.unlink(missing_ok=True)  # a keeper that was killed has left it
+        listener.bind(short)
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
         try:
-            listener.bind(path)
+            yield listener
         finally:
-            os.umask(before)
-    listener.listen(BACKLOG)
-    listener.setblocking(False)
-    try:
-        yield listener
-    finally:
-        listener.close()
-        with registry.socket_path(name) as path:
-            _remove(path)
-
-
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
+            path.unlink(missing_ok=True)

@@ -1,13 +1,25 @@
-"""Signals to the launcher. Handlers only take note; the supervisor's loop wakes and acts."""
+"""Signals to the launcher. While Signals is open its handlers only take note, and the event loop wakes and acts."""
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+from collections.abc import Iterable
 from types import FrameType
+
+from launcher.process import shim
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 USER = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(BaseException):  # like KeyboardInterrupt: no check that goes on after an Exception goes on after this
+    """The user ended the launcher before its event loop ran."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(f"stopped by {number.name}")
+        self.number = number
 
 
 class Signals:
@@ -20,6 +32,7 @@ class Signals:
         wanted = [number for number in (*STOP, *USER) if not (nohup and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._take) for number in wanted}
         self._wake_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)  # a keeper in the background is started with them blocked
 
     def take(self) -> list[signal.Signals]:
         """What has arrived since the last call."""
@@ -29,6 +42,19 @@ class Signals:
             pass
         taken, self._taken = self._taken, []
         return taken
+
+    def check(self) -> None:
+        """Raises Stopped where a signal that ends the launcher has arrived since the last call."""
+        for number in self.take():
+            if number in STOP:
+                raise Stopped(number)
+
+    def wait(self, seconds: float, fds: Iterable[int] = ()) -> set[int]:
+        """Sleep until a signal arrives or one of `fds` is readable; which of them are."""
+        poll = select.poll()
+        for fd in (self.fd, *fds):
+            poll.register(fd, select.POLLIN)
+        return {fd for fd, _ in poll.poll(1000 * seconds)}
 
     def _take(self, number: int, _: FrameType | None) -> None:
         self._taken.append(signal.Signals(number))
@@ -42,6 +68,18 @@ class Signals:
             signal.signal(number, handler)
         os.close(self.fd)
         os.close(self._wake)
+
+
+def exit_on_interrupt() -> None:
+    """Let SIGINT end this process at once, and what it has started, until Signals is open. Nothing is there yet that must be removed. As
+    a KeyboardInterrupt it could come while a module is imported or in an extension's C code, where it is lost or crashes."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
+
+
+def _exit(number: int, _: FrameType | None) -> None:
+    shim.kill_all(shim.descendants(os.getpid()), and_trackers=True)
+    os._exit(128 + number)
 
 
 def handles(pid: int, number: int) -> bool:

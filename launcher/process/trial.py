@@ -29,7 +29,7 @@ import msgspec
 from launcher.plan.jobs import Plan
 from launcher.plan.plane_choice import GpuPair
 from launcher.process import job, shim
-from launcher.process.signals import STOP, Signals
+from launcher.process.signals import Signals
 from shmbridge.plane import probe
 from shmbridge.shm.session import OFF
 
@@ -45,14 +45,6 @@ class Command(NamedTuple):
     who: str  # as the user is told of it
     argv: tuple[str, ...]
     environment: Mapping[str, str]
-
-
-class Stopped(BaseException):  # like KeyboardInterrupt: no check that goes on after an Exception goes on after this
-    """The user ended the launcher during the trial."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(f"stopped by {number.name}")
-        self.number = number
 
 
 def commands(planned: Plan, pairs: Sequence[GpuPair], base: Mapping[str, str]) -> tuple[list[Command], Command]:
@@ -214,9 +206,7 @@ class _Trial:
 
     def _next_event(self, who: str) -> tuple[_Process, bytes | None]:
         while True:
-            for number in self._signals.take():
-                if number in STOP:
-                    raise Stopped(number)
+            self._signals.check()
             if time.monotonic() >= self._deadline:
                 raise _Failed(f"{who} gave no answer within {self._limit_s:g} s")
             with suppress(queue.Empty):

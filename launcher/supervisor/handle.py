@@ -36,9 +36,6 @@ class State(enum.Enum):
     CLOSED = enum.auto()
 
 
-MAY_BEGIN = (State.LOADING, State.IDLE)
-
-
 class SessionHandle:
     """The verbs, for a run without a teacher: nothing is served, and nothing fails."""
 
@@ -86,7 +83,8 @@ class SessionHandle:
         return ()
 
     def begin(self, settings: Config, ranks: int) -> Token | None:
-        """A generation for so many ranks, which read `settings`; in a state of MAY_BEGIN. Raises ShmbridgeError."""
+        """A generation for so many ranks, which read `settings`. None without a teacher, and while the teachers still finish the generation
+        before: to be called again. Raises ShmbridgeError."""
         self.ranks = Ranks([], ranks)
         return None
 

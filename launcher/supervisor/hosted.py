@@ -103,8 +103,10 @@ class HostedSession(SessionHandle):
 
     # The verbs
 
-    def begin(self, settings: Config, ranks: int) -> Token:
+    def begin(self, settings: Config, ranks: int) -> Token | None:
         """Raises PlanError where /dev/shm has no room; the next generation may begin then as if nothing had been asked."""
+        if self.state not in (State.LOADING, State.IDLE):
+            return None
         before, answered = self._owner.settings, self.answered
         try:
             self._owner.describe(settings)

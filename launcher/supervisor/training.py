@@ -26,10 +26,9 @@ from launcher.hang.monitor import Monitor
 from launcher.plan.jobs import TEACHER, JobSpec, Plan
 from launcher.process.job import Job
 from launcher.process.signals import USER
-from launcher.process.trial import Stopped
 from launcher.supervisor import cause, report
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.handle import MAY_BEGIN, SessionHandle
+from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.loop import EventLoop
 from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
@@ -195,23 +194,21 @@ class TrainingJob:
         """Once nothing of the crashed generation is left, and the teachers have finished with it."""
         if self._runs:
             return
-        session, patience_s = self._session, self._timeouts.request_s
-        assert session.view
+        patience_s = self._timeouts.request_s
         try:
-            if session.state in MAY_BEGIN:
-                if self._record.exists():
-                    self._record.rename(self._record.with_name(f"failures-{session.view.generation}.json"))
-                token = session.begin(settings_of(self._plan, self._run), self._plan.ranks)
-                self._loop.logs.expect(self._plan.ranks)
-                self._start(token)
-            elif now - self._crashed_at >= patience_s:
-                late = f"after {seconds(patience_s)} (timeouts.request_s); its log tells where it is"
-                why = f"the teacher has not finished what the crashed training has left {late}"
-                self._fail(cause.of_launcher(why, REFUSED))
-        except Stopped as stopped:
-            self.on_signal(stopped.number)
+            token = self._session.begin(settings_of(self._plan, self._run), self._plan.ranks)
         except ShmbridgeError as error:
             self._fail(cause.of_launcher(str(error), REFUSED))
+            return
+        if token:
+            if self._record.exists():
+                self._record.rename(self._record.with_name(f"failures-{token.generation - 1}.json"))
+            self._loop.logs.expect(self._plan.ranks)
+            self._start(token)
+        elif now - self._crashed_at >= patience_s:
+            late = f"after {seconds(patience_s)} (timeouts.request_s); its log tells where it is"
+            why = f"the teacher has not finished what the crashed training has left {late}"
+            self._fail(cause.of_launcher(why, REFUSED))
 
     # Ending
 

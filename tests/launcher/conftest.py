@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,3 +18,11 @@ def kept(tmp_path, monkeypatch) -> Iterator[Kept]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     with keeping(tmp_path) as one:
         yield one
+
+
+@pytest.fixture
+def gate(kept) -> Path:
+    """A fifo; who reads it waits until the test writes."""
+    path = kept.directory / "gate"
+    os.mkfifo(path)
+    return path

@@ -420,3 +420,29 @@ def test_what_can_only_be_a_path_is_refused_with_what_was_tried_and_what_is_near
     assert f"there is no file or directory {directory}/{model.removeprefix('./').removeprefix('~/')}." in text
     near = {"hald.gguf": "held.gguf", "~/nowhere": "", "a b": ""}.get(model, "held/distilgpt2")
     assert f"Did you mean {directory}/{near}?" in text or not near
+
+
+INTERRUPTED = """
+import os, signal, subprocess, sys
+from shmbridge import launch
+launch.load_launcher()
+from launcher.plan import machine
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def look(with_gpus):
+    subprocess.Popen(["sleep", "600"], start_new_session=True)
+    Collected()
+    raise SystemExit("the interrupt was lost")
+machine.look = look
+sys.exit(launch.main())
+"""
+
+
+@pytest.mark.parametrize("command", [["--"], ["teacher", "start", "big"]])
+def test_ctrl_c_before_anything_is_made_is_never_lost(directory, command):
+    """Also where Python drops an exception, as in __del__; an extension's C code may crash of one. What was started ends too."""
+    words = [*flags(), "--", "train.py"] if command == ["--"] else [*command, *flags()]
+    with launched([sys.executable, "-c", INTERRUPTED, *words], directory) as run:
+        assert run.wait() == 130, run.text
+        assert run.text == ""

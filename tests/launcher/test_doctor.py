@@ -17,6 +17,7 @@ from launcher.doctor import checks, command, gpu, host
 from launcher.doctor.checks import Fact, Finding
 from launcher.plan import gpus
 from launcher.process import trial
+from launcher.process.signals import Stopped
 from tests.launcher import fake_gpus
 from tests.launcher.running import faked, launch
 from tests.launcher.test_sessions import dead_session, own_world
@@ -88,7 +89,7 @@ def test_a_torch_that_finds_no_gpu_beside_a_driver_is_a_fault(look):
     found = look(0, fake_gpus.rows(1))["cuda"]
     assert (found.status, found.found) == (
         "fault",
-        "torch is built for CUDA 12.8, and finds no GPUs: it gives no reason",
+        "torch is built for CUDA 12.8, and finds no GPU: it gives no reason",
     )
     assert "a torch for an older CUDA" in found.remedy
 
@@ -132,7 +133,7 @@ def test_the_trials_processes_see_what_those_of_a_run_would(tmp_path, monkeypatc
 
 def test_a_signal_during_the_trial_ends_the_command(tmp_path, monkeypatch, capsys):
     def stop(*_):
-        raise trial.Stopped(signal.SIGINT)
+        raise Stopped(signal.SIGINT)
 
     monkeypatch.setattr(trial, "run", stop)
     for name, value in fake_gpus.torch(tmp_path, 2).items():

@@ -20,14 +20,6 @@ LOADING = "loading (loading, 1 of 4)"
 DRAINING = "finishing what the last training group left"
 
 
-@pytest.fixture
-def gate(kept) -> Path:
-    """A fifo; who reads it waits until the test writes."""
-    path = kept.directory / "gate"
-    os.mkfifo(path)
-    return path
-
-
 def begin_loading(kept: Kept, gate: Path, how: str = "gated", **variables: str) -> Launched:
     """`teacher start`, whose teacher waits at the gate."""
     start = kept.begin("--teacher-restarts", "1", FAKE_TEACHER=how, FAKE_GATE=str(gate), **variables)

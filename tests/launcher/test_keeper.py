@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -15,13 +16,13 @@ import pytest
 from launcher import registry
 from launcher.cli import teacher as teacher_commands
 from launcher.cli.main import main
+from launcher.console.terminal import Console
 from launcher.keeper import agreement, messages, transport
-from launcher.keeper.client import Connection
-from launcher.keeper.messages import Fingerprint
+from launcher.keeper.client import Connection, RemoteSession
 from shmbridge import config
-from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
+from shmbridge.errors import ConfigError, LauncherDied, SessionInUse
 from shmbridge.shm import owner
-from tests.harness import until
+from tests.harness import PATIENCE_S, until
 from tests.launcher.kept import Kept, ended, keeping, objects
 from tests.launcher.running import HERE, launch
 
@@ -104,10 +105,8 @@ def test_the_second_group_is_told_who_holds_it(kept):
     kept.stop()
 
 
-def test_the_first_to_come_holds_a_session_that_loads(kept):
+def test_the_first_to_come_holds_a_session_that_loads(kept, gate):
     """Its ranks start meanwhile."""
-    gate = kept.directory / "gate"
-    os.mkfifo(gate)
     start = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
     start.says("loads the model")
     with kept.attach("wait") as first:
@@ -144,16 +143,16 @@ def test_other_settings_are_refused_by_name_with_both_values(kept):
 
 
 def test_an_installation_of_another_version_is_refused():
-    kept, here = Fingerprint("0.1.0", 3, ""), Fingerprint("0.2.0", 4, "")
-    with pytest.raises(ConfigError, match=r"shmbridge +0\.1\.0 +0\.2\.0\n +segment layout +3 +4"):
-        agreement.check("big", kept, here)
+    kept, here = ({"shmbridge": f"0.{i}.0", "segment layout": str(i)} for i in (1, 2))
+    with pytest.raises(ConfigError, match=r"shmbridge +0\.1\.0 +0\.2\.0\n +segment layout +1 +2"):
+        agreement.check_versions("big", kept, here)
 
 
 def test_a_tokenizer_that_changed_on_the_disk_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    before = agreement.fingerprint(str(tmp_path)).tokenizer
+    before = agreement.tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{ }")
-    after = agreement.fingerprint(str(tmp_path)).tokenizer
+    after = agreement.tokenizer(str(tmp_path))
     settings = config.load(overrides=["teacher.model=x:y"])
     with pytest.raises(ConfigError, match="tokenizer"):
         agreement.check_settings("big", settings, settings, (before, after))
@@ -216,16 +215,6 @@ def test_a_crash_of_training_leaves_the_teacher_loaded(kept, training, code):
     kept.stop()
 
 
-def test_training_is_restarted_beside_a_kept_teacher(kept):
-    kept.start()
-    with kept.attach("crashes once", "--train-restarts", "1") as run:
-        assert ended(run) == 0, run.text
-        assert "training starts again (restart 1 of 1), the teacher stays loaded" in run.text
-    assert kept.loaded == 1
-    assert "generation 2" in kept.log
-    kept.stop()
-
-
 def test_a_teacher_that_died_for_good_is_the_cause_in_both_reports(kept):
     start = kept.start()
     with kept.attach("wait") as run:
@@ -247,21 +236,6 @@ def test_a_teacher_that_dies_between_groups_is_started_again(kept):
         assert ended(run) == 0, run.text
     assert kept.teacher != first
     assert kept.loaded == 2
-    kept.stop()
-
-
-def test_a_teacher_that_dies_under_a_group_is_started_again(kept):
-    kept.start("--teacher-restarts", "1")
-    first = kept.teacher
-    with kept.attach("wait") as run:
-        run.says(" up", times=2)
-        os.kill(first, signal.SIGKILL)
-        until(lambda: kept.loaded == 2, "a new teacher")
-        run.signal(signal.SIGTERM)
-        assert ended(run) == 143
-        assert "The run failed" not in run.text
-    with kept.attach("asks") as run:
-        assert ended(run) == 0, run.text
     kept.stop()
 
 
@@ -317,26 +291,6 @@ def test_a_signal_to_the_keeper_ends_everything(kept, number, held):
     kept.is_gone()
 
 
-def test_a_teacher_that_cannot_load_is_reported_where_it_was_started(kept):
-    run = kept.begin(FAKE_TEACHER="raise")
-    assert run.process.wait(60) == 1
-    assert "teacher failed: ValueError: no such weights" in run.text
-    assert "fake_teacher.py" in run.text
-    kept.is_gone()
-
-
-@pytest.mark.slow
-def test_a_teacher_that_does_not_become_ready_ends_its_keeper_with_a_report(kept):
-    gate = kept.directory / "gate"
-    os.mkfifo(gate)
-    run = kept.begin("timeouts.startup_s=2", FAKE_TEACHER="gated", FAKE_GATE=str(gate))
-    assert run.process.wait(60) == 1
-    assert "hang report" in run.text
-    late = r"teacher is not ready: in phase loading 1/4.* \(timeouts\.startup_s is 2\.0 s\)"
-    assert re.search(late, run.text)
-    kept.is_gone()
-
-
 def test_a_keeper_reports_a_teacher_that_is_stopped_while_no_group_is_there(kept):
     kept.start("timeouts.report_s=1")
     teacher = kept.teacher
@@ -347,89 +301,8 @@ def test_a_keeper_reports_a_teacher_that_is_stopped_while_no_group_is_there(kept
     kept.stop()
 
 
-class Mute:
-    """A keeper that says what it is given, one list for each message that it hears, and nothing else."""
-
-    def __init__(self, *answers: list[object]) -> None:
-        self._answers = answers
-
-    def __enter__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._stack.enter_context(registry.claim("big", kept=True))
-        listener = self._stack.enter_context(transport.listening("big"))
-        listener.setblocking(True)
-        self._thread = threading.Thread(target=self._talk, args=(listener,), daemon=True)
-        self._thread.start()
-
-    def _talk(self, listener: socket.socket) -> None:
-        connection, _ = listener.accept()
-        for answers in self._answers:
-            connection.recv(65536)
-            for answer in answers:
-                connection.send(msgspec.json.encode(answer) + b"\n")
-        connection.recv(65536)  # until the other side has closed
-        connection.close()
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.join(60)
-        self._stack.close()
-
-
-@pytest.fixture
-def welcome(tmp_path, monkeypatch) -> messages.Welcome:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    settings = config.load(overrides=["teacher.model=fake:build"])
-    return messages.Welcome("big", agreement.fingerprint(""), msgspec.Raw(config.to_json(settings)))
-
-
-@pytest.mark.parametrize(
-    ("silence_s", "within_s", "error", "told"),
-    [
-        (0.2, 60.0, LauncherDied, r"has said nothing for 0\.2 s; it is (running|sleeping)"),
-        (60.0, 0.2, DeadlineExceeded, r"big is loading after 0\.2 s \(timeouts\.startup_s\)"),
-    ],
-)
-def test_a_group_that_was_told_to_wait_does_not_wait_for_ever(welcome, silence_s, within_s, error, told):
-    with Mute([welcome], [messages.Waiting("the kept teacher big is loading")]):
-        line = Connection("big")
-        texts: list[str] = []
-        with contextlib.closing(line), pytest.raises(error, match=told):
-            line.ask(messages.Look(), messages.Standing, texts.append, silence_s=silence_s, within_s=within_s)
-        assert set(texts) - {""} == {"the kept teacher big is loading"}
-
-
-@pytest.mark.slow
-def test_a_keeper_tells_those_who_wait_that_it_runs(kept):
-    """Every five seconds: a group takes silence for a keeper that is stopped."""
-    gate = kept.directory / "drained"
-    os.mkfifo(gate)
-    kept.start(FAKE_DRAINED=str(gate))
-    with kept.attach("ok") as run:
-        assert ended(run) == 0
-    with contextlib.closing(Connection("big")) as connection:
-        welcome = connection.welcome
-        question = messages.Begin(welcome.fingerprint, config.from_json(bytes(welcome.settings)), 2)
-        with pytest.raises(DeadlineExceeded, match="big is finishing what the last training group left"):
-            connection.ask(question, messages.Begun, silence_s=8.0, within_s=12.0)
-    gate.write_bytes(b"")
-    kept.stop()
-
-
-def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
-    monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
-    with Mute([welcome], [messages.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)]):
-        assert main(["teacher", "stop", "big"]) == 2
-    out, err = capsys.readouterr()
-    assert out == "waiting for the training group of pid 7 and the teacher to end, at most 0.2 s\n"
-    assert re.search(
-        rf"\(pid {os.getpid()}\) has not ended within 0\.2 s; it is running. `kill -KILL {os.getpid()}`", err
-    )
-
-
-def test_a_teacher_that_never_finishes_with_crashed_training_fails_the_group(kept):
+def test_a_teacher_that_never_finishes_with_crashed_training_fails_the_group(kept, gate):
     """Before the next generation of training could begin."""
-    gate = kept.directory / "drained"
-    os.mkfifo(gate)
     kept.start(FAKE_DRAINED=str(gate))
     with kept.attach("crashes once", "--train-restarts", "1", "timeouts.request_s=2") as run:
         assert ended(run) == 2
@@ -438,16 +311,6 @@ def test_a_teacher_that_never_finishes_with_crashed_training_fails_the_group(kep
     gate.write_bytes(b"")
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
     kept.stop()
-
-
-def test_ctrl_c_while_loading_ends_the_keeper(kept):
-    gate = kept.directory / "gate"
-    os.mkfifo(gate)
-    run = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
-    run.says("loads the model")
-    run.signal(signal.SIGINT)
-    assert run.process.wait(60) == 130
-    kept.is_gone()
 
 
 def test_in_the_foreground_ctrl_c_ends_it(kept):
@@ -501,7 +364,104 @@ def test_a_name_that_cannot_be_one_is_refused(name, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_garbage_and_silence_on_the_socket_do_nothing(kept):
+class Mute:
+    """A keeper that says what it is given, one message for each that it hears, and nothing else."""
+
+    def __init__(self, *answers: messages.Message) -> None:
+        self._answers = answers
+
+    def __enter__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(registry.claim("big", kept=True))
+        listener = self._stack.enter_context(transport.listening("big"))
+        listener.setblocking(True)
+        self._thread = threading.Thread(target=self._talk, args=(listener,), daemon=True)
+        self._thread.start()
+
+    def _talk(self, listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for answer in self._answers:
+                connection.recv(65536)
+                connection.send(msgspec.json.encode(answer) + b"\n")
+            while connection.recv(65536):  # until the other side has closed
+                pass
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(PATIENCE_S)
+        self._stack.close()
+
+
+@pytest.fixture
+def welcome(tmp_path, monkeypatch) -> messages.Welcome:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    settings = config.load(overrides=["teacher.model=fake:build"])
+    return messages.Welcome(agreement.versions(), msgspec.Raw(config.to_json(settings)))
+
+
+def test_a_keeper_that_says_nothing_is_given_up(welcome):
+    with Mute(welcome), contextlib.closing(Connection("big")) as line:
+        line.send(messages.Look())
+        with pytest.raises(LauncherDied, match=r"has said nothing for 0\.0 s; it is (running|sleeping)"):
+            line.answer(0.0, messages.Standing)
+
+
+def test_asking_for_a_generation_holds_up_no_loop(welcome):
+    """Neither while the keeper says nothing, nor while it says that none can begin."""
+    settings, printed = config.from_json(bytes(welcome.settings)), io.StringIO()
+    with Mute(welcome, messages.Waiting("big is busy")), contextlib.closing(Connection("big")) as line:
+        session = RemoteSession(line, settings, Console(printed))
+        until(lambda: session.begin(settings, 2) or printed.getvalue(), "the first answer")
+        assert printed.getvalue() == "[launcher] big is busy; waiting\n"
+        short = msgspec.structs.replace(settings, timeouts=msgspec.structs.replace(settings.timeouts, startup_s=0.2))
+        with pytest.raises(LauncherDied, match=r"has said nothing for 0\.2 s"):
+            until(lambda: session.begin(short, 2), "the second answer")
+
+
+def test_a_group_does_not_wait_for_ever_for_a_teacher_that_drains(kept, gate):
+    kept.start(FAKE_DRAINED=str(gate))
+    with kept.attach("ok") as run:
+        assert ended(run) == 0
+    with kept.attach("ok", "timeouts.startup_s=1") as run:
+        assert ended(run) == 2
+        assert "big is finishing what the last training group left after 1.0 s (timeouts.startup_s)" in run.text
+    gate.write_bytes(b"")
+    kept.stop()
+
+
+def test_a_stop_says_what_it_waits_for_and_gives_up(welcome, capsys, monkeypatch):
+    monkeypatch.setattr(teacher_commands, "_QUIET_S", 0.05)
+    with Mute(welcome, messages.Leaving("stopped", "the training group of pid 7 and the teacher", 0.2)):
+        assert main(["teacher", "stop", "big"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "waiting for the training group of pid 7 and the teacher to end, at most 0.2 s\n"
+    assert re.search(
+        rf"\(pid {os.getpid()}\) has not ended within 0\.2 s; it is running. `kill -KILL {os.getpid()}`", err
+    )
+
+
+@pytest.mark.parametrize(("stopped_by", "code"), [("a signal", 130), ("a command", 1)])
+def test_a_start_fails_where_it_is_stopped_before_the_teacher_is_ready(kept, gate, stopped_by, code):
+    run = kept.begin(FAKE_TEACHER="gated", FAKE_GATE=str(gate))
+    run.says("loads the model")
+    if stopped_by == "a signal":
+        run.signal(signal.SIGINT)
+    else:
+        kept.command("stop")
+    assert run.process.wait(60) == code
+    assert "the kept teacher big is stopped" in run.text
+    kept.is_gone()
+
+
+def connected() -> socket.socket:
+    visitor = socket.socket(socket.AF_UNIX)
+    with registry.socket_path("big") as path:
+        visitor.connect(path)
+    visitor.settimeout(PATIENCE_S)
+    return visitor
+
+
+def test_garbage_on_the_socket_ends_that_connection_alone(kept):
     kept.start()
     with kept.attach("wait") as run:
         run.says(" up", times=2)
@@ -513,17 +473,37 @@ def test_garbage_and_silence_on_the_socket_do_nothing(kept):
             b"[" * 10**5 + b"\n",
             b"x" * 10**6,
         ):
-            with connected("big") as visitor:
-                send(visitor, said)
-                until(lambda visitor=visitor: closed(visitor), f"the end of the connection that said {said[:20]!r}")
-        silent = [connected("big") for _ in range(80)]
-        flood = connected("big")
-        send(flood, b'{"kind":"Look"}\n' * 20000)  # and never reads
+            with (
+                connected() as visitor,
+                contextlib.suppress(ConnectionError),
+            ):  # put out while it sends, or with its words unread
+                visitor.sendall(said)
+                assert visitor.recv(65536) == b""
+        with connected() as visitor, contextlib.suppress(ConnectionError):
+            visitor.sendall(b'{"kind":"Look"}\n' * 20000)  # and never reads
         assert kept.status["state"] == "held"
-        for visitor in (*silent, flood):
-            visitor.close()
         run.signal(signal.SIGTERM)
         assert ended(run) == 143
+    kept.stop()
+
+
+def test_of_too_many_visitors_those_that_say_nothing_are_put_out_and_then_new_ones(kept):
+    """Who has said Hello may begin a generation; one of more ranks than the keeper has file descriptors for is refused."""
+    kept.start()
+    with contextlib.ExitStack() as visitors:
+        early = visitors.enter_context(contextlib.closing(Connection("big")))
+        silent = [visitors.enter_context(connected()) for _ in range(40)]
+        assert silent[0].recv(1) == b""
+        for _ in range(255):
+            visitor = visitors.enter_context(connected())
+            visitor.send(b'{"kind":"Hello"}\n')
+        visitor.recv(1)  # all have been heard
+        with pytest.raises(SessionInUse, match="256 processes have a connection to the kept teacher big, 256 at most"):
+            Connection("big")
+        settings = config.from_json(bytes(early.welcome.settings))
+        with pytest.raises(ConfigError, match=r"1000000 ranks need 3 file descriptors .* \d+ ranks at most"):
+            early.ask(messages.Begin(settings, 10**6, ""), messages.Begun)
+        assert early.ask(messages.Begin(settings, 2, ""), messages.Begun).generation == 1
     kept.stop()
 
 
@@ -565,37 +545,3 @@ def test_a_real_teacher_serves_a_group_that_crashes_and_the_next_one(kept, promi
     assert "the teacher ends" not in log
     kept.stop()
     promise.kept("training was stopped; the next group was served by the teacher, loaded once", took_s, 137)
-
-
-def connected(name: str) -> socket.socket:
-    visitor = socket.socket(socket.AF_UNIX)
-    with registry.socket_path(name) as path:
-        visitor.connect(path)
-    visitor.setblocking(False)
-    return visitor
-
-
-def send(visitor: socket.socket, said: bytes) -> None:
-    """As much as it takes, for as long as it takes."""
-    sent = 0
-
-    def taken() -> bool:
-        nonlocal sent
-        try:
-            sent += visitor.send(said[sent:])
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True  # it was put out
-        return sent == len(said)
-
-    until(taken, "the sending")
-
-
-def closed(visitor: socket.socket) -> bool:
-    try:
-        return visitor.recv(65536) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True

@@ -77,11 +77,18 @@ def test_a_live_session_is_told_with_its_name_run_and_ranks(session):
     assert found.snapshot.ranks[1].pid == rank.record.identity.pid
 
 
-def test_a_dead_session_is_stale(own_world):
+def test_a_dead_session_is_stale_until_it_is_reclaimed(own_world, session):
     session_id = dead_session(own_world)
-    assert [(one.session_id, one.state) for one in sessions.every()] == [(session_id, "stale")]
+    assert [(one.session_id, one.state) for one in sessions.every()][1:] == [(session_id, "stale")]
     with pytest.raises(ConfigError, match=r"is dead: its launcher was killed. `shmbridge-launch clean`"):
         sessions.find(session_id[:10])
+    assert [found for found, _ in sessions.reclaim()] == [session_id]
+    assert list(owner.objects()) == [session.session_id]
+
+
+def test_a_session_that_its_owner_removes_meanwhile_is_not_told_as_reclaimed(monkeypatch):
+    monkeypatch.setattr(owner, "objects", lambda session_id=None: {} if session_id else {"ab" * 16: ["gone"]})
+    assert list(sessions.reclaim()) == []
 
 
 def test_a_session_is_found_by_name_by_id_by_its_beginning_and_alone(session):
@@ -91,23 +98,17 @@ def test_a_session_is_found_by_name_by_id_by_its_beginning_and_alone(session):
             assert sessions.find(asked).session_id == session.session_id
 
 
-def test_what_is_not_there_is_refused_with_what_there_is(session):
-    with pytest.raises(ConfigError, match=f"there is no session 'nope'; live: {session.session_id[:8]}"):
-        sessions.find("nope")
-
-
-def test_no_session_at_all_is_a_message():
+def test_what_is_not_there_is_refused_with_what_there_is():
     with pytest.raises(ConfigError, match="no session of this user is live"):
         sessions.find("")
-
-
-def test_several_sessions_are_to_be_told_apart(session, monkeypatch):
-    with Owner(SETTINGS, 1) as other:
-        with pytest.raises(ConfigError, match="there are 2 live sessions, name one: ") as told:
-            sessions.find("")
-        assert other.session_id[:8] in str(told.value)
-        assert session.session_id[:8] in str(told.value)
-        assert sessions.find(other.session_id).session_id == other.session_id
+    with Owner(SETTINGS, 1) as one:
+        with pytest.raises(ConfigError, match=f"there is no session 'nope'; live: {one.session_id[:8]}"):
+            sessions.find("nope")
+        with Owner(SETTINGS, 1) as other:
+            with pytest.raises(ConfigError, match="there are 2 live sessions, name one: ") as told:
+                sessions.find("")
+            assert all(made.session_id[:8] in str(told.value) for made in (one, other))
+            assert sessions.find(other.session_id).session_id == other.session_id
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,11 @@ def test_a_garbled_session_is_told_as_such(session, word, told):
     words[word] = before
 
 
-def test_garbled_settings_are_told_as_such(session):
-    session.control.words[ControlWord.SETTINGS_NBYTES] = layout.SETTINGS_CAPACITY + 1
-    assert "bytes of settings: garbled" in sessions.every()[0].problem
-
-
-def test_a_lane_that_is_gone_is_told_as_such(session):
+def test_garbled_settings_and_a_lane_that_is_gone_are_told_as_such(session):
     Path(f"/dev/shm{session.names.lane(1, 0)}").unlink()
     assert "does not exist" in sessions.every()[0].problem
+    session.control.words[ControlWord.SETTINGS_NBYTES] = layout.SETTINGS_CAPACITY + 1
+    assert "bytes of settings: garbled" in sessions.every()[0].problem
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

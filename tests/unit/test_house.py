@@ -44,6 +44,7 @@ EXCEPTIONS = {
         for module, name in (
             ("launcher.plan.gpus", "devices"),
             ("launcher.doctor.gpu", "devices"),
+            ("launcher.doctor.gpu", "probe"),
             ("launcher.process.trial", "probe"),
         )
     },
