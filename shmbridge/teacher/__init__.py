@@ -9,5 +9,5 @@ scheduler     when a round begins, and which requests are in it
 compose       how a round becomes forwards, and how large one may be
 batch         requests as batches, and which rows and positions of a forward each wants
 payload       from what a forward returned to what the payload asks for
-stream        replies on their way: published in their order, streamed in chunks
+replies       replies on their way: written, published in their order, streamed in chunks
 """

@@ -13,10 +13,9 @@ from shmbridge.shm.layout import IGNORED
 from shmbridge.shm.ring import Composition, Request
 from shmbridge.shm.session import Lane
 from shmbridge.teacher.compose import Piece
-from shmbridge.teacher.payload import Choice, Rows
+from shmbridge.teacher.payload import Selection, Tensors
 
 _ID_TYPES = {4: np.int32, 8: np.int64}
-_NOWHERE = Composition(0, 0, 0, 0, 0, 0)
 
 
 class Batch(NamedTuple):
@@ -39,14 +38,15 @@ Forward = Callable[[Batch], Mapping[str, torch.Tensor]]
 class Answer:
     """One request, and how much of its reply is made."""
 
-    __slots__ = ("composition", "done", "echo", "error", "lane", "parts", "request")
+    __slots__ = ("composition", "echo", "error", "lane", "positions", "request", "rows", "selections")
 
     def __init__(self, lane: Lane, request: Request) -> None:
         self.lane = lane
         self.request = request
-        self.done = 0  # rows
-        self.composition = _NOWHERE
-        self.parts: list[Rows] = []  # what is still to be streamed
+        self.rows = 0  # that are computed, or have failed
+        self.positions = 0  # that are computed
+        self.composition = Composition(0, 0, 0, 0, 0, 0)
+        self.selections: list[Selection] = []  # what is still to be streamed
         self.echo = echo(request) if request.probe else 0
         self.error: str | None = None
 
@@ -63,21 +63,25 @@ def combine(requests: Sequence[Request], pieces: Sequence[Piece], pad_id: int, d
     Always a copy: the slots' memory must not outlive the requests in the teacher's hands.
     """
     chosen = [requests[piece.request] for piece in pieces]
-    parts = [_rows(request, piece) for request, piece in zip(chosen, pieces, strict=True)]
     seq = max(piece.seq for piece in pieces)
-    if not any(request.arrays for request in chosen) and all(piece.seq == seq for piece in pieces):
-        return Batch(_to_device(np.concatenate(parts), device), None)
-    input_ids = _padded(parts, seq, pad_id)
-    if packed(chosen[0]):
-        positions = [_array(request, piece, "position_ids") for request, piece in zip(chosen, pieces, strict=True)]
-        return Batch(_to_device(input_ids, device), None, _to_device(_padded(positions, seq, 0), device))
-    masks = [_mask(request, piece) for request, piece in zip(chosen, pieces, strict=True)]
-    attention_mask = _padded(masks, seq, 0)
-    return Batch(
-        _to_device(input_ids, device),
-        None if attention_mask.all() else _to_device(attention_mask, device),
-        _position_ids(chosen, pieces, seq, device),
-    )
+
+    def padded(name: str, fill: int = 0) -> np.ndarray:
+        """(rows, seq) int64."""
+        found = np.full((sum(piece.rows for piece in pieces), seq), fill, np.int64)
+        row = 0
+        for request, piece in zip(chosen, pieces, strict=True):
+            found[row : row + piece.rows, : piece.seq] = _array(request, piece, name)
+            row += piece.rows
+        return found
+
+    mask = position_ids = None
+    if any("position_ids" in request.arrays for request in chosen):
+        position_ids = _to_device(padded("position_ids"), device)
+    one_length = all(piece.seq == seq for piece in pieces)
+    if not packed(chosen[0]) and not (one_length and all("mask" not in request.arrays for request in chosen)):
+        real = padded("mask")
+        mask = None if real.all() else _to_device(real, device)
+    return Batch(_to_device(padded("ids", pad_id), device), mask, position_ids)
 
 
 def tokens(requests: Sequence[Request], pieces: Sequence[Piece]) -> int:
@@ -85,37 +89,30 @@ def tokens(requests: Sequence[Request], pieces: Sequence[Piece]) -> int:
     found = 0
     for piece in pieces:
         request = requests[piece.request]
-        found += int(_mask(request, piece).sum()) if "mask" in request.arrays else piece.rows * piece.seq
+        found += int(_array(request, piece, "mask").sum()) if "mask" in request.arrays else piece.rows * piece.seq
     return found
 
 
-def choice(request: Request, piece: Piece, row: int, device: torch.device, with_targets: bool) -> Choice:
-    """What `request` wants of rows `row` and on of a forward, which hold its `piece`."""
-    rows = slice(row, row + piece.rows)
-    arrays = request.arrays
-    chosen = None
-    if "positions" in arrays:
-        chosen = np.flatnonzero(_array(request, piece, "positions"))
-    places = None if chosen is None else _to_device(chosen, device)
+def select(
+    tensors: Tensors, request: Request, piece: Piece, row: int, seq: int, device: torch.device, with_targets: bool
+) -> Selection:
+    """What `request` wants of a forward with rows of `seq` tokens, which holds its `piece` from row `row` on."""
+    rows, chosen = slice(row, row + piece.rows), None
+    found = Selection(tensors, rows, piece.rows * piece.seq, row * seq)
+    if "positions" in request.arrays or piece.seq < seq:
+        chosen = np.nonzero(_array(request, piece, "positions"))
+        places = _to_device((row + chosen[0]) * seq + chosen[1], device)
+        found = Selection(tensors, rows, len(chosen[0]), places)
     if not with_targets:
-        return Choice(rows, piece.seq, places)
-    targets = _array(request, piece, "targets") if "targets" in arrays else next_tokens(_rows(request, piece))
-    candidates = _array(request, piece, "candidates") if "candidates" in arrays else None
-    return Choice(
-        rows,
-        piece.seq,
-        places,
-        _of_positions(targets, chosen, device),
-        None if candidates is None else _of_positions(candidates, chosen, device),
-    )
+        return found
 
+    def at_positions(name: str) -> torch.Tensor:
+        """(positions, ...) int64."""
+        array = _array(request, piece, name)
+        return _to_device(array.reshape(-1, *array.shape[2:]) if chosen is None else array[chosen], device)
 
-def first_position(request: Request, piece: Piece) -> int:
-    """How many of the request's chosen positions lie before `piece`."""
-    if "positions" not in request.arrays:
-        return piece.start * piece.seq
-    before = Piece(piece.request, 0, piece.start, piece.seq)
-    return int(_array(request, before, "positions").sum())
+    candidates = at_positions("candidates") if "candidates" in request.arrays else None
+    return found._replace(targets=at_positions("targets"), candidates=candidates)
 
 
 def next_tokens(ids: np.ndarray) -> np.ndarray:
@@ -131,55 +128,22 @@ def echo(request: Request) -> int:
     return zlib.crc32(ids.astype(np.int64).tobytes())
 
 
-def _rows(request: Request, piece: Piece) -> np.ndarray:
-    """The IDs of a piece, in the slot's memory."""
-    ids = np.frombuffer(request.ids, _ID_TYPES[request.itemsize]).reshape(request.extent.batch, request.extent.seq)
-    return ids[piece.start : piece.stop]
-
-
 def _array(request: Request, piece: Piece, name: str) -> np.ndarray:
-    """One of the request's arrays for a piece, in the slot's memory: (rows, seq), or (rows, seq, c)."""
-    kind = np.uint8 if name in ("mask", "positions") else np.int32
-    array = np.frombuffer(request.arrays[name], kind)
-    shape = (request.extent.batch, request.extent.seq, *((-1,) if name == "candidates" else ()))
+    """`ids` or another array of a piece: (rows, seq), or (rows, seq, c) for candidates. In the slot's memory, or what is meant
+    where the rank sent no such array."""
+    batch, seq, _ = request.extent
+    if name == "ids":
+        array = np.frombuffer(request.ids, _ID_TYPES[request.itemsize])
+    elif name in request.arrays:
+        array = np.frombuffer(request.arrays[name], np.uint8 if name in ("mask", "positions") else np.int32)
+    elif name == "targets":
+        return next_tokens(_array(request, piece, "ids"))
+    elif name == "position_ids":
+        return np.broadcast_to(np.arange(seq), (piece.rows, seq))
+    else:  # mask and positions: all
+        return np.ones((piece.rows, seq), np.uint8)
+    shape = (batch, seq, -1) if name == "candidates" else (batch, seq)
     return array.reshape(shape)[piece.start : piece.stop]
-
-
-def _mask(request: Request, piece: Piece) -> np.ndarray:
-    if "mask" in request.arrays:
-        return _array(request, piece, "mask")
-    return np.ones((piece.rows, piece.seq), np.uint8)
-
-
-def _position_ids(
-    requests: Sequence[Request], pieces: Sequence[Piece], seq: int, device: torch.device
-) -> torch.Tensor | None:
-    """Where a rank gave position_ids beside its mask; the others count from 0."""
-    if not any("position_ids" in request.arrays for request in requests):
-        return None
-    parts = [
-        _array(request, piece, "position_ids")
-        if "position_ids" in request.arrays
-        else np.broadcast_to(np.arange(piece.seq), (piece.rows, piece.seq))
-        for request, piece in zip(requests, pieces, strict=True)
-    ]
-    return _to_device(_padded(parts, seq, 0), device)
-
-
-def _padded(parts: Sequence[np.ndarray], seq: int, fill: int) -> np.ndarray:
-    """(rows, seq) int64, each part on the left."""
-    padded = np.full((sum(len(part) for part in parts), seq), fill, np.int64)
-    row = 0
-    for part in parts:
-        padded[row : row + len(part), : part.shape[1]] = part
-        row += len(part)
-    return padded
-
-
-def _of_positions(array: np.ndarray, chosen: np.ndarray | None, device: torch.device) -> torch.Tensor:
-    """(rows, seq, ...) as (positions, ...) int64 on `device`."""
-    flat = array.reshape(-1, *array.shape[2:])
-    return _to_device(flat if chosen is None else flat[chosen], device)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -59,11 +59,7 @@ class Piece(NamedTuple):
 
 def padded_tokens(pieces: Sequence[Piece]) -> int:
     """Tokens of one forward over `pieces`, padding included."""
-    rows = longest = 0
-    for _, start, stop, seq in pieces:
-        rows += stop - start
-        longest = max(longest, seq)
-    return rows * longest
+    return sum(piece.rows for piece in pieces) * max(piece.seq for piece in pieces)
 
 
 def compose(shapes: Sequence[tuple[int, int]], max_tokens: int, max_padding: float) -> list[list[Piece]]:
@@ -92,14 +88,14 @@ def _fits(pieces: Sequence[Piece], max_tokens: int, max_padding: float) -> bool:
     padded = padded_tokens(pieces)
     if padded > max_tokens:
         return False
-    return sum((stop - start) * seq for _, start, stop, seq in pieces) >= (1 - max_padding) * padded
+    return sum(piece.rows * piece.seq for piece in pieces) >= (1 - max_padding) * padded
 
 
 def halve(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Two forwards with half of the rows each; one unchanged where there is a single row."""
+    """Two forwards with half of the rows each; none where there is a single row."""
     total = sum(piece.rows for piece in pieces)
     if total == 1:
-        return [list(pieces)]
+        return []
     halves: list[list[Piece]] = [[], []]
     seen = 0
     for piece in pieces:

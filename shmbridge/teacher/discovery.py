@@ -14,9 +14,10 @@ from shmbridge.plane import shared_head
 from shmbridge.plane.tensors import dtype_name
 from shmbridge.teacher import startup
 from shmbridge.teacher.batch import Batch, Forward
-from shmbridge.teacher.payload import Encoder, LanguageModel, Verbatim, check_outputs
+from shmbridge.teacher.payload import Encoder, LanguageModel, Tensors, Verbatim, check_outputs
 
 MAX_OUTPUTS = 8
+_SHAPES = ((1, 4), (2, 6))
 
 
 def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offer, Encoder]:
@@ -29,19 +30,26 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
     Raises:
         PlanError: this teacher cannot give the payload.
     """
+    payload = settings.payload
+    head: Head | None = getattr(forward, "head", None)
+    words: int | None = None
+    encoder: Encoder
     with torch.inference_mode():
-        if settings.payload.named:
-            outputs, encoder, words, head = _of_language_model(forward, settings, device)
-        elif settings.payload.vocab is not None:
+        if payload.named:
+            source = _source(forward, head, settings, device)
+            words = head.weight.shape[0] if head else source.shape[-1]
+            width = source.shape[-1] if head else None
+            outputs = payload_outputs(payload, words, width, dtype_name(source.dtype, "the teacher's output"))
+            encoder = LanguageModel(payload, words, head)
+        elif payload.vocab is not None:
             raise PlanError(
-                f"payload.vocab is {settings.payload.vocab}, and no payload is named that it could cut; set payload.logits={{}}."
+                f"payload.vocab is {payload.vocab}, and no payload is named that it could cut; set payload.logits={{}}."
             )
         else:
-            declared = settings.teacher.outputs or getattr(forward, "outputs", {})
-            outputs, words, head = probe(forward, device, declared), None, None
+            outputs = _probe(forward, device, settings.teacher.outputs or getattr(forward, "outputs", {}))
             encoder = Verbatim(outputs)
         whole = [spec.name for spec in outputs if not spec.per_token]
-        if settings.payload.stream and whole:
+        if payload.stream and whole:
             raise PlanError(
                 f"output {whole[0]!r} has no sequence axis and cannot be streamed; leave payload.stream out."
             )
@@ -52,39 +60,31 @@ def make(forward: Forward, settings: Config, device: torch.device) -> tuple[Offe
             vocab_size=startup.vocab_size(forward, settings),
             max_seq=getattr(forward, "max_seq", None),
             packs=startup.packs(forward, settings, device) if words else getattr(forward, "packs", False),
-            words=words,
-            temperatures=settings.payload.topk.temperatures if settings.payload.topk else (),
-            head=shared_head.spec_of(head) if head and settings.payload.hidden is not None else None,
+            words=words and (payload.vocab or words),
+            temperatures=payload.topk.temperatures if payload.topk else (),
+            head=shared_head.spec_of(head) if head and payload.hidden is not None else None,
             tokenizer=getattr(forward, "tokenizer", None),
             probe=startup.parity_probe(forward, encoder, outputs, settings, device) if settings.parity else None,
         )
     return offer, encoder
 
 
-def _of_language_model(
-    forward: Forward, settings: Config, device: torch.device
-) -> tuple[tuple[OutputSpec, ...], Encoder, int, Head | None]:
-    returned = forward(Batch(torch.zeros(1, 4, dtype=torch.int64, device=device), None))
-    head: Head | None = getattr(forward, "head", None)
-    wanted = ", ".join(settings.payload.named)
+def _source(forward: Forward, head: Head | None, settings: Config, device: torch.device) -> torch.Tensor:
+    """What the payloads are made of, of a small batch: hidden states, or logits of a model without a `head`. Raises PlanError."""
     if head is None and settings.payload.hidden is not None:
         why = getattr(forward, "no_head", "") or "it has no attribute `head`"
         raise PlanError(f"payload.hidden cannot be had from this teacher: {why}. Use payload.topk or payload.logits.")
-    source = returned.get("hidden" if head else "logits") if isinstance(returned, Mapping) else None
+    returned = _run(forward, device, *_SHAPES[0])
+    source = returned.get("hidden" if head else "logits")
     if source is None or source.ndim != 3:
-        found = sorted(returned) if isinstance(returned, Mapping) else type(returned).__name__
         raise PlanError(
-            f"the payload is {wanted}, which is made of logits (batch, seq, vocab), or of hidden states and the attribute "
-            f"`head`; the teacher returned {found}."
+            f"the payload is {', '.join(settings.payload.named)}, which is made of logits (batch, seq, vocab), or of hidden "
+            f"states and the attribute `head`; the teacher returned {sorted(returned)}."
         )
-    words = head.weight.shape[0] if head else source.shape[-1]
-    width = source.shape[-1] if head else None
-    dtype = dtype_name(source.dtype, "the teacher's output")
-    outputs = payload_outputs(settings.payload, words, width, dtype)
-    return outputs, LanguageModel(settings.payload, head), settings.payload.vocab or words, head
+    return source
 
 
-def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputConfig]) -> tuple[OutputSpec, ...]:
+def _probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputConfig]) -> tuple[OutputSpec, ...]:
     """What `forward` returns: as declared, or as two small batches of different shapes show it.
 
     An axis follows the sequence if it is axis 1 and equals the length in both batches.
@@ -93,22 +93,20 @@ def probe(forward: Forward, device: torch.device, declared: Mapping[str, OutputC
         PlanError: an output is no tensor, lacks the batch axis, has a dtype or shape that cannot travel, or differs from
             its declaration.
     """
-    shapes = ((1, 4), (2, 6))
-    returned = [_run_probe(forward, device, *shape) for shape in shapes]
+    returned = [_run(forward, device, *shape) for shape in _SHAPES]
     if declared:
         specs = tuple(OutputSpec(name, output.dtype, output.shape) for name, output in declared.items())
     else:
-        specs = tuple(_infer(name, [outputs.get(name) for outputs in returned], shapes) for name in returned[0])
+        specs = tuple(_infer(name, [outputs.get(name) for outputs in returned]) for name in returned[0])
     if not 0 < len(specs) <= MAX_OUTPUTS:
         raise PlanError(f"the teacher returned {len(specs)} outputs; a reply carries 1 to {MAX_OUTPUTS}.")
-    for outputs, (batch, seq) in zip(returned, shapes, strict=True):
+    for outputs, (batch, seq) in zip(returned, _SHAPES, strict=True):
         check_outputs(specs, outputs, batch, seq)
     return specs
 
 
-def _run_probe(forward: Forward, device: torch.device, batch: int, seq: int) -> Mapping[str, torch.Tensor]:
-    ids = torch.zeros(batch, seq, dtype=torch.int64, device=device)
-    outputs = forward(Batch(ids, None))
+def _run(forward: Forward, device: torch.device, batch: int, seq: int) -> Tensors:
+    outputs = forward(Batch(torch.zeros(batch, seq, dtype=torch.int64, device=device), None))
     if not isinstance(outputs, Mapping):
         raise PlanError(
             f"the teacher's forward returned a {type(outputs).__name__}; expected a dict of names to tensors with a "
@@ -117,8 +115,8 @@ def _run_probe(forward: Forward, device: torch.device, batch: int, seq: int) -> 
     return outputs
 
 
-def _infer(name: str, tensors: list[torch.Tensor | None], shapes: tuple[tuple[int, int], ...]) -> OutputSpec:
-    for tensor, (batch, _) in zip(tensors, shapes, strict=True):
+def _infer(name: str, tensors: list[torch.Tensor | None]) -> OutputSpec:
+    for tensor, (batch, _) in zip(tensors, _SHAPES, strict=True):
         if not isinstance(tensor, torch.Tensor) or tensor.ndim == 0 or tensor.shape[0] != batch:
             found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise PlanError(
@@ -127,11 +125,11 @@ def _infer(name: str, tensors: list[torch.Tensor | None], shapes: tuple[tuple[in
     first, second = tensors
     assert first is not None and second is not None
     dtype = dtype_name(first.dtype, f"output {name!r}")
-    per_token = first.ndim > 1 and (first.shape[1], second.shape[1]) == (shapes[0][1], shapes[1][1])
+    per_token = first.ndim > 1 and (first.shape[1], second.shape[1]) == (_SHAPES[0][1], _SHAPES[1][1])
     rest = tuple(first.shape[1 + per_token :])
     if rest != tuple(second.shape[1 + per_token :]):
         raise PlanError(
-            f"output {name!r} has the shapes {tuple(first.shape)} and {tuple(second.shape)} for batches of {shapes[0]} and "
-            f"{shapes[1]}; only axis 0 may follow the batch and only axis 1 the sequence."
+            f"output {name!r} has the shapes {tuple(first.shape)} and {tuple(second.shape)} for batches of {_SHAPES[0]} and "
+            f"{_SHAPES[1]}; only axis 0 may follow the batch and only axis 1 the sequence."
         )
     return OutputSpec(name, dtype, ("seq", *rest) if per_token else rest)

@@ -1,12 +1,13 @@
-"""From what a teacher's forward returns to what its offer says: the formulas of the payloads, on the teacher's device.
+"""From what a teacher's forward returned to what a reply carries: the formulas of the payloads, on the teacher's device.
 
-A forward returns one row of outputs for each row of the combined batch. `Rows` are those of one request, cut to the positions
-that it chose, and an encoder makes the payload for any range of them. So the output head, which takes most of the memory, is
-applied to no more positions at a time than fit into `_HEAD_BYTES`, and only to positions that were asked for.
+A `Selection` tells which positions of a forward one request wants. An encoder makes the payload of any range of them: of one
+chunk where replies are streamed, else of as many as fit into `_HEAD_BYTES`. So the output head, which takes most of the memory,
+is applied to few positions at a time, and only to positions that were asked for.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -24,67 +25,89 @@ _HEAD_BYTES = 1 << 27
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Choice(NamedTuple):
-    """What one request wants of its rows in a forward, on the teacher's device."""
+class Selection(NamedTuple):
+    """What one request wants of a forward of (rows, seq) tokens."""
 
-    rows: slice  # of the combined batch
-    seq: int  # of the request, without the padding of the batch
-    chosen: torch.Tensor | None  # (positions,) int64 into rows x seq, in row-major order; None: all
-    targets: torch.Tensor | None = None  # (positions,) int64
-    candidates: torch.Tensor | None = None  # (positions, c) int64
+    tensors: Tensors
+    """What Encoder.prepare gave: (rows * seq, ...), or (rows, ...) where an output has no sequence axis."""
 
-
-class Rows(NamedTuple):
-    """What a forward returned for one request: tensors whose one or two leading axes hold `positions` positions."""
+    rows: slice
+    """The request's rows of the forward."""
 
     positions: int
-    tensors: dict[str, torch.Tensor]
-    choice: Choice
+    """How many positions it wants."""
+
+    places: int | torch.Tensor
+    """Where they lie in rows * seq: the first of adjacent ones, or (positions,) int64 on the teacher's device."""
+
+    targets: torch.Tensor | None = None
+    """(positions,) int64, where the payload has logprobs."""
+
+    candidates: torch.Tensor | None = None
+    """(positions, c) int64."""
+
+    def take(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """(stop - start, ...): an output at the positions start to stop of the request."""
+        tensor = self.tensors[name]
+        if isinstance(self.places, int):
+            return tensor[self.places + start : self.places + stop]
+        return tensor[self.places[start:stop].to(tensor.device)]
+
+    def kept(self) -> Selection:
+        """The same, to wait for its reader: not a view of the whole forward, which would stay with it."""
+        tensors = {}
+        for name in self.tensors:
+            tensor = self.take(name, 0, self.positions)
+            alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            tensors[name] = tensor if alone else tensor.clone(memory_format=torch.contiguous_format)
+        return self._replace(tensors=tensors, places=0)
 
 
 class Encoder(Protocol):
     """Turns what a forward returns into replies."""
 
+    at_once: int
+    """Positions whose payload is made at a time."""
+
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
-        """Check what a forward of (rows, seq) returned; `whole`: its requests want all of their positions at once.
+        """Check what a forward of (rows, seq) returned, and give the tensors of a Selection. `whole`: its requests want all of
+        their positions at once.
 
         Raises:
             PlanError: it is not what the offer says.
         """
 
-    def select(self, returned: Tensors, choice: Choice) -> Rows:
-        """The rows of one request."""
+    def encode(self, selection: Selection, start: int, stop: int) -> Tensors:
+        """The payload of the positions start to stop of a selection."""
 
-    def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:
-        """The whole payload of `rows`, as (first position, outputs)."""
 
-    def encode_part(self, rows: Rows, start: int, stop: int) -> Tensors:
-        """The payload of positions start to stop of `rows`."""
+def parts(encoder: Encoder, selection: Selection) -> Iterator[tuple[int, Tensors]]:
+    """The whole payload of a selection, as (first position, outputs)."""
+    for start in range(0, max(1, selection.positions), encoder.at_once):
+        yield start, encoder.encode(selection, start, min(selection.positions, start + encoder.at_once))
 
 
 class Verbatim:
     """The outputs of a custom teacher, as its forward returns them."""
 
+    at_once = sys.maxsize
+
     def __init__(self, outputs: tuple[OutputSpec, ...]) -> None:
         self._outputs = outputs
-        self._per_token = [(spec.name, spec.per_token) for spec in outputs]
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         check_outputs(self._outputs, returned, rows, seq)
-        return returned
+        given = [(spec, returned[spec.name]) for spec in self._outputs]
+        return {spec.name: tensor.flatten(0, 1) if spec.per_token else tensor for spec, tensor in given}
 
-    def select(self, returned: Tensors, choice: Choice) -> Rows:
-        tensors = {}
-        for name, per_token in self._per_token:
-            tensor = returned[name]
-            tensors[name] = _chosen(tensor, choice) if per_token else _of_rows(tensor, choice)
-        return Rows(_positions(choice), tensors, choice)
-
-    def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:
-        yield 0, rows.tensors
-
-    def encode_part(self, rows: Rows, start: int, stop: int) -> Tensors:
-        return {name: _flat(rows, name)[start:stop] for name in rows.tensors}
+    def encode(self, selection: Selection, start: int, stop: int) -> Tensors:
+        outputs = {}
+        for spec in self._outputs:
+            if spec.per_token:
+                outputs[spec.name] = selection.take(spec.name, start, stop)
+            else:
+                outputs[spec.name] = selection.tensors[spec.name][selection.rows]
+        return outputs
 
 
 def check_outputs(specs: tuple[OutputSpec, ...], outputs: Mapping[str, torch.Tensor], batch: int, seq: int) -> None:
@@ -108,44 +131,43 @@ def check_outputs(specs: tuple[OutputSpec, ...], outputs: Mapping[str, torch.Ten
 class LanguageModel:
     """The payloads of a language model, from its logits, or from its hidden states and its head."""
 
-    def __init__(self, settings: PayloadConfig, head: Head | None) -> None:
-        """`head`: of the model whose forward returns `hidden`; None where it returns `logits`."""
+    def __init__(self, settings: PayloadConfig, words: int, head: Head | None) -> None:
+        """`head`: of the model whose forward returns `hidden`; None where it returns `logits`. Either gives `words` logits."""
         self._payload = settings
         self._head = head
-        self._needed = ["hidden"] if head else ["logits"]
+        self.at_once = max(1, _HEAD_BYTES // (4 * words))
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         """Where whole logits are sent, the head is applied once to the combined batch, as the model itself does it."""
-        for name in self._needed:
+        needed = ["hidden"] if self._head or self._payload.hidden is not None else []
+        if not self._head:
+            needed.append("logits")
+        tensors = {}
+        for name in needed:
             tensor = returned.get(name)
             if tensor is None or tensor.shape[:2] != (rows, seq) or tensor.ndim != 3:
                 found = sorted(returned) if tensor is None else tuple(tensor.shape)
                 raise PlanError(f"the teacher returned {found}; expected {name!r} of shape ({rows}, {seq}, ...).")
+            tensors[name] = tensor.flatten(0, 1)
         if self._head and self._payload.logits and whole:
-            return {**returned, "logits": self._head(returned["hidden"])}
-        return returned
+            tensors["logits"] = self._head(returned["hidden"]).flatten(0, 1)
+        return tensors
 
-    def select(self, returned: Tensors, choice: Choice) -> Rows:
-        wanted = ["logits" if "logits" in returned else "hidden"] + ["hidden"] * (self._payload.hidden is not None)
-        tensors = {name: _chosen(returned[name], choice) for name in wanted}
-        return Rows(_positions(choice), tensors, choice)
-
-    def encode(self, rows: Rows) -> Iterator[tuple[int, Tensors]]:
-        if self._payload.named == ("logits",) and "logits" in rows.tensors:
-            yield 0, {"logits": self._cut(rows.tensors["logits"])}
-            return
-        step = self._positions_at_once(rows)
-        for start in range(0, rows.positions, step):
-            yield start, self.encode_part(rows, start, min(rows.positions, start + step))
-
-    def encode_part(self, rows: Rows, start: int, stop: int) -> Tensors:
-        settings, part = self._payload, slice(start, stop)
+    def encode(self, selection: Selection, start: int, stop: int) -> Tensors:
+        settings = self._payload
         outputs: dict[str, torch.Tensor] = {}
+        if start == stop:
+            return outputs
         if settings.hidden is not None:
-            outputs["hidden"] = _flat(rows, "hidden")[part]
+            outputs["hidden"] = selection.take("hidden", start, stop)
         if settings.named == ("hidden",):
             return outputs
-        logits = self._logits(rows, part)
+        if "logits" in selection.tensors:
+            logits = selection.take("logits", start, stop)
+        else:
+            assert self._head
+            logits = self._head(selection.take("hidden", start, stop))
+        logits = logits[..., : settings.vocab]
         if settings.logits:
             outputs["logits"] = logits
         if settings.topk or settings.logprobs:
@@ -153,29 +175,13 @@ class LanguageModel:
             if settings.topk:
                 outputs |= top_k(logprobs, settings.topk.k, settings.topk.temperatures)
             if settings.logprobs:
-                outputs |= self._logprobs(logprobs, rows.choice, part)
-        return outputs
-
-    def _logits(self, rows: Rows, part: slice) -> torch.Tensor:
-        if "logits" in rows.tensors:
-            return self._cut(_flat(rows, "logits")[part])
-        assert self._head
-        return self._head(_flat(rows, "hidden")[part])
-
-    def _cut(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self._payload.vocab is None else logits[..., : self._payload.vocab]
-
-    def _positions_at_once(self, rows: Rows) -> int:
-        words = self._head.weight.shape[0] if self._head else rows.tensors["logits"].shape[-1]
-        return max(1, _HEAD_BYTES // (4 * words))
-
-    def _logprobs(self, logprobs: torch.Tensor, choice: Choice, part: slice) -> dict[str, torch.Tensor]:
-        assert self._payload.logprobs and choice.targets is not None
-        outputs = {"logprobs": of_targets(logprobs, choice.targets[part].to(logprobs.device))}
-        if self._payload.logprobs.entropy:
-            outputs["entropy"] = torch.special.entr(logprobs.exp()).sum(-1)
-        if choice.candidates is not None:
-            outputs["candidate_logprobs"] = logprobs.gather(-1, choice.candidates[part].to(logprobs.device))
+                assert selection.targets is not None
+                targets, candidates = selection.targets[start:stop], selection.candidates
+                outputs["logprobs"] = of_targets(logprobs, targets.to(logprobs.device))
+                if settings.logprobs.entropy:
+                    outputs["entropy"] = torch.special.entr(logprobs.exp()).sum(-1)
+                if candidates is not None:
+                    outputs["candidate_logprobs"] = logprobs.gather(-1, candidates[start:stop].to(logprobs.device))
         return outputs
 
 
@@ -199,40 +205,3 @@ def of_targets(logprobs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     there = targets != IGNORED
     found = logprobs.gather(-1, torch.where(there, targets, 0).unsqueeze(-1)).squeeze(-1)
     return torch.where(there, found, 0.0)
-
-
-def _chosen(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """The rows of a combined (rows, padded seq, ...) tensor that are the request's, without padding: (rows, seq, ...), or
-    (positions, ...) where it chose positions."""
-    tensor = _of_rows(tensor, choice)
-    if tensor.shape[1] != choice.seq:
-        tensor = tensor[:, : choice.seq]
-    return tensor if choice.chosen is None else tensor.flatten(0, 1)[choice.chosen.to(tensor.device)]
-
-
-def _of_rows(tensor: torch.Tensor, choice: Choice) -> torch.Tensor:
-    return tensor if choice.rows.stop - choice.rows.start == tensor.shape[0] else tensor[choice.rows]
-
-
-def kept(rows: Rows) -> Rows:
-    """`rows` as they may wait for their reader: laid out once, and no view of the whole forward, which would stay with it."""
-    return rows._replace(tensors={name: _alone(tensor) for name, tensor in rows.tensors.items()})
-
-
-def _alone(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _flat(rows: Rows, name: str) -> torch.Tensor:
-    """(positions, ...) of one tensor."""
-    tensor = rows.tensors[name]
-    return tensor.flatten(0, 1) if rows.choice.chosen is None else tensor
-
-
-def _positions(choice: Choice) -> int:
-    if choice.chosen is not None:
-        return len(choice.chosen)
-    rows: int = choice.rows.stop - choice.rows.start
-    return rows * choice.seq

@@ -11,33 +11,21 @@ for the stream). While it waits, streams go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from shmbridge.log import logger
 from shmbridge.shm.session import Lane
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Answer
-from shmbridge.teacher.stream import Streams
+from shmbridge.teacher.replies import Replies
 
 
 class Collector:
     """Collects the requests of one teacher's lanes into rounds."""
 
-    def __init__(
-        self,
-        session: TeacherSession,
-        streams: Streams,
-        skip: Callable[[Answer], None],
-        adopted: Callable[[Lane], None],
-        healthy: Callable[[], None],
-    ) -> None:
-        """`skip` is called with an abandoned request, `adopted` with a lane that this teacher takes over from another; `healthy`
-        raises where this teacher cannot answer any more."""
-        self._adopted = adopted
-        self._healthy = healthy
+    def __init__(self, session: TeacherSession, replies: Replies) -> None:
         self._session = session
-        self._streams = streams
-        self._skip = skip
+        self._replies = replies
         self._lockstep = session.settings.teacher.collect == "lockstep"
         self._until_exit = session.settings.teacher.serve_until == "exited"
         self._linger_s = session.settings.teacher.linger_ms / 1000
@@ -82,12 +70,12 @@ class Collector:
         answers = self._take()
         if answers:
             return answers
-        return [] if ended and not self._streams else None
+        return [] if ended and not self._replies.streams else None
 
     def _take(self) -> list[Answer]:
         answers = []
         for lane in self._lanes:
-            sequence = None if lane.index in self._streams else self._next_wanted(lane)
+            sequence = None if lane.index in self._replies.streams else self._next_wanted(lane)
             if sequence is not None:
                 answers.append(Answer(lane, lane.ring.read_request(sequence)))
         return answers
@@ -96,7 +84,7 @@ class Collector:
         """The lane's oldest request that was not abandoned. Those before it are skipped."""
         ring = lane.ring
         while (sequence := ring.next_request()) is not None and sequence < ring.abandoned:
-            self._skip(Answer(lane, ring.read_request(sequence)))
+            self._replies.skip(Answer(lane, ring.read_request(sequence)))
         return sequence
 
     def _all_submitted(self, among: Collection[int] | None = None) -> bool | None:
@@ -107,24 +95,24 @@ class Collector:
 
     def _is_awaited(self, lane: Lane) -> bool:
         """Whether the lane has not submitted yet, or in lockstep has not read its streamed reply."""
-        if lane.index in self._streams:
+        if lane.index in self._replies.streams:
             return self._lockstep
         submits = not lane.ring.closed and (self._lockstep or lane.records[0].identity is not None)
         return submits and self._next_wanted(lane) is None
 
     def _advance_streams(self) -> None:
         """Send one chunk of each lane. Where more might be sent, the next wait returns at once."""
-        if self._streams.advance():
+        if self._replies.advance():
             self._session.bell.ring()
 
     def _exchange_lanes(self) -> None:
         """Take lanes over from a teacher that is gone, and give them back to the one that replaces it."""
         for lane in self._session.adopt():
             logger.info("lane %d is served by this teacher now", lane.index)
-            self._adopted(lane)
+            self._replies.adopt(lane)
             self._lanes.append(lane)
         for lane in [lane for lane in self._lanes if lane.wanted_teacher != self._session.index]:
-            if lane.ring.settled and lane.index not in self._streams:
+            if lane.ring.settled and lane.index not in self._replies.streams:
                 self._lanes.remove(lane)
                 self._session.yield_lane(lane)
 
@@ -137,11 +125,11 @@ class Collector:
     def _check(self) -> None:
         """Once in each slice of a wait: a rank that is gone will neither submit nor read."""
         self._session.check()
-        self._healthy()
+        self._replies.publisher.check()
         self._exchange_lanes()
         for lane in [lane for lane in self._lanes if self._session.gone(lane)]:
             if not lane.ring.closed:
                 logger.warning("rank %d is gone without closing; its lane is no longer served", lane.index)
             self._lanes.remove(lane)
-            self._streams.drop(lane.index)
+            self._replies.streams.pop(lane.index, None)
         self._gone.update(lane.index for lane in self._session.own if self._session.gone(lane))

@@ -1,4 +1,4 @@
-"""The teacher's loop: it collects requests, runs forward(batch) -> named tensors with a leading batch axis, and publishes replies.
+"""The teacher's loop: it collects requests, runs forward(batch) -> named tensors with a leading batch axis, and answers.
 
 Each round combines the collected requests into one forward, or into as few as teacher.max_batch_tokens and teacher.max_padding
 allow, and gives every rank its own rows.
@@ -10,37 +10,23 @@ so that only the rank whose request causes the error gets it. Every request is a
 from __future__ import annotations
 
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
 from shmbridge.errors import AttachError
-from shmbridge.log import Trace, logger
-from shmbridge.output_spec import Extent, Offer, reply_bytes
-from shmbridge.plane import cuda_runtime, select
-from shmbridge.plane.base import TeacherPlane
+from shmbridge.log import logger
+from shmbridge.output_spec import Offer
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import Composition
-from shmbridge.shm.session import Lane
 from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import payload
-from shmbridge.teacher.batch import Answer, Forward, choice, combine, first_position, packed, tokens
+from shmbridge.teacher.batch import Answer, Forward, combine, packed, select, tokens
 from shmbridge.teacher.compose import Piece, TokenLimit, by_request, compose, halve, padded_tokens
-from shmbridge.teacher.payload import Encoder, Rows
+from shmbridge.teacher.payload import Encoder
+from shmbridge.teacher.replies import Replies, Trouble
 from shmbridge.teacher.scheduler import Collector
-from shmbridge.teacher.stream import Publisher, Streams
-
-
-class _Trouble(NamedTuple):
-    """What a forward raised, as text: the exception itself would keep its frames, and their tensors, alive."""
-
-    summary: str
-    traceback: str
-    out_of_memory: bool
 
 
 class Server:
@@ -61,31 +47,14 @@ class Server:
         self._session = session
         self._forward = forward
         self._encoder = encoder
-        self._outputs = agreed.outputs
         self._device = device
         self._settings = session.settings.teacher
         self._with_targets = session.settings.payload.logprobs is not None
         self._limit = limit or TokenLimit(self._settings.max_batch_tokens)
         self._watch = _Stopwatch(device)
-        self._forwards = 0
-        self._tokens = self._padded_tokens = 0
-        shape = session.control.shape
-        self._chunks = shape.chunks
-        self._agreed = agreed
-        self._slabs = {} if slabs is None else slabs
-        self._planes = {lane.index: self._plane(lane) for lane in session.served}
-        self._publisher = Publisher()
-        self._streams = Streams(
-            encoder,
-            self._planes,
-            self._publisher,
-            shape.chunk_positions,
-            self._sent_chunk,
-            lambda answer, error: self._fail(answer, _trouble(error)),
-            self._publish,
-        )
-        self._collector = Collector(session, self._streams, self._skip, self._adopt, self._publisher.check)
-        self._trace = Trace.of("teacher", session.index)
+        self._forwards = self._tokens = self._padded_tokens = 0
+        self._replies = Replies(session, encoder, agreed, device, {} if slabs is None else slabs)
+        self._collector = Collector(session, self._replies)
 
     def serve(self) -> None:
         """Open the startup barrier and answer until every lane is closed, or training is done.
@@ -102,79 +71,64 @@ class Server:
                 self._answer(answers)
                 self._collector.answered(answers)
                 record.enter(Phase.COLLECTING)
-        self._publisher.close()
+        self._replies.publisher.close()
         self._settle()
         record.enter(Phase.CLOSED)
-        logger.info(self._summary())
-
-    def close(self) -> None:
-        """Nothing is served any more. Without what calls back into this, the generation's memory is unmapped with it."""
-        del self._streams, self._collector
+        padding = 1 - self._tokens / max(1, self._padded_tokens)
+        forwards = "1 forward" if self._forwards == 1 else f"{self._forwards} forwards"
+        logger.info("answered this training group in %s; %.1f%% of their tokens were padding", forwards, 100 * padding)
 
     def _settle(self) -> None:
-        """Before this process goes, and its GPU memory with it: the ranks have what was published, within timeouts.shutdown_s."""
-        self._session.wait(self._settled, time.monotonic() + self._session.settings.timeouts.shutdown_s)
-
-    def _settled(self) -> bool | None:
-        lanes = [lane for lane in self._session.served if not lane.ring.closed and not self._session.gone(lane)]
-        return True if all(self._planes[lane.index].settled() for lane in lanes) else None
-
-    # Answering
+        """Wait until the ranks have what was published, for timeouts.shutdown_s at most."""
+        self._session.wait(self._replies.settled, time.monotonic() + self._session.settings.timeouts.shutdown_s)
 
     def _answer(self, answers: Sequence[Answer]) -> None:
+        """Answer a round. An error that ends the teacher is raised."""
         for answer in answers:
             request = answer.request
             self._session.record.at(request.step, request.sequence)
-            if self._trace:
-                self._hand_over("collect", answer, len(request.ids), request.submitted_ns)
+            self._replies.trace("collect", answer, None, request.submitted_ns)
         for kind in {packed(answer.request) for answer in answers}:
             alike = [answer for answer in answers if packed(answer.request) is kind]
             shapes = [answer.request.extent[:2] for answer in alike]
-            for pieces in compose(shapes, self._limit.tokens, self._settings.max_padding):
-                self._run(alike, pieces)
+            todo = deque(compose(shapes, self._limit.tokens, self._settings.max_padding))
+            while todo:
+                pieces = todo.popleft()
+                if padded_tokens(pieces) > self._limit.tokens and (halves := halve(pieces)):
+                    todo.extendleft(reversed(halves))  # the limit fell since they were composed
+                    continue
+                trouble = self._run(alike, pieces)
+                if trouble and (smaller := self._divided(pieces, trouble)):
+                    todo.extendleft(reversed(smaller))
+                    continue
+                self._finish(alike, pieces, trouble)
 
-    def _run(self, answers: Sequence[Answer], pieces: list[Piece]) -> None:
-        """Run one forward; divide and retry it where it raises. An error that ends the teacher is raised.
-
-        The retries run after the except clause: the exception's traceback would keep the failed forward's activations alive.
-        """
-        if padded_tokens(pieces) > self._limit.tokens:  # it fell since they were composed
-            halves = halve(pieces)
-            if len(halves) == 2:
-                self._run_each(answers, halves)
-                return
-        trouble: _Trouble | None = None
+    def _run(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> Trouble | None:
+        """Run one forward. Returns what it raised; the exception, whose traceback keeps the forward's activations alive, is gone
+        before the forward is tried again."""
         try:
             self._forward_and_write(answers, pieces)
         except AttachError:
             raise
         except Exception as error:
-            trouble = _trouble(error)
-        if trouble is None and self._limit.succeeded(padded_tokens(pieces)):
+            return Trouble.of(error)
+        if self._limit.succeeded(padded_tokens(pieces)):
             logger.info("forwards take %d tokens at most again", self._limit.tokens)
-        if trouble is None or not self._retry(answers, pieces, trouble):
-            self._finish(answers, pieces, trouble)
+        return None
 
-    def _retry(self, answers: Sequence[Answer], pieces: list[Piece], trouble: _Trouble) -> bool:
-        """Halve a forward that ran out of memory; run any other again request by request. False where nothing can be divided."""
-        halves = halve(pieces)
-        if trouble.out_of_memory and len(halves) == 2:
+    def _divided(self, pieces: Sequence[Piece], trouble: Trouble) -> list[list[Piece]]:
+        """The halves of a forward that ran out of memory, or any other request by request. Empty where nothing can be divided."""
+        if trouble.out_of_memory and (halves := halve(pieces)):
             self._limit.failed(padded_tokens(pieces))
             logger.warning("the teacher ran out of memory; forwards now take %d tokens at most", self._limit.tokens)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._run_each(answers, halves)
-            return True
+            return halves
         alone = by_request(pieces)
-        if len(alone) > 1:
-            logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
-            self._run_each(answers, alone)
-            return True
-        return False
-
-    def _run_each(self, answers: Sequence[Answer], forwards: Sequence[list[Piece]]) -> None:
-        for pieces in forwards:
-            self._run(answers, pieces)
+        if len(alone) == 1:
+            return []
+        logger.warning("a forward for several ranks raised %s; trying them one by one", trouble.summary)
+        return alone
 
     def _forward_and_write(self, answers: Sequence[Answer], pieces: Sequence[Piece]) -> None:
         """Run one forward. Write its rows into the reply slots, or keep them where replies are streamed."""
@@ -182,121 +136,40 @@ class Server:
         requests = [answer.request for answer in answers]
         batch = combine(requests, pieces, self._settings.pad_id, self._device)
         rows, seq = batch.input_ids.shape
-        whole = not self._chunks and not any("positions" in requests[piece.request].arrays for piece in pieces)
-        returned = self._encoder.prepare(self._forward(batch), rows, seq, whole)
-        chosen = []
+        streamed = self._replies.streamed
+        whole = not streamed and not any("positions" in requests[piece.request].arrays for piece in pieces)
+        tensors = self._encoder.prepare(self._forward(batch), rows, seq, whole)
+        selections = []
         row = 0
         for piece in pieces:
-            wanted = choice(requests[piece.request], piece, row, self._device, self._with_targets)
-            chosen.append(self._encoder.select(returned, wanted))
+            answer = answers[piece.request]
+            selection = select(tensors, answer.request, piece, row, seq, self._device, self._with_targets)
+            if streamed:
+                selection = selection.kept()
+            else:
+                self._replies.write(answer, selection, piece.start)
+            selections.append((answer, row, selection))
             row += piece.rows
-        if not self._chunks:
-            for piece, part in zip(pieces, chosen, strict=True):
-                answer, request = answers[piece.request], requests[piece.request]
-                position = first_position(request, piece)
-                for start, outputs in self._encoder.encode(part):
-                    plane = self._planes[answer.lane.index]
-                    plane.write(request.sequence, request.extent, outputs, position + start, piece.start)
-        self._note(answers, pieces, chosen, (rows, seq), self._watch.stop())
-
-    def _note(
-        self, answers: Sequence[Answer], pieces: Sequence[Piece], chosen: list[Rows], shape: tuple[int, int], took: int
-    ) -> None:
-        """Note in each answer the forward that computed it, and keep the rows that are still to be streamed."""
-        real = tokens([answer.request for answer in answers], pieces)
+        took, real = self._watch.stop(), tokens(requests, pieces)
         self._forwards += 1
         self._tokens += real
-        self._padded_tokens += shape[0] * shape[1]
-        row = 0
-        for piece, part in zip(pieces, chosen, strict=True):
-            answer = answers[piece.request]
+        self._padded_tokens += rows * seq
+        for answer, row, selection in selections:  # not before: all of it may be tried again
             forward_ns = answer.composition.forward_ns + took
-            answer.composition = Composition(self._forwards, row, *shape, real, forward_ns)
-            if self._chunks:
-                answer.parts.append(payload.kept(part))
-            row += piece.rows
+            answer.composition = Composition(self._forwards, row, rows, seq, real, forward_ns)
+            answer.positions += selection.positions
+            if streamed:
+                answer.selections.append(selection)
 
-    def _finish(self, answers: Sequence[Answer], pieces: Sequence[Piece], trouble: _Trouble | None) -> None:
-        """Count the pieces' rows as done, and publish every request that has all of its rows."""
+    def _finish(self, answers: Sequence[Answer], pieces: Sequence[Piece], trouble: Trouble | None) -> None:
+        """Count the pieces' rows as done, and finish every reply that has all of its rows."""
         for piece in pieces:
             answer = answers[piece.request]
-            answer.done += piece.rows
+            answer.rows += piece.rows
             if trouble and answer.error is None:
-                self._fail(answer, trouble)
-            if answer.done == answer.request.extent.batch:
-                if self._chunks and answer.error is None:
-                    self._streams.begin(answer)
-                else:
-                    self._publish(answer)
-
-    def _adopt(self, lane: Lane) -> None:
-        self._planes[lane.index] = self._plane(lane)
-
-    def _plane(self, lane: Lane) -> TeacherPlane:
-        return select.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
-
-    def _fail(self, answer: Answer, trouble: _Trouble) -> None:
-        answer.error = trouble.traceback
-        logger.warning("rank %d's forward raised %s; the rank is told", answer.lane.index, trouble.summary)
-
-    def _publish(self, answer: Answer) -> None:
-        ring, sequence = answer.lane.ring, answer.request.sequence
-        ring.write_reply(sequence, answer.composition, answer.error, answer.echo)
-        whole = not self._chunks and answer.error is None
-        self._seal(answer, self._planes[answer.lane.index].seal(sequence) if whole else None)
-
-    def _skip(self, answer: Answer) -> None:
-        """Publish an empty reply: the request was abandoned."""
-        answer.lane.ring.skip_reply(answer.request.sequence)
-        self._seal(answer, None, skipped=True)
-
-    def _seal(self, answer: Answer, arrived: Callable[[], None] | None, *, skipped: bool = False) -> None:
-        """The reply is written. Publish it when `arrived` has returned."""
-        answer.lane.ring.seal_reply(answer.request.sequence)
-        self._publisher.after(arrived, lambda: self._published(answer, skipped))
-
-    def _published(self, answer: Answer, skipped: bool) -> None:
-        answer.lane.ring.publish_reply(answer.request.sequence)
-        self._session.ring_members(answer.lane)
-        if self._trace and not skipped:
-            nbytes = 0 if self._chunks or answer.error else reply_bytes(self._outputs, answer.request.extent)
-            self._hand_over("reply", answer, nbytes, time.monotonic_ns() - answer.composition.forward_ns)
-
-    # Streams
-
-    def _sent_chunk(self, answer: Answer, count: int) -> None:
-        self._session.ring_members(answer.lane)
-        if self._trace:
-            nbytes = reply_bytes(self._outputs, Extent(0, 0, count))
-            self._hand_over("chunk", answer, nbytes, answer.request.submitted_ns)
-
-    # Log
-
-    def _summary(self) -> str:
-        padding = 1 - self._tokens / self._padded_tokens if self._padded_tokens else 0.0
-        forwards = "1 forward" if self._forwards == 1 else f"{self._forwards} forwards"
-        return f"answered this training group in {forwards}; {padding:.1%} of their tokens were padding"
-
-    def _hand_over(self, event: str, answer: Answer, nbytes: int, since_ns: int) -> None:
-        assert self._trace
-        request = answer.request
-        self._trace.hand_over(
-            event,
-            lane=answer.lane.index,
-            step=request.step,
-            sequence=request.sequence,
-            slot=request.sequence % answer.lane.ring.depth,
-            shape=(request.extent.batch, request.extent.seq),
-            nbytes=nbytes,
-            since_ns=since_ns,
-        )
-
-
-def _trouble(error: Exception) -> _Trouble:
-    """What a forward raised. Raises it where no later call of CUDA can succeed."""
-    if cuda_runtime.is_sticky(error):
-        raise error
-    return _Trouble(repr(error), "".join(traceback.format_exception(error)), cuda_runtime.is_out_of_memory(error))
+                self._replies.fail(answer, trouble)
+            if answer.rows == answer.request.extent.batch:
+                self._replies.finish(answer)
 
 
 class _Stopwatch:

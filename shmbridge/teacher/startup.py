@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -16,7 +16,7 @@ from shmbridge.plane import cuda_runtime
 from shmbridge.shm.session import Shape
 from shmbridge.teacher.batch import Batch, Forward, next_tokens
 from shmbridge.teacher.compose import TokenLimit
-from shmbridge.teacher.payload import Choice, Encoder, LanguageModel
+from shmbridge.teacher.payload import Encoder, LanguageModel, Selection, parts
 
 _ROWS, _SEQ = 2, 6
 _STRIDE = 7  # between neighbouring IDs, so that no two rows of the probe are alike
@@ -28,37 +28,55 @@ def parity_probe(
     forward: Forward, encoder: Encoder, outputs: tuple[OutputSpec, ...], settings: Config, device: torch.device
 ) -> Probe:
     """Token IDs, and fingerprints of the outputs for them. They are computed by the teacher's `reference` where it has one (the
-    model's own forward, of which no encoder does a part), else by `forward`."""
+    model's own forward, of which no encoder does a part), else by `forward`. Raises PlanError where an output has a NaN."""
     ids = _token_ids(forward, settings)
     returned = getattr(forward, "reference", forward)(Batch(ids.to(device), None))
     if settings.payload.named and "logits" in returned:
-        encoder = LanguageModel(settings.payload, None)
-    expected = _encoded(encoder, returned, ids, settings.payload)
-    _refuse_nan(expected)
-    rows, seq = ids.shape
-    prints = {
-        spec.name: fingerprint.of(spec, expected[spec.name].reshape(spec.dims(Extent(rows, seq)))) for spec in outputs
-    }
+        encoder = LanguageModel(settings.payload, returned["logits"].shape[-1], None)
+    expected = encoder.encode(_all_positions(encoder, returned, ids, settings.payload), 0, ids.numel())
+    for name, tensor in expected.items():
+        if odd := int(tensor.isnan().sum()):
+            raise PlanError(
+                f"the teacher's {name!r} has {odd} NaN among {tensor.numel()} numbers for a small batch of ordinary tokens. Try "
+                "another teacher.dtype or teacher.attn_implementation; parity=false lets it pass."
+            )
+    extent = Extent(*ids.shape)
+    prints = {spec.name: fingerprint.of(spec, expected[spec.name].reshape(spec.dims(extent))) for spec in outputs}
     head: Head | None = getattr(forward, "head", None)
     if head and settings.payload.hidden is not None:
         words = head.weight.shape[0]
         logits = returned["logits"][..., :words] if "logits" in returned else head(returned["hidden"])
         prints[BY_HEAD] = fingerprint.of(by_head(words), logits)
-    dtypes = [tensor.dtype for tensor in returned.values()] + [tensor.dtype for tensor in expected.values()]
-    rounded = any(dtype.itemsize == 2 for dtype in dtypes) or any(
-        spec.dtype in ("bfloat16", "float16") for spec in outputs
-    )
+    rounded = any(tensor.dtype.itemsize == 2 for tensor in (*returned.values(), *expected.values()))
+    rounded = rounded or any(spec.dtype in ("bfloat16", "float16") for spec in outputs)
     return Probe(tuple(map(tuple, ids.tolist())), prints, _ROUNDED if rounded else _EXACT)
 
 
-def _refuse_nan(outputs: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in outputs.items():
-        odd = int(tensor.isnan().sum()) if tensor.is_floating_point() else 0
-        if odd:
-            raise PlanError(
-                f"the teacher's {name!r} has {odd} NaN among {tensor.numel()} numbers for a small batch of ordinary tokens. Try "
-                "another teacher.dtype or teacher.attn_implementation; parity=false lets it pass."
-            )
+def packs(forward: Forward, settings: Config, device: torch.device) -> bool:
+    """Whether two documents in one row give what each of them gives alone. False where it cannot be tried: the vocabulary
+    is not known, the model is too short, or it takes no position_ids."""
+    known = vocab_size(forward, settings)
+    if known is None or (getattr(forward, "max_seq", None) or len(_PACKED_IDS)) < len(_PACKED_IDS):
+        return False
+    ids = torch.tensor([_PACKED_IDS], device=device).remainder(known)
+    places = torch.tensor([_PACKED_PLACES], device=device)
+    try:
+        together = forward(Batch(ids, None, places))
+    except Exception:
+        return False
+    first, second = forward(Batch(ids[:, :3], None)), forward(Batch(ids[:, 3:], None))
+    for name, found in together.items():
+        if found.is_floating_point() and found.shape[:2] == ids.shape:
+            alone = torch.cat([first[name], second[name]], 1)
+            tolerance = 0.02 if found.dtype.itemsize == 2 else 1e-4  # relative, for sums in another order
+            if not (found - alone).abs().max() <= tolerance * alone.abs().max():
+                return False
+    return True
+
+
+def vocab_size(forward: Forward, settings: Config) -> int | None:
+    """Token IDs must be below it: as set, or as the teacher says."""
+    return settings.teacher.vocab_size or getattr(forward, "vocab_size", None)
 
 
 def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Config, device: torch.device) -> None:
@@ -68,18 +86,21 @@ def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Con
     Raises:
         RuntimeError: CUDA cannot be used any more. Whatever else a forward raises is logged.
     """
-    ids = _token_ids(forward, settings)
+    ids = _token_ids(forward, settings).to(device)
     mask = torch.ones_like(ids)
     mask[-1, -1] = 0
-    words = _words(forward, settings)
     with torch.inference_mode():
-        _try(forward, encoder, ids, None, settings, device)
-        _try(forward, encoder, ids, mask, settings, device)
+        _try(forward, encoder, Batch(ids, None), settings)
+        _try(forward, encoder, Batch(ids, mask), settings)
         tried = 0
-        while (largest := _largest(forward, limit, settings)).numel() != tried:
-            if _try(forward, encoder, largest % words, None, settings, device):
+        while True:
+            tokens = min(settings.ring.max_tokens, limit.tokens)
+            seq = min(tokens, getattr(forward, "max_seq", None) or tokens)
+            rows = max(1, min(tokens // seq, settings.ring.max_batch))
+            largest = torch.arange(rows * seq, device=device).reshape(rows, seq) % _words(forward, settings)
+            if rows * seq == tried or _try(forward, encoder, Batch(largest, None), settings):
                 return
-            tried = largest.numel()
+            tried = rows * seq
             limit.failed(tried)
             logger.warning(
                 "the teacher ran out of memory as it warmed up; forwards take %d tokens at most", limit.tokens
@@ -88,65 +109,20 @@ def warm_up(forward: Forward, encoder: Encoder, limit: TokenLimit, settings: Con
                 torch.cuda.empty_cache()
 
 
-def _largest(forward: Forward, limit: TokenLimit, settings: Config) -> torch.Tensor:
-    """(rows, seq) int64 numbers, about ring.max_tokens of them, as far as the model and `limit` allow."""
-    tokens = min(settings.ring.max_tokens, limit.tokens)
-    seq = min(tokens, getattr(forward, "max_seq", None) or tokens)
-    rows = max(1, min(tokens // seq, settings.ring.max_batch))
-    return torch.arange(rows * seq).reshape(rows, seq)
-
-
-def _try(
-    forward: Forward,
-    encoder: Encoder,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    settings: Config,
-    device: torch.device,
-) -> bool:
+def _try(forward: Forward, encoder: Encoder, batch: Batch, settings: Config) -> bool:
     """Compute and encode a batch. False where it ran out of memory."""
     try:
-        returned = forward(Batch(ids.to(device), None if mask is None else mask.to(device)))
-        for _ in _parts(encoder, returned, ids, settings.payload):
+        selection = _all_positions(encoder, forward(batch), batch.input_ids, settings.payload)
+        for _ in parts(encoder, selection):
             pass
     except Exception as error:
         if cuda_runtime.is_sticky(error):
             raise
         if cuda_runtime.is_out_of_memory(error):
             return False
-        logger.info("the warm-up of %s tokens raised %r; requests of that shape would too", tuple(ids.shape), error)
+        shape = tuple(batch.input_ids.shape)
+        logger.info("the warm-up of %s tokens raised %r; requests of that shape would too", shape, error)
     return True
-
-
-def vocab_size(forward: Forward, settings: Config) -> int | None:
-    """Token IDs must be below it: as set, or as the teacher says."""
-    return settings.teacher.vocab_size or getattr(forward, "vocab_size", None)
-
-
-def packs(forward: Forward, settings: Config, device: torch.device) -> bool:
-    """Whether two documents in one row give what each of them gives alone. False where it cannot be tried: the vocabulary
-    is not known, the model is too short, or it takes no position_ids."""
-    known = vocab_size(forward, settings)
-    longest = getattr(forward, "max_seq", None)
-    if known is None or (longest is not None and longest < len(_PACKED_IDS)):
-        return False
-    ids = torch.tensor([_PACKED_IDS], device=device).remainder(known)
-    places = torch.tensor([_PACKED_PLACES], device=device)
-    try:
-        together = forward(Batch(ids, None, places))
-    except Exception:
-        return False
-    first, second = forward(Batch(ids[:, :3], None)), forward(Batch(ids[:, 3:], None))
-    return all(
-        _near(tensor, torch.cat([first[name], second[name]], 1))
-        for name, tensor in together.items()
-        if tensor.is_floating_point() and tensor.shape[:2] == ids.shape
-    )
-
-
-def _near(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    tolerance = 0.02 if found.dtype.itemsize == 2 else 1e-4  # relative, for sums in another order
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _token_ids(forward: Forward, settings: Config) -> torch.Tensor:
@@ -164,24 +140,13 @@ def _words(forward: Forward, settings: Config) -> int:
     return min(known, settings.payload.vocab or known)
 
 
-def _encoded(
+def _all_positions(
     encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
-) -> dict[str, torch.Tensor]:
-    """The whole payload of the batch."""
-    parts = list(_parts(encoder, returned, ids, payload))
-    return {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name] for name in parts[0]}
-
-
-def _parts(
-    encoder: Encoder, returned: Mapping[str, torch.Tensor], ids: torch.Tensor, payload: PayloadConfig
-) -> Iterator[Mapping[str, torch.Tensor]]:
-    """The payload of the batch in the pieces in which it is encoded; candidates are word 0."""
+) -> Selection:
+    """The batch of `ids` as one request; its candidates are word 0."""
     rows, seq = ids.shape
-    device = next(iter(returned.values())).device
-    targets = torch.from_numpy(next_tokens(ids.numpy())).flatten().to(device)
+    targets = torch.from_numpy(next_tokens(ids.cpu().numpy())).flatten()
     asked = payload.logprobs.candidates if payload.logprobs else 0
-    candidates = torch.zeros(rows * seq, asked, dtype=torch.int64, device=device) if asked else None
-    choice = Choice(slice(0, rows), seq, None, targets, candidates)
-    chosen = encoder.select(encoder.prepare(returned, rows, seq, True), choice)
-    for _, outputs in encoder.encode(chosen):
-        yield outputs
+    candidates = torch.zeros(rows * seq, asked, dtype=torch.int64) if asked else None
+    tensors = encoder.prepare(returned, rows, seq, True)
+    return Selection(tensors, slice(0, rows), rows * seq, 0, targets, candidates)

@@ -334,7 +334,7 @@ def test_a_deadline_before_the_first_chunk_leaves_the_pending_to_be_read_again()
 
 @pytest.mark.parametrize(("token", "message", "place", "chunks"), [
     (RAISES, "six hundred and sixty-six", "__call__", 0),
-    (BREAKS_THE_HEAD, "no logits for this one", "encode_part", 2),
+    (BREAKS_THE_HEAD, "no logits for this one", "encode", 2),
 ])  # fmt: skip
 def test_an_error_reaches_the_culprit_alone_after_the_chunks_before_it(token, message, place, chunks):
     def body(bridge):

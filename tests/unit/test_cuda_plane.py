@@ -89,7 +89,7 @@ class Pair:
         with self.gpu.process("teacher"), torch.inference_mode():
             while answers := self.server._collector._take_or_end():
                 self.server._answer(answers)
-            while self.server._streams.advance():
+            while self.server._replies.advance():
                 pass
 
     def submit(self, ids: torch.Tensor) -> Pending:
@@ -110,7 +110,7 @@ class Pair:
             return torch.cat(parts)
 
     def plane(self, who: str) -> TeacherCudaPlane | RankCudaPlane:
-        return self.server._planes[0] if who == "teacher" else self.bridge._requests.replies.plane
+        return self.server._replies._planes[0] if who == "teacher" else self.bridge._requests.replies.plane
 
     def close(self) -> None:
         self.gpu.run()
@@ -467,8 +467,10 @@ def take_over(pair: Pair) -> None:
     with pair.gpu.process("teacher"):
         session = pair.server._session
         lane = session.served[0]
-        plane = TeacherCudaPlane(LaneSpec(pair.token, session.control.shape, lane, pair.server._agreed, CPU), {})
-        pair.server._planes[0] = plane
+        plane = TeacherCudaPlane(
+            LaneSpec(pair.token, session.control.shape, lane, pair.server._replies._agreed, CPU), {}
+        )
+        pair.server._replies._planes[0] = plane
 
 
 @WAYS

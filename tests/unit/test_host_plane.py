@@ -133,7 +133,7 @@ class Pair:
         self.server = Server(session, self.forward, encoder, agreed, CPU)
         shape = session.control.shape
         lane = session.served[0]
-        self.server._planes[0] = TeacherHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
+        self.server._replies._planes[0] = TeacherHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
         session.open_barrier()
         cuda.side = "rank"
         self.bridge = Bridge(RankSession(token, 0))
@@ -151,12 +151,12 @@ class Pair:
         with torch.inference_mode():
             while answers := self.server._collector._take_or_end():
                 self.server._answer(answers)
-            while self.server._streams.advance():
+            while self.server._replies.advance():
                 pass
 
     def close(self) -> None:
         with suppress(RuntimeError):  # a test's own
-            self.server._publisher.close()
+            self.server._replies.publisher.close()
         self.bridge.close()
         self.owner.close()
 
@@ -272,7 +272,7 @@ def test_a_cuda_error_while_waiting_ends_the_teacher(cuda):
         pair.teach()
         pair.server._collector._check()
         cuda.gates["teacher0"].set()
-        until(lambda: pair.server._publisher._error, "the failure")
+        until(lambda: pair.server._replies.publisher._error, "the failure")
         with pytest.raises(RuntimeError, match="unspecified launch failure"):
             pair.server._collector._check()
         assert not pending.done

@@ -13,7 +13,7 @@ from shmbridge.head import Head
 from shmbridge.output_spec import OutputSpec
 from shmbridge.teacher import payload as teacher_payload
 from shmbridge.teacher.batch import next_tokens
-from shmbridge.teacher.payload import Choice, LanguageModel, Verbatim
+from shmbridge.teacher.payload import LanguageModel, Selection, Verbatim
 
 WORDS = 50
 NO_WORD = -torch.inf
@@ -34,11 +34,11 @@ def words(*shape: int, below: int = WORDS, seed: int = 0) -> torch.Tensor:
 
 def of(logits: torch.Tensor, *overrides: str, **wanted: torch.Tensor) -> dict[str, torch.Tensor]:
     """The payload of (positions, words) logits, as one row and at once."""
-    targets = wanted.pop("targets", torch.zeros(len(logits), dtype=torch.int64))
-    choice = Choice(slice(0, 1), len(logits), None, targets, **wanted)
-    encoder = LanguageModel(settings(*overrides), None)
-    part = encoder.select(encoder.prepare({"logits": logits[None]}, 1, len(logits), True), choice)
-    return dict(encoder.encode_part(part, 0, len(logits)))
+    count = len(logits)
+    targets = wanted.pop("targets", torch.zeros(count, dtype=torch.int64))
+    encoder = LanguageModel(settings(*overrides), logits.shape[-1], None)
+    tensors = encoder.prepare({"logits": logits[None]}, 1, count, True)
+    return dict(encoder.encode(Selection(tensors, slice(0, 1), count, 0, targets, **wanted), 0, count))
 
 
 def tail(logits: torch.Tensor, ids: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -131,51 +131,40 @@ def test_words_beyond_vocab_are_in_no_softmax():
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_head_gives_what_logits_give_for_the_chosen_positions_alone(whole, monkeypatch):
-    """Rows 1 to 3 of a batch of 4, without its padding, a few positions at a time."""
+@pytest.mark.parametrize("places", [11, torch.tensor([9, 12, 16, 17, 18, 22]), torch.tensor([], dtype=torch.int64)])
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_head_gives_what_logits_give_for_the_chosen_positions_alone(whole, places, kept, monkeypatch):
+    """A few positions at a time, of the forward or of what is kept of it for a reader."""
     head = Head(noise(WORDS, 8, seed=1, scale=0.3), noise(WORDS, seed=2), softcap=5.0, scale=0.5)
     hidden = noise(4, 9, 8, seed=3)
-    logits = head(hidden)
-    chosen = torch.tensor([0, 3, 7, 8, 9, 13])
-    payload = settings(*ALL, "hidden={}")
-    targets, candidates = words(2 * 7), words(2 * 7, 3)
+    count = 14 if isinstance(places, int) else len(places)
+    at = torch.arange(11, 25) if isinstance(places, int) else places
+    targets, candidates = words(count), words(count, 3)
     monkeypatch.setattr(teacher_payload, "_HEAD_BYTES", 4 * WORDS * 4)  # four positions at a time
-    for places, count in ((None, 14), (chosen, 6), (chosen[:0], 0)):
-        at = slice(None) if places is None else places
-        choice = Choice(slice(1, 3), 7, places, targets[at], candidates[at])
-        encoder = LanguageModel(payload, head)
-        part = encoder.select(encoder.prepare({"hidden": hidden}, 4, 9, whole), choice)
-        pieces = list(encoder.encode(part))
-        assert part.positions == count
-        assert [start for start, _ in pieces] == list(range(0, count, 4))
-        if not count:
-            continue
-        found = {name: torch.cat([piece[name] for _, piece in pieces]) for name in pieces[0][1]}
-        wanted = logits[1:3, :7].flatten(0, 1)[at]
-        assert torch.equal(found.pop("hidden"), hidden[1:3, :7].flatten(0, 1)[at])
-        expected = of(wanted, *ALL, targets=targets[at], candidates=candidates[at])
-        assert found.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.allclose(found[name], tensor, rtol=0, atol=1e-5), name
-
-
-def test_a_part_is_that_stretch_of_the_whole():
-    logits = noise(3, 5, WORDS)
-    choice = Choice(slice(0, 3), 5, None, words(15), words(15, 3))
-    encoder = LanguageModel(settings(*ALL), None)
-    rows = encoder.select(encoder.prepare({"logits": logits}, 3, 5, False), choice)
-    ((_, whole),) = encoder.encode(rows)
-    part = encoder.encode_part(rows, 4, 11)
-    for name, tensor in whole.items():
-        assert torch.equal(part[name], tensor[4:11]), name
+    encoder = LanguageModel(settings(*ALL, "hidden={}"), WORDS, head)
+    tensors = encoder.prepare({"hidden": hidden}, 4, 9, whole)
+    selection = Selection(tensors, slice(1, 3), count, places, targets, candidates)
+    if kept:
+        selection = selection.kept()
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in selection.tensors.values())
+    pieces = list(teacher_payload.parts(encoder, selection))
+    assert [start for start, _ in pieces] == list(range(0, max(1, count), 4))
+    if not count:
+        assert pieces == [(0, {})]
+        return
+    found = {name: torch.cat([piece[name] for _, piece in pieces]) for name in pieces[0][1]}
+    assert torch.equal(found.pop("hidden"), hidden.flatten(0, 1)[at])
+    expected = of(head(hidden).flatten(0, 1)[at], *ALL, targets=targets, candidates=candidates)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-5), name
 
 
 def test_a_hidden_state_stays_as_it_is():
     """bfloat16 reaches further than float16 and is coarser than float32: neither may be on the way."""
     hidden = torch.tensor([[[3e38, 1e-38, 1.0, -65536.0]]], dtype=torch.bfloat16)
-    encoder = LanguageModel(settings("hidden={}"), Head(torch.ones(2, 4, dtype=torch.bfloat16)))
-    rows = encoder.select(encoder.prepare({"hidden": hidden}, 1, 1, True), Choice(slice(0, 1), 1, None))
-    ((_, outputs),) = encoder.encode(rows)
+    encoder = LanguageModel(settings("hidden={}"), 2, Head(torch.ones(2, 4, dtype=torch.bfloat16)))
+    outputs = encoder.encode(Selection(encoder.prepare({"hidden": hidden}, 1, 1, True), slice(0, 1), 1, 0), 0, 1)
     assert torch.equal(outputs["hidden"].view(torch.int16), hidden[0].view(torch.int16))
 
 
@@ -189,20 +178,19 @@ def test_a_hidden_state_stays_as_it_is():
 )
 def test_a_forward_that_breaks_its_word_is_told(returned, message):
     with pytest.raises(PlanError, match=message):
-        LanguageModel(settings("logits={}"), None).prepare(returned, 2, 3, True)
+        LanguageModel(settings("logits={}"), 9, None).prepare(returned, 2, 3, True)
 
 
 def test_outputs_of_ones_own_are_cut_to_the_request():
     outputs = (OutputSpec("x", "float32", ("seq", 2)), OutputSpec("pooled", "float32", (3,)))
     returned = {"x": noise(4, 9, 2), "pooled": noise(4, 3)}
     encoder = Verbatim(outputs)
-    returned = encoder.prepare(returned, 4, 9, True)
-    rows = encoder.select(returned, Choice(slice(1, 3), 7, torch.tensor([2, 7, 13])))
-    ((start, found),) = encoder.encode(rows)
+    selection = Selection(encoder.prepare(returned, 4, 9, True), slice(1, 3), 3, torch.tensor([11, 18, 24]))
+    ((start, found),) = teacher_payload.parts(encoder, selection)
     assert start == 0
     assert torch.equal(found["x"], torch.stack([returned["x"][1, 2], returned["x"][2, 0], returned["x"][2, 6]]))
     assert torch.equal(found["pooled"], returned["pooled"][1:3])
-    assert torch.equal(encoder.encode_part(rows, 1, 3)["x"], found["x"][1:3])
+    assert torch.equal(encoder.encode(selection, 1, 3)["x"], found["x"][1:3])
 
 
 def test_the_default_targets_are_the_next_tokens_of_each_row():

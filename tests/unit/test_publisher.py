@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from shmbridge.teacher.stream import Publisher
+from shmbridge.teacher.replies import Publisher
 from tests.harness import until
 
 PATIENCE_S = 60
