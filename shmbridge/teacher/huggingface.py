@@ -9,6 +9,7 @@ the next time.
 from __future__ import annotations
 
 import fcntl
+import io
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -53,14 +54,16 @@ class HuggingFaceTeacher:
         self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
         self.max_seq: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.tokenizer = _tokenizer(self.path, teacher, settings.payload.vocab)
-        self.no_head = ""
-        self.head: Head | None = None
+        self._wants_one_row = "flash" in str(self.model.config._attn_implementation)
+        """FlashAttention finds packed documents in batches of one row only."""
         with torch.inference_mode():
-            self._find_head(settings.payload.vocab, device)
-            if self.no_head:
+            self.head, self.no_head = _head_of(self.model, self.vocab_size, device)
+            if self.head is None:
                 logger.warning(
                     "the teacher's head is not taken apart: %s. Every forward computes whole logits.", self.no_head
                 )
+            elif settings.payload.vocab is not None:
+                self.head = self.head.first(settings.payload.vocab)
             self._trunk = self.model.base_model if self.head else self.model
             if teacher.compile:
                 self._trunk = torch.compile(self._trunk)
@@ -92,42 +95,33 @@ class HuggingFaceTeacher:
         finally:
             hook.remove()
 
-    @property
-    def _wants_one_row(self) -> bool:
-        """FlashAttention finds packed documents in batches of one row only."""
-        return "flash" in str(self.model.config._attn_implementation)
 
-    def _find_head(self, vocab: int | None, device: torch.device) -> None:
-        """Take the head where head(hidden) is what the model gives; else say in `no_head` why not."""
-        module = self.model.get_output_embeddings()
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-            self.no_head = (
-                f"its output head is {type(module).__name__ if weight is None else weight.dtype}, no matrix of floats"
-            )
-        elif self.model.base_model is self.model:
-            self.no_head = "it has no trunk apart from its output head"
-        else:
-            bias = getattr(module, "bias", None)
-            head = Head(
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                **_corrections(self.model.config.get_text_config()),
-            )
-            off = self._off(head, device)
-            if off <= _tolerance(weight.dtype):
-                self.head = head if vocab is None else head.first(vocab)
-            else:
-                self.no_head = (
-                    f"head(hidden) is off from the model's own logits by {off:.1%}: it does something in between"
-                )
-
-    def _off(self, head: Head, device: torch.device) -> float:
-        """The largest difference between head(hidden) and the model's own logits, relative to the largest logit."""
-        ids = torch.arange(8, device=device).remainder(self.vocab_size).reshape(1, 8)
-        logits = self.model(input_ids=ids, use_cache=False).logits.float()
-        found = head(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float().to(logits.device)
-        return float((found - logits).abs().max() / logits.abs().max()) if found.shape == logits.shape else math.inf
+def _head_of(model: Any, vocab_size: int, device: torch.device) -> tuple[Head | None, str]:
+    """The output head, where head(hidden) is what the model gives; else None, and why not."""
+    module = model.get_output_embeddings()
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        found = type(module).__name__ if weight is None else weight.dtype
+        return None, f"its output head is {found}, no matrix of floats"
+    if model.base_model is model:
+        return None, "it has no trunk apart from its output head"
+    text = model.config.get_text_config()
+    known = {name: getattr(text, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")}
+    numbers = {name: float(value) for name, value in known.items() if isinstance(value, (int, float)) and value}
+    head = Head(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        softcap=numbers.get("final_logit_softcapping"),
+        scale=numbers.get("logit_scale", 1.0) / numbers.get("logits_scaling", 1.0),  # Cohere; Granite
+    )
+    ids = torch.arange(8, device=device).remainder(vocab_size).reshape(1, 8)
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state).float().to(logits.device)
+    off = float((ours - logits).abs().max() / logits.abs().max()) if ours.shape == logits.shape else math.inf
+    tolerance = 0.02 if weight.dtype.itemsize == 2 else 1e-4  # relative, for sums in another order
+    if off <= tolerance:
+        return head, ""
+    return None, f"head(hidden) is off from the model's own logits by {off:.1%}: it does something in between"
 
 
 def _load(teacher: TeacherConfig, path: str, device: torch.device, gpus: int) -> Any:
@@ -143,30 +137,15 @@ def _load(teacher: TeacherConfig, path: str, device: torch.device, gpus: int) ->
     return AutoModelForCausalLM.from_pretrained(path, **options).to(device).eval()
 
 
-def _corrections(text: Any) -> dict[str, Any]:
-    """What models of the transformers library do to logits, by the names in their configs."""
-    scale = _number(text, "logit_scale") or 1.0  # Cohere multiplies
-    divisor = _number(text, "logits_scaling") or 1.0  # Granite divides
-    return {"softcap": _number(text, "final_logit_softcapping"), "scale": scale / divisor}
-
-
-def _number(text: Any, name: str) -> float | None:
-    value = getattr(text, name, None)
-    return float(value) if isinstance(value, (int, float)) else None
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """Relative, for sums in another order."""
-    return 0.02 if dtype.itemsize == 2 else 1e-4
-
-
 def _tokenizer(path: str, teacher: TeacherConfig, vocab: int | None) -> Tokens | None:
     """The table of the model's tokenizer, where it has one. Raises ConfigError where `vocab` cuts words of it."""
     try:
         found = AutoTokenizer.from_pretrained(
             path, revision=teacher.revision or "main", trust_remote_code=teacher.trust_remote_code
         )
-        if not _has_files(path, found):
+        names = set(found.vocab_files_names.values())  # empty for some kinds, which need no file
+        files = (*names, "tokenizer.json", "tokenizer.model")
+        if names and Path(path).is_dir() and not any(Path(path, name).is_file() for name in files):
             return None  # transformers 5 makes an empty tokenizer of the class that the model's type tells
         table = fingerprint.of_tokenizer(found)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
@@ -179,52 +158,34 @@ def _tokenizer(path: str, teacher: TeacherConfig, vocab: int | None) -> Tokens |
     return table
 
 
-def _has_files(path: str, tokenizer: Any) -> bool:
-    """Whether a local directory holds a file that the tokenizer is made of; some kinds need none."""
-    names = set(tokenizer.vocab_files_names.values())
-    known = (*names, "tokenizer.json", "tokenizer.model")
-    return not names or not Path(path).is_dir() or any(Path(path, name).is_file() for name in known)
-
-
 def _watch_progress(progress: Progress) -> None:
     """Report the loading of shards and weights; without a hook in this transformers only the phase is reported."""
     set_hook = getattr(transformers.utils.logging, "set_tqdm_hook", None)
     if set_hook is None:
         return
+    nowhere = io.StringIO()  # the launcher shows the progress
 
     def hook(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        bar = factory(*args, **{**kwargs, "disable": False, "file": _Nowhere(), "mininterval": 0})
+        bar = factory(*args, **{**kwargs, "disable": False, "file": nowhere, "mininterval": 0})
         bar.display = lambda *_, **__: progress(int(bar.n), int(bar.total or 0))
         return bar
 
     set_hook(hook)
 
 
-class _Nowhere:
-    """Where a progress bar draws itself; the launcher shows the progress."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
 def local_copy(teacher: TeacherConfig) -> str:
-    """What from_pretrained takes: a local directory, the converted copy of a .gguf file, or the id of a model on the hub.
+    """What from_pretrained takes: a local directory, the id of a model on the hub, or the converted copy of a .gguf file, which
+    is made now if there is none. Safe for several processes at once.
 
     Raises:
         ConfigError: there is no such file or directory, nor such a model on the hub.
     """
-    path = model_path.local(teacher.model)
-    if path is None:
+    file = model_path.local(teacher.model)
+    if file is None:
         model_path.require_on_hub(teacher.model, teacher.revision)
         return teacher.model
-    return str(_convert(path.resolve()) if path.suffix == ".gguf" else path.resolve())
-
-
-def _convert(file: Path) -> Path:
-    """The cached conversion of a .gguf file, made now if it is not there. Safe for several processes at once."""
+    if file.suffix != ".gguf":
+        return str(file.resolve())
     target = model_path.converted(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f"{target.name}.lock").open("w") as lock:
@@ -232,9 +193,9 @@ def _convert(file: Path) -> Path:
         if not target.is_dir():
             partial = target.with_name(f"{target.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            _write_conversion(file, partial)
+            _write_conversion(file.resolve(), partial)
             partial.rename(target)
-    return target
+    return str(target)
 
 
 def _write_conversion(file: Path, target: Path) -> None:

@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -21,7 +20,6 @@ from shmbridge import log
 from shmbridge.config import Config, is_builder
 from shmbridge.errors import AttachError, ConfigError, PeerLost
 from shmbridge.head import Head
-from shmbridge.output_spec import Offer
 from shmbridge.plane import shared_head
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm import process
@@ -32,7 +30,6 @@ from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import discovery, startup
 from shmbridge.teacher.batch import Forward
 from shmbridge.teacher.compose import TokenLimit
-from shmbridge.teacher.payload import Encoder
 from shmbridge.teacher.server import Server
 
 
@@ -47,8 +44,15 @@ def main() -> int:
     log.configure(session.settings.log.level)
     process.write_stacks_on_signal(Path(session.settings.run_dir))
     Heartbeat(session.record)
+    settings = session.settings
     try:
-        run(session, args.gpus)
+        if settings.teacher.cpu_threads:
+            torch.set_num_threads(settings.teacher.cpu_threads)
+        device = torch.device("cuda:0" if args.gpus else "cpu")
+        session.record.enter(Phase.LOADING)
+        forward = build(session, settings, device, args.gpus)
+        session.record.enter(Phase.PROBING)
+        serve(session, forward, device)
     except PeerLost as error:
         session.record.fail_with(error)
         log.logger.error("the teacher stops: %s", error)
@@ -65,25 +69,14 @@ def main() -> int:
     return 0
 
 
-def run(session: TeacherSession, gpus: int) -> None:
-    """Load and serve."""
-    settings = session.settings
-    if settings.teacher.cpu_threads:
-        torch.set_num_threads(settings.teacher.cpu_threads)
-    device = torch.device("cuda:0" if gpus else "cpu")
-    session.record.enter(Phase.LOADING)
-    forward = build(session, settings, device, gpus)
-    session.record.enter(Phase.PROBING)
-    serve(session, forward, device)
-
-
 def serve(session: TeacherSession, forward: Forward, device: torch.device) -> None:
     """Publish what `forward` returns, and answer requests with it: of one generation, or of all where training may start
-    again."""
-    agreed, encoder = discovery.make(forward, session.settings, device)
-    stays = session.settings.teacher.keep or session.settings.train.restarts > 0
+    again. Warm up once the first generation's slabs are there."""
+    settings = session.settings
+    stays = settings.teacher.keep or settings.train.restarts > 0
+    agreed, encoder = discovery.make(forward, settings, device)
     slabs: Slabs = {}
-    limit = TokenLimit(session.settings.teacher.max_batch_tokens)
+    limit = TokenLimit(settings.teacher.max_batch_tokens)
     warm = device.type != "cuda"  # on the CPU nothing is loaded late
     if not warm:
         torch.cuda.empty_cache()  # a slab cannot take what loading has left in torch's cache
@@ -93,35 +86,20 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
         if agreed.head and head:
             shared_head.write(session.token, agreed.head, head)
             head = None  # once for all generations
-        warm = _serve_generation(session, forward, encoder, agreed, device, slabs, limit, warm)
+        try:
+            server = Server(session, forward, encoder, agreed, device, slabs, limit)
+        except AttachError:
+            if not session.training_done:  # else training ended meanwhile, and its memory is gone
+                raise
+        else:
+            if not warm:
+                startup.warm_up(forward, encoder, limit, session.settings, device)  # this generation's
+                warm = True
+            server.serve()
+            del server  # the generation's memory is unmapped with it
         session.leave()
         if not stays:
             break
-
-
-def _serve_generation(
-    session: TeacherSession,
-    forward: Forward,
-    encoder: Encoder,
-    agreed: Offer,
-    device: torch.device,
-    slabs: Slabs,
-    limit: TokenLimit,
-    warm: bool,
-) -> bool:
-    """Serve the generation that is attached to; whether the teacher is warm after it. It warms up once its slabs are there, and
-    `warm` is False."""
-    try:
-        server = Server(session, forward, encoder, agreed, device, slabs, limit)
-    except AttachError:
-        if session.training_done:  # meanwhile, and its memory is gone
-            return warm
-        raise
-    if not warm:
-        startup.warm_up(forward, encoder, limit, session.settings, device)
-    server.serve()
-    server.close()
-    return True
 
 
 def _outlive_signals() -> None:
@@ -140,29 +118,16 @@ def _outlive_signals() -> None:
 
 
 def build(session: TeacherSession, settings: Config, device: torch.device, gpus: int) -> Forward:
-    """The forward of a teacher of one's own (`module:build`), or of a HuggingFace model. Raises ConfigError."""
+    """The forward of a custom teacher (`module:build`), or of a HuggingFace model. Raises ConfigError."""
     model = settings.teacher.model
-    if is_builder(model):
-        module, _, name = model.partition(":")
-        sys.path.insert(0, str(Path.cwd()))
-        builder = getattr(_import(module, model), name, None)
-        if not callable(builder):
-            raise ConfigError(f"teacher.model is {model!r}; module {module} has no function {name!r}.")
-        forward: Forward = builder(settings)
-        if not callable(forward):
-            raise ConfigError(
-                f"{model} returned a {type(forward).__name__}; expected forward(batch) -> dict of tensors."
-            )
-        return forward
-    from shmbridge.teacher.huggingface import HuggingFaceTeacher
+    if not is_builder(model):
+        from shmbridge.teacher.huggingface import HuggingFaceTeacher
 
-    return HuggingFaceTeacher(settings, device, session.record.progress, gpus)
-
-
-def _import(module: str, model: str) -> ModuleType:
-    """The module of a custom teacher. Raises ConfigError, which tells where it was looked for, if there is none."""
+        return HuggingFaceTeacher(settings, device, session.record.progress, gpus)
+    module, _, name = model.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(module)
+        builder = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         if not error.name or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and imports another that is not
@@ -172,6 +137,12 @@ def _import(module: str, model: str) -> ModuleType:
             f"PYTHONPATH ({extra or 'not set'}) or in the packages of {sys.executable}. Start where the module is, or add its "
             "directory to PYTHONPATH."
         ) from None
+    if not callable(builder):
+        raise ConfigError(f"teacher.model is {model!r}; module {module} has no function {name!r}.")
+    forward: Forward = builder(settings)
+    if not callable(forward):
+        raise ConfigError(f"{model} returned a {type(forward).__name__}; expected forward(batch) -> dict of tensors.")
+    return forward
 
 
 if __name__ == "__main__":

@@ -451,8 +451,7 @@ def documents_alone(path: str, sent: torch.Tensor, *lengths: int) -> torch.Tenso
 
 def in_one_row(loaded: HuggingFaceTeacher) -> HuggingFaceTeacher:
     """As FlashAttention wants it; the model's own attention finds the documents too."""
-    flat = type("Flat", (HuggingFaceTeacher,), {"_wants_one_row": True})
-    loaded.__class__ = flat
+    loaded._wants_one_row = True
     return loaded
 
 
@@ -673,7 +672,7 @@ def test_k_above_a_cut_vocabulary_is_refused_by_the_config():
             r"the payload is topk, logprobs, which is made of logits .*; the teacher returned \['value'\]",
         ),
         (lambda batch: {"logits": batch.input_ids.float()}, ["payload.topk={}"], r"the teacher returned \['logits'\]"),
-        (lambda batch: torch.zeros(1), ["payload.logits={}"], "the teacher returned Tensor"),
+        (lambda batch: torch.zeros(1), ["payload.logits={}"], "returned a Tensor; expected a dict"),
         (
             lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 9)},
             ["payload.hidden={}"],
