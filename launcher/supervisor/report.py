@@ -85,6 +85,10 @@ def conclude(cause: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, direct
     oom_kills = loop.oom_kills() if cause.signal == signal.SIGKILL else None
     # Where train.torchrun_args has log flags of its own, what the ranks print is torchrun's output, or in files elsewhere.
     log_of = TORCHRUN if cause.role == TRAINER and not loop.logs.paths(cause.who) else cause.who
+    log = [] if cause.traceback else loop.logs.last_lines(log_of)
+    if log and log[0].startswith("Traceback") and log_of == cause.who and cause.reason == "exited with code 1":
+        # An exception that came before the process had a record for it, as in a script's imports before connect().
+        cause = msgspec.structs.replace(cause, reason=f"{cause.reason}: {log[-1]}")
     report = Report(
         cause=cause,
         gpu=_gpu(cause, plan),
@@ -92,7 +96,7 @@ def conclude(cause: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, direct
         exit_code=cause.status,
         memory=_memory(ended, oom_kills) if cause.signal == signal.SIGKILL else "",
         log_of=log_of,
-        log=[] if cause.traceback else loop.logs.last_lines(log_of),
+        log=log,
         log_paths=[str(path) for path in loop.logs.paths(log_of)],
         action=_action(cause, oom_kills),
         path=str(directory / "report.txt"),

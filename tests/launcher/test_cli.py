@@ -35,6 +35,8 @@ TRAIN = """
 import os, signal, sys, time, torch, shmbridge
 rank, mode = int(os.environ["LOCAL_RANK"]), sys.argv[1]
 last = rank == int(os.environ["WORLD_SIZE"]) - 1
+if mode == "early" and last:
+    raise FileNotFoundError("no data here")
 bridge = shmbridge.connect()
 bridge.wait_ready()
 reply = bridge.exchange(torch.ones(1, 4, dtype=torch.int64), step=0)
@@ -246,6 +248,7 @@ def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monk
         ("exit7", 7, "rank 1 exited with code 7"),
         ("killed", 137, "rank 1 was killed by SIGKILL"),
         ("raise", 1, "rank 1 failed: RuntimeError: boom"),
+        ("early", 1, "rank 1 exited with code 1: FileNotFoundError: no data here"),
     ],
 )
 def test_how_a_rank_ends_is_told_past_torchrun(directory, mode, code, message):
