@@ -2,7 +2,7 @@
 
 settings    the settings as strict structs; load, dump
 schema      strict reading into structs, with errors that tell what was found, what was expected and what to write
-overrides   single settings over those of a file: `a.b=c`, and the values of flags
+sources     where settings come from: a YAML file, the command line's flags, `a.b=c` overrides
 """
 
 from shmbridge.config.settings import (
@@ -16,11 +16,11 @@ from shmbridge.config.settings import (
     dump,
     from_json,
     from_tree,
-    given,
     is_builder,
     load,
     to_json,
 )
+from shmbridge.config.sources import given
 
 __all__ = [
     "Config",

@@ -43,15 +43,6 @@ def section_of(kind: types.Type) -> types.StructType | None:
     return next((option for option in options if isinstance(option, types.StructType)), None)
 
 
-def is_text(struct: type[msgspec.Struct], key: str) -> bool:
-    """Whether the (dotted) setting `key` is declared and takes any text."""
-    kind: types.Type | None = of(struct)
-    for name in key.split("."):
-        section = section_of(kind) if kind else None
-        kind = next((field.type for field in section.fields if field.name == name), None) if section else None
-    return isinstance(kind, types.StrType)
-
-
 def expected(kind: types.Type, unit: str = "") -> str:
     """What a setting of this type accepts, such as `an integer of at least 1 (requests)`."""
     match kind:
@@ -63,7 +54,9 @@ def expected(kind: types.Type, unit: str = "") -> str:
             return f"one of {', '.join(map(str, kind.values))}"
         case types.IntType() | types.FloatType():
             name = "an integer" if isinstance(kind, types.IntType) else "a number"
-            return name + _bounds(kind) + (f" ({unit})" if unit else "")
+            limits = {"above": kind.gt, "of at least": kind.ge, "below": kind.lt, "at most": kind.le}
+            bounds = [f"{word} {limit:,.12g}" for word, limit in limits.items() if limit is not None]
+            return " ".join(filter(None, [name, " and ".join(bounds), f"({unit})" if unit else ""]))
         case types.BoolType():
             return "true or false"
         case types.StrType():
@@ -77,12 +70,6 @@ def expected(kind: types.Type, unit: str = "") -> str:
             return f"a section ({names})" if names else "a section without settings"
         case _:
             return "a mapping"
-
-
-def _bounds(kind: types.IntType | types.FloatType) -> str:
-    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "at most"}
-    bounds = [f"{word} {limit:,.12g}" for name, word in words.items() if (limit := getattr(kind, name)) is not None]
-    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def documentation(struct: type[msgspec.Struct]) -> dict[str, str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,9 +17,8 @@ import yaml
 from msgspec import Meta
 
 from shmbridge.config import schema
-from shmbridge.config.overrides import assign, read, take_back
+from shmbridge.config.sources import given
 from shmbridge.errors import ConfigError
-from shmbridge.launch import folder
 
 TorchDtype = Literal["float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 LogitsDtype = Literal["float32", "bfloat16", "float16"]
@@ -298,22 +296,6 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
     return from_tree(given(source, overrides, values))
 
 
-def given(
-    source: str | None = None, overrides: Iterable[str] = (), values: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The settings that were given, without defaults, as nested mappings. Arguments as in `load`. Raises
-    ConfigError."""
-    tree = _read(source) if source else {}
-    for key, value in (values or {}).items():
-        if value is None:
-            take_back(tree, key)
-        else:
-            assign(tree, key, value)
-    for key, value in read(list(overrides), Config):
-        assign(tree, key, value)
-    return tree
-
-
 def from_tree(tree: Mapping[str, Any]) -> Config:
     """A Config of nested mappings. Raises ConfigError."""
     return schema.convert(_with_gpus_as_text(tree), Config)
@@ -333,38 +315,6 @@ def from_json(text: bytes) -> Config:
         return msgspec.json.decode(text, type=Config)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {error}") from None
-
-
-def _read(source: str) -> dict[str, Any]:
-    path, _, section = source.partition("#")
-    ready = {file.stem: file for file in sorted(folder("configs").glob("*.yaml"))}
-    file = Path(path)
-    try:
-        text = (file if file.exists() and not file.is_dir() else ready.get(path, file)).read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"config file {path!r}: {error.strerror}; give a YAML file, or the name of a ready configuration "
-            f"({', '.join(ready)})"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {path!r} is not text in UTF-8: {error}; expected YAML") from None
-    tree = _parse_yaml(text, f"config file {path!r}")
-    for key in section.split(".") if section else ():
-        if not isinstance(tree, dict) or key not in tree:
-            raise ConfigError(f"config file {path!r} has no section {section!r}")
-        tree = tree[key]
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config {source!r} is a {type(tree).__name__}; expected a mapping of settings")
-    return tree
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from None
 
 
 def _with_gpus_as_text(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -89,7 +89,7 @@ def test_an_override_that_the_shell_split_is_shown_whole():
 def test_an_empty_override_of_a_text_setting_is_the_empty_text():
     got = config.load("eight-gpus", ["teacher.gpus=", "train.gpus= ", "name=", "train.cpu_ranks=2"])
     assert (got.teacher.gpus, got.train.gpus, got.name) == ("", "", "")
-    with pytest.raises(ConfigError, match=r"ring\.depth is None; expected an integer"):
+    with pytest.raises(ConfigError, match=r"ring\.depth is ''; expected an integer"):
         config.load(overrides=["ring.depth="])
 
 
