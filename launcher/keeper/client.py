@@ -24,7 +24,7 @@ from launcher.keeper import agreement, messages
 from launcher.keeper.messages import Begin, Begun, FromKeeper, Leaving, Message, Refused, Waiting, Welcome
 from launcher.keeper.transport import Lines
 from launcher.supervisor import cause
-from launcher.supervisor.handle import SessionHandle, State, state_of
+from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.ranks import Ranks
 from shmbridge import config
 from shmbridge.config import Config
@@ -233,10 +233,6 @@ class RemoteSession(SessionHandle):
         """Of this group; the teacher stays."""
         self._closed = True
         self.end()
-
-    @property
-    def state(self) -> State:
-        return state_of(self.view.control, self.view.generation)
 
     @property
     def leaving(self) -> str:

@@ -44,8 +44,7 @@ from launcher.plan.jobs import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.handle import LOADING_PHASES, State
-from launcher.supervisor.hosted import HostedSession
+from launcher.supervisor.hosted import LOADING_PHASES, HostedSession, State
 from launcher.supervisor.loop import EventLoop
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError

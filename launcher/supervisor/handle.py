@@ -1,39 +1,21 @@
 """The handle on a session that a training job holds: five verbs, and what can be seen.
 
-    LOADING -> IDLE <-> SERVING -> DRAINING -> IDLE ... -> CLOSED
-
-HostedSession is this launcher's own; RemoteSession is a kept teacher's, over its socket. The state is never stored: it follows
-from the announcements in the control segment and from the teachers' phases.
+HostedSession is this launcher's own; RemoteSession is a kept teacher's, over its socket.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from launcher.process.job import Job
 from launcher.supervisor.ranks import Ranks
 from shmbridge.config import Config
-from shmbridge.shm.layout import ControlWord
-from shmbridge.shm.record import Failure, Phase
-from shmbridge.shm.session import Control, MappedSession, Token
+from shmbridge.shm.record import Failure
+from shmbridge.shm.session import MappedSession, Token
 
 if TYPE_CHECKING:
     from launcher.supervisor.cause import Cause
-
-LOADING_PHASES = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING)
-_SERVING_PHASES = (Phase.COLLECTING, Phase.FORWARD, Phase.CLOSED)
-
-
-class State(enum.Enum):
-    """Where a session is."""
-
-    LOADING = enum.auto()  # a generation may have begun; it is served once the teachers have loaded
-    IDLE = enum.auto()  # loaded, and no generation is open
-    SERVING = enum.auto()
-    DRAINING = enum.auto()  # the generation has ended; a teacher finishes what is left of it
-    CLOSED = enum.auto()
 
 
 class SessionHandle:
@@ -44,10 +26,6 @@ class SessionHandle:
 
     def __init__(self, ranks: int = 0) -> None:
         self.ranks = Ranks([], ranks)
-
-    @property
-    def state(self) -> State:
-        return State.IDLE
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -106,15 +84,3 @@ class SessionHandle:
 
     def step(self, now: float) -> None:
         self.ranks.update()
-
-
-def state_of(control: Control, generation: int, gone: Collection[int] = ()) -> State:
-    """Of a session that is at `generation`; `gone` are replicas that have no process now."""
-    words = control.words
-    if words[ControlWord.TRAINING_DONE] < generation:
-        return State.SERVING if words[ControlWord.REPLIES_READY] == generation else State.LOADING
-    teachers = [record for record in control.teachers if not record.lost]
-    if any(record.phase in _SERVING_PHASES and record.rank not in gone for record in teachers):
-        return State.DRAINING
-    loading = any(record.phase in LOADING_PHASES or record.rank in gone for record in teachers)
-    return State.LOADING if loading else State.IDLE

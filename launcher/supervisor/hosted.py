@@ -6,6 +6,7 @@ generations: a failure may then end one of them alone, and a teacher that ends i
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 
 from launcher.codes import REFUSED
@@ -15,7 +16,7 @@ from launcher.plan.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor import cause
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.handle import LOADING_PHASES, SessionHandle, State, state_of
+from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.ranks import Ranks
 from launcher.supervisor.teachers import Teachers
@@ -23,11 +24,23 @@ from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.record import Failure
+from shmbridge.shm.record import Failure, Phase
 from shmbridge.shm.session import Token
 
 # Only a look tells how far a teacher has come; a session that serves or idles can be left alone.
 _BUSY_S, _SERVING_S, _IDLE_S = 0.1, 1.0, 2.0
+LOADING_PHASES = (Phase.ABSENT, Phase.STARTING, Phase.LOADING, Phase.PROBING)
+_SERVING_PHASES = (Phase.COLLECTING, Phase.FORWARD, Phase.CLOSED)
+
+
+class State(enum.Enum):
+    """Where a session is: LOADING -> IDLE <-> SERVING -> DRAINING -> IDLE ... -> CLOSED."""
+
+    LOADING = enum.auto()  # a generation may have begun; it is served once the teachers have loaded
+    IDLE = enum.auto()  # loaded, and no generation is open
+    SERVING = enum.auto()
+    DRAINING = enum.auto()  # the generation has ended; a teacher finishes what is left of it
+    CLOSED = enum.auto()
 
 
 class HostedSession(SessionHandle):
@@ -52,10 +65,18 @@ class HostedSession(SessionHandle):
 
     @property
     def state(self) -> State:
+        """It is never stored: it follows from the announcements in the control segment and from the teachers' phases."""
         if self._closed:
             return State.CLOSED
-        gone = [replica.index for replica in self._teachers.replicas if replica.job.exit]
-        return state_of(self._owner.control, self._owner.generation, gone)
+        if self._is_open:
+            replies = self._owner.control.words[ControlWord.REPLIES_READY]
+            return State.SERVING if replies == self._owner.generation else State.LOADING
+        gone = {replica.index for replica in self._teachers.replicas if replica.job.exit}
+        teachers = [record for record in self._owner.control.teachers if not record.lost]
+        if any(record.phase in _SERVING_PHASES and record.rank not in gone for record in teachers):
+            return State.DRAINING
+        loading = any(record.phase in LOADING_PHASES or record.rank in gone for record in teachers)
+        return State.LOADING if loading else State.IDLE
 
     @property
     def ready(self) -> bool:
