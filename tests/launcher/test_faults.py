@@ -19,7 +19,7 @@ from tests.launcher.running import Launched, launch, told
 TEACHER = """
 import os, signal, time, torch
 from pathlib import Path
-from train import LETHAL, WORDS, did, wait_for
+from train import LETHAL, RAISES, TOO_LARGE, WORDS, did, wait_for
 class Forward:
     vocab_size = WORDS
     def __call__(self, batch):
@@ -27,6 +27,10 @@ class Forward:
             Path("killed").touch()
             did("killed")
             os.kill(os.getpid(), signal.SIGKILL)
+        if (batch.input_ids == RAISES).any():
+            raise ArithmeticError("the batch is bad")
+        if len(batch.input_ids) > 1 and (batch.input_ids == TOO_LARGE).any():
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return {"logits": torch.eye(WORDS)[batch.input_ids]}
 def build(settings):
     print("the teacher is process", os.getpid(), flush=True)
@@ -44,8 +48,8 @@ TRAIN = """
 import ctypes, os, signal, sys, time, torch, shmbridge
 import torch.distributed as dist
 from pathlib import Path
-from shmbridge.errors import TeacherDied
-WORDS, LETHAL = 128, 113
+from shmbridge.errors import TeacherDied, TeacherError
+WORDS, LETHAL, RAISES, TOO_LARGE = 128, 113, 114, 115
 rank = int(os.environ.get("LOCAL_RANK", 0))
 generation = int(os.environ.get("SHMBRIDGE_SESSION", "@1").rpartition("@")[2])
 
@@ -106,6 +110,22 @@ def asks_for_death():
         did("raised TeacherDied")
         raise
 
+def asks_for_an_error():
+    too_large, raises = torch.full((2, 4), TOO_LARGE), torch.full((2, 4), RAISES)
+    assert torch.equal(bridge.exchange(too_large).logits, torch.eye(WORDS)[too_large])
+    try:
+        bridge.exchange(raises)
+    except TeacherError:
+        learn(range(3))
+    bridge.exchange(raises, step=3)
+
+def sends_a_word_too_many():
+    learn(range(3))
+    bridge.submit(torch.tensor([[5, WORDS]]), step=3)
+
+def has_fewer_words():
+    bridge.wait_ready(vocab_size=WORDS - 28)
+
 def late():
     did("waits")
     dist.barrier()
@@ -145,7 +165,7 @@ if __name__ == "__main__":
     if body is late and rank == 1:
         load_the_data()
     with shmbridge.connect() as bridge:
-        if body is not barrier:
+        if body not in (barrier, has_fewer_words):
             bridge.wait_ready()
             Path(f"here{rank}").touch() if body is late else None
         body()
@@ -194,6 +214,8 @@ def test_a_teacher_that_raises_while_loading_stops_the_ranks_and_shows_its_trace
 
 @pytest.mark.promise(3, within="D+2 s", D=2)
 def test_a_teacher_that_is_not_ready_at_the_deadline_is_named(directory, promise):
+    """D is timeouts.startup_s, 600 s by default. The ranks count it from the barrier on with one clock, so that 2 s show the same
+    as 600 s; the 2 s after it do not depend on D."""
     with run_of(directory, "barrier", "timeouts.startup_s=2", "timeouts.shutdown_s=1", teacher="slow") as run:
         waits = max(run.moments("waits", 2))
         took_s = run.says("; stopping") - waits
@@ -206,6 +228,7 @@ def test_a_teacher_that_is_not_ready_at_the_deadline_is_named(directory, promise
 
 @pytest.mark.promise(4, within="D+2 s", D=4)
 def test_a_rank_that_never_attaches_is_named_with_its_stack(directory, promise):
+    """D is timeouts.startup_s. test_monitor.py shows the same at the default of 600 s, over a clock that it turns."""
     with run_of(directory, "late", "timeouts.report_s=2", "timeouts.startup_s=4", "timeouts.shutdown_s=1") as run:
         (waits,) = run.moments("waits")
         pid = run.pid_of("rank 1")
@@ -217,6 +240,28 @@ def test_a_rank_that_never_attaches_is_named_with_its_stack(directory, promise):
             "py-spy, or the kernel's stack"
         )
     promise.kept(f"hang report after {reported:.1f} s; {told(cause)}; its stack", took_s, 1)
+
+
+# What one batch breaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "told_of"),
+    [
+        pytest.param("asks_for_an_error", "(?s)TeacherError: .*the batch is bad", marks=pytest.mark.promise(16)),
+        pytest.param("sends_a_word_too_many", r"RequestRefused: .*\[0, 1\] is 128", marks=pytest.mark.promise(17)),
+        pytest.param("has_fewer_words", "ParityError: .*128 .*100", marks=pytest.mark.promise(21)),
+    ],
+)
+def test_an_error_of_one_batch_that_a_rank_does_not_catch_ends_the_run(directory, promise, body, told_of):
+    """The rank's own error, with its traceback. What was in between is answered; a batch that is out of memory is halved."""
+    with run_of(directory, body, "--cpu", "1", "payload.logits={}") as run:
+        cause = run.cause(1)
+        assert cause["who"] == "rank 0"
+        assert re.search(told_of, cause["reason"])
+        assert f"in {body}" in cause["traceback"]
+    promise.kept(f"not caught: {told(cause)}", exit_code=1)
 
 
 # SIGKILL

@@ -218,21 +218,22 @@ def test_nothing_is_owed_by_a_teacher_that_is_lost(clocked):
 
 
 def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_path):
+    """Promise 4 at the deadlines that are the defaults."""
     monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
-    on = clocked(2)
+    on = clocked(2, "timeouts.report_s=120", "timeouts.startup_s=600")
     on.teacher()
     on.rank(0)
     child = Child(lambda: time.sleep(600))
     monkeypatch.setattr(snapshot, "processes_of", lambda view: {1: child.pid})
     try:
-        assert on.ticks(21)[0] == (21.0, ["rank 0", "rank 1"])
-        on.ticks(39)
+        assert on.ticks(121) == [(121.0, ["rank 0", "rank 1"])]
+        on.ticks(479)
         assert on.monitor.overdue() is None
         on.ticks(1)
         found = cause.of_overdue(on.monitor.overdue())
         assert (found.role, found.rank, found.pid, found.status) == ("trainer", 1, child.pid, 1)
         assert found.sentence.startswith("rank 1 has not attached")
-        assert "timeouts.startup_s is 1 min 00 s" in found.sentence
+        assert "timeouts.startup_s is 10 min 00 s" in found.sentence
         assert "has not connected to the bridge" in found.traceback
     finally:
         child.end()

@@ -92,9 +92,12 @@ def test_a_session_that_ended_is_named():
     ],
 )
 def test_a_garbled_lane_is_refused(it, word, value, message, promise):
+    def attach() -> None:
+        with pytest.raises(AttachError, match=message):
+            RankSession(it.token, 0)
+
     it.owner.lanes[0].segment.words[word] = value
-    with pytest.raises(AttachError, match=message):
-        RankSession(it.token, 0)
+    assert it.start(attach).join() == 0, "neither another error nor a signal"
     promise.kept("a garbled, foreign or other-version header: AttachError with what was found and expected")
 
 
@@ -106,8 +109,12 @@ def test_a_truncated_or_enlarged_segment_is_refused(it, size, promise):
     with open(shm(name), "rb") as source, open(shm(fake), "wb") as file:
         os.fchmod(file.fileno(), 0o600)
         file.write(source.read()[:size].ljust(size, b"\0"))
-    with pytest.raises(AttachError, match="truncated|nbytes|kind"):
-        Segment.attach(fake, layout.LANE, it.token.session_id, 1, 7)
+
+    def attach() -> None:
+        with pytest.raises(AttachError, match="truncated|nbytes|kind"):
+            Segment.attach(fake, layout.LANE, it.token.session_id, 1, 7)
+
+    assert it.start(attach).join() == 0, "neither another error nor a signal"
     promise.kept("truncated or enlarged: AttachError")
 
 
