@@ -7,11 +7,11 @@ known is None.
 from __future__ import annotations
 
 import json
-import os
+import math
+import mmap
 import struct
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from shmbridge import model_path
 from shmbridge.config import Config, TeacherConfig, TorchDtype, is_builder
@@ -20,21 +20,17 @@ from shmbridge.output_spec import HeadSpec, OutputSpec, payload_outputs
 
 _WEIGHTS = (".safetensors", ".bin")
 _DTYPE_BYTES: dict[TorchDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_WIDTH = ("hidden_size", "n_embd")  # as most models call it; as GPT-2 does
 
 # GGUF: values of a key-value header by their type number; 8 is a string, 9 an array.
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
-# Keys by how they end; the vocabulary is told by whichever of its two comes first.
-_GGUF_SIZES = {".vocab_size": "vocab", "tokenizer.ggml.tokens": "vocab", ".embedding_length": "width"}
 
 
 class ModelCard(NamedTuple):
-    """`weight_bytes` is the size of the loaded weights, or the size on disk if the checkpoint does not tell its
-    dtype."""
+    """What the files of a model tell."""
 
     vocab_size: int | None = None
-    weight_bytes: int | None = None
+    weight_bytes: int | None = None  # once loaded; on disk where the checkpoint does not tell its dtype
     hidden_size: int | None = None
     dtype: TorchDtype | None = None  # that the model will compute in, and its hidden states have
 
@@ -90,29 +86,40 @@ def read(teacher: TeacherConfig) -> ModelCard:
     if is_builder(model):
         return ModelCard(teacher.vocab_size)
     path = model_path.local(model) or model_path.cached(model, teacher.revision)
-    if path and path.is_dir():
+    if path is None:
+        return ModelCard()
+    if path.is_dir():
         return _of_directory(path, teacher.dtype)
-    if path and path.suffix == ".gguf":
-        if not teacher.python:  # another environment may have the package
-            model_path.require_gguf(path)
-        sizes = _gguf_sizes(path)
-        dtype = _dtype(teacher.dtype) or "float32"  # what dequantising gives
-        return ModelCard(sizes.get("vocab"), path.stat().st_size, sizes.get("width"), dtype)
-    return ModelCard()
+    if not teacher.python:  # another environment may have the package
+        model_path.require_gguf(path)
+    sizes = _gguf_sizes(path)
+    dtype = _dtype(teacher.dtype) or "float32"  # what dequantising gives
+    weight_bytes = sizes["parameters"] * _DTYPE_BYTES[dtype] if "parameters" in sizes else None
+    return ModelCard(sizes.get("vocab"), weight_bytes, sizes.get("width"), dtype)
 
 
 def _of_directory(path: Path, wanted: str) -> ModelCard:
     try:
         tree = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
-        tree = {}
+        tree = None
     tree = tree if isinstance(tree, dict) else {}
-    text = tree["text_config"] if isinstance(tree.get("text_config"), dict) else {}
-    both = {**tree, **text}
-    stored = _dtype(tree.get("dtype") or tree.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"))
-    width = next((both[name] for name in _WIDTH if name in both), None)
+    text = tree.get("text_config")
+    both = tree | text if isinstance(text, dict) else tree
+    stored = next(
+        (found for key in ("dtype", "torch_dtype") if (found := _dtype(tree.get(key) or both.get(key)))), None
+    )
     loaded = _dtype(wanted) or stored
-    return ModelCard(_size(both.get("vocab_size")), _weight_bytes(path, stored, loaded), _size(width), loaded)
+    width = both.get("hidden_size", both.get("n_embd"))  # as most models call it; as GPT-2 does
+    weight_bytes = next(filter(None, (_bytes_on_disk(path, suffix) for suffix in _WEIGHTS)), None)
+    if weight_bytes and stored and loaded:
+        weight_bytes = weight_bytes * _DTYPE_BYTES[loaded] // _DTYPE_BYTES[stored]
+    return ModelCard(_size(both.get("vocab_size")), weight_bytes, _size(width), loaded)
+
+
+def _bytes_on_disk(path: Path, suffix: str) -> int:
+    """A directory with several kinds of weights holds the same weights several times."""
+    return sum(file.stat().st_size for file in path.glob(f"*{suffix}") if file.exists())
 
 
 def _dtype(name: object) -> TorchDtype | None:
@@ -123,63 +130,60 @@ def _size(value: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _weight_bytes(path: Path, stored: TorchDtype | None, loaded: TorchDtype | None) -> int | None:
-    for suffix in _WEIGHTS:  # a directory with both holds the same weights twice
-        size = sum(file.stat().st_size for file in path.glob(f"*{suffix}") if file.exists())
-        if size:
-            return size * _DTYPE_BYTES[loaded] // _DTYPE_BYTES[stored] if stored and loaded else size
-    return None
-
-
 def _gguf_sizes(path: Path) -> dict[str, int]:
-    """The vocabulary and the width of the hidden state, as far as the file's header tells them."""
+    """The vocabulary, the width of the hidden state and the number of parameters, as far as the file's header tells
+    them."""
     found: dict[str, int] = {}
     try:
-        with path.open("rb") as file:
-            for key, value in _gguf_pairs(file):
-                name = next((name for end, name in _GGUF_SIZES.items() if key.endswith(end)), None)
-                if name and isinstance(value, int):
-                    found.setdefault(name, value)
-                if len(found) == 2:  # before the long lists that follow
-                    break
-    except (OSError, struct.error, UnicodeDecodeError, KeyError):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            header = _GgufHeader(data)
+            magic, _version, tensors, pairs = header.read("4s"), header.read("I"), header.read("Q"), header.read("Q")
+            if magic != b"GGUF":
+                return found
+            for _ in range(pairs):
+                key, value = header.read_string(), _size(header.read_value(header.read("I")))
+                if value and key.endswith((".vocab_size", "tokenizer.ggml.tokens")):  # whichever comes first
+                    found.setdefault("vocab", value)
+                if value and key.endswith(".embedding_length"):
+                    found.setdefault("width", value)
+            parameters = 0
+            for _ in range(tensors):
+                header.read_string()
+                parameters += math.prod([header.read("Q") for _ in range(header.read("I"))])
+                header.read("I"), header.read("Q")  # its type and its place in the file
+            found["parameters"] = parameters
+    except (OSError, ValueError, LookupError, OverflowError, struct.error):
         pass  # truncated or foreign: the loader will say it
     return found
 
 
-def _gguf_pairs(file: BinaryIO) -> Iterator[tuple[str, object]]:
-    """Each key of the header with its number, or the length of its array; None for other types."""
-    magic, _version, _tensors, pairs = _unpack(file, "<4sIQQ")
-    for _ in range(pairs if magic == b"GGUF" else 0):
-        key = _gguf_string(file)
-        (kind,) = _unpack(file, "<I")
-        start = file.tell()
-        form = "<IQ" if kind == _GGUF_ARRAY else "<" + _GGUF_SCALARS.get(kind, "")
-        yield key, next(reversed(_unpack(file, form)), None)
-        file.seek(start)
-        _skip(file, kind)
+class _GgufHeader:
+    """Reads the header of a .gguf file from its start."""
 
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, 0
 
-def _skip(file: BinaryIO, kind: int) -> None:
-    if kind == _GGUF_STRING:
-        file.seek(_unpack(file, "<Q")[0], os.SEEK_CUR)
-    elif kind == _GGUF_ARRAY:
-        item, count = _unpack(file, "<IQ")
+    def read(self, form: str) -> Any:
+        """One number in the notation of `struct`."""
+        (value,) = struct.unpack_from(f"<{form}", self._data, self._at)
+        self._at += struct.calcsize(f"<{form}")
+        return value
+
+    def read_string(self) -> str:
+        nbytes = self.read("Q")
+        self._at += nbytes
+        return self._data[self._at - nbytes : self._at].decode(errors="replace")
+
+    def read_value(self, kind: int) -> Any:
+        """A number, a text, or the length of an array."""
+        if kind == _GGUF_STRING:
+            return self.read_string()
+        if kind != _GGUF_ARRAY:
+            return self.read(_GGUF_SCALARS[kind])
+        item, count = self.read("I"), self.read("Q")
         if item in _GGUF_SCALARS:
-            file.seek(count * struct.calcsize("<" + _GGUF_SCALARS[item]), os.SEEK_CUR)
+            self._at += count * struct.calcsize(f"<{_GGUF_SCALARS[item]}")
         else:
             for _ in range(count):
-                _skip(file, item)
-    else:
-        file.seek(struct.calcsize("<" + _GGUF_SCALARS[kind]), os.SEEK_CUR)
-
-
-def _gguf_string(file: BinaryIO) -> str:
-    (nbytes,) = _unpack(file, "<Q")
-    if nbytes > 65535:  # the format's own limit for a key
-        raise KeyError(nbytes)
-    return file.read(nbytes).decode()
-
-
-def _unpack(file: BinaryIO, form: str) -> tuple[Any, ...]:
-    return struct.unpack(form, file.read(struct.calcsize(form)))
+                self.read_value(item)
+        return count

@@ -6,6 +6,7 @@ import json
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,13 @@ def string(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 
 
-def gguf(*pairs: bytes) -> bytes:
-    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
+def gguf(*pairs: bytes, tensors: Sequence[bytes] = ()) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(pairs)) + b"".join([*pairs, *tensors])
+
+
+def tensor(*dims: int) -> bytes:
+    """Four bits a weight."""
+    return string("blk.0.weight") + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, 12, 0)
 
 
 NAME = string("general.name") + struct.pack("<I", 8) + string("x")
@@ -85,22 +91,26 @@ TOKENS = string("tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, 3) + string
 
 
 @pytest.mark.parametrize(
-    ("content", "vocab", "width"),
+    ("content", "vocab", "width", "parameters"),
     [
-        (gguf(NAME, FLOATS, WORDS, VOCAB), 77, None),
-        (gguf(WIDTH, NAME, TOKENS), 3, 64),
-        (gguf(TOKENS, VOCAB, WORDS, WIDTH), 3, 64),
-        (gguf(NAME), None, None),
-        (gguf(NAME, WIDTH, VOCAB)[:-3], None, 64),
-        (b"something else", None, None),
-        (gguf(struct.pack("<Q", 2**60)), None, None),
+        (gguf(NAME, FLOATS, WORDS, VOCAB, tensors=[tensor(1000)]), 77, None, 1000),
+        (gguf(WIDTH, NAME, TOKENS, tensors=[tensor(64, 3), tensor(64)]), 3, 64, 256),
+        (gguf(TOKENS, VOCAB, WORDS, WIDTH, tensors=[tensor(64)])[:-3], 3, 64, None),
+        (gguf(NAME, WIDTH, VOCAB)[:-3], None, 64, None),
+        (b"", None, None, None),
+        (b"something else" * 9, None, None, None),
+        (gguf(struct.pack("<Q", 2**60)), None, None, None),
+        (gguf(struct.pack("<Q", 2**64 - 1)), None, None, None),
     ],
 )
-def test_a_card_of_a_gguf_file(tmp_path, content, vocab, width):
+def test_a_gguf_file_is_counted_as_it_is_loaded_and_not_as_it_is_stored(tmp_path, content, vocab, width, parameters):
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
-    assert model_card.read(TeacherConfig(model=str(path))) == ModelCard(vocab, len(content), width, "float32")
-    assert model_card.read(TeacherConfig(model=str(path), dtype="bfloat16")).dtype == "bfloat16"
+    for wanted, dtype, nbytes in (("auto", "float32", 4), ("bfloat16", "bfloat16", 2)):
+        weight_bytes = parameters and parameters * nbytes
+        assert model_card.read(TeacherConfig(model=str(path), dtype=wanted)) == ModelCard(
+            vocab, weight_bytes, width, dtype
+        )
 
 
 def test_a_gguf_file_without_the_package_that_reads_it_is_refused(tmp_path, monkeypatch, capsys):
