@@ -81,8 +81,8 @@ def prepared(settings: Config, planned: Plan, found: Machine, console: Console, 
         PlanError: memory is too small, or the plane that was asked for does not work.
         Stopped: the user ended the launcher during the trial.
     """
-    if planned.plane and planned.plane.untried:
-        pairs = plane_choice.pairs(planned.teachers, planned.train_gpus)
+    if planned.plane and not planned.plane.reason:
+        pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
         console.say(f"trying CUDA IPC between {plane_choice.between(pairs)}")
         exporters, importer = trial.commands(planned, pairs, os.environ)
         chosen = plane_choice.by_trial(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))

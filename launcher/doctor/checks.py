@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -19,6 +20,9 @@ class Finding(NamedTuple):
     status: Status  # warning: runs work, but not all of them, or not as fast; fault: no run works, or none that was asked for
     found: str  # one line
     remedy: str = ""  # one line; empty where the status is ok
+
+
+ok, warning, fault = (partial(Finding, status) for status in STATUSES)
 
 
 class Fact(msgspec.Struct, frozen=True):

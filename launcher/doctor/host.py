@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from launcher.console.text import ranges, size
-from launcher.doctor.checks import Check, Finding, Status
+from launcher.doctor.checks import Check, Finding, fault, ok, warning
 from launcher.sessions import dead
 from shmbridge.shm import owner
 
@@ -34,36 +34,35 @@ def python() -> Finding:
     machine = platform.machine()
     found = f"{platform.python_version()}, {machine}, {platform.system()} {platform.release()}"
     if machine != "x86_64":
-        return Finding("fault", found, "Run on x86-64: the shared-memory ring relies on its order of stores.")
-    return Finding("ok", found)
+        return fault(found, "Run on x86-64: the shared-memory ring relies on its order of stores.")
+    return ok(found)
 
 
 def torch() -> Finding:
     """The installed version; nothing is imported."""
     version = _version("torch")
     if not version:
-        return Finding("fault", f"not installed for {sys.executable}", "pip install torch")
+        return fault(f"not installed for {sys.executable}", "pip install torch")
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if numbers and numbers < OLDEST_TORCH:
-        return Finding("fault", version, f"Install torch {'.'.join(map(str, OLDEST_TORCH))} or later.")
-    return Finding("ok", version)
+        return fault(version, f"Install torch {'.'.join(map(str, OLDEST_TORCH))} or later.")
+    return ok(version)
 
 
 def driver() -> Finding:
     """The version of the kernel module, and whether there are GPUs that it does not drive."""
     version = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", _read(_PROC / "driver/nvidia/version"))
     if version:
-        return Finding("ok", version[1])
+        return ok(version[1])
     if driver_is_loaded():
-        return Finding("ok", "loaded, of unknown version")
+        return ok("loaded, of unknown version")
     cards = len(_nvidia_cards())
     if cards:
-        return Finding(
-            "warning",
+        return warning(
             f"none, though the PCI bus has {cards} NVIDIA GPU{'s' if cards > 1 else ''}",
             "Install NVIDIA's driver; in a container start it with the GPUs: docker run --gpus all.",
         )
-    return Finding("ok", "none, and no NVIDIA GPU")
+    return ok("none, and no NVIDIA GPU")
 
 
 def driver_is_loaded() -> bool:
@@ -78,38 +77,31 @@ def shm() -> Finding:
     try:
         stat = os.statvfs(directory)
     except OSError as error:
-        return Finding("fault", f"{directory}: {error.strerror}", f"mount -t tmpfs tmpfs {directory}")
+        return fault(f"{directory}: {error.strerror}", f"mount -t tmpfs tmpfs {directory}")
     total, free = stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
     found = f"{directory}: {size(total)}, {size(free)} free, {kind}"
     if stat.f_flag & os.ST_RDONLY or not os.access(directory, os.W_OK | os.X_OK):
-        return Finding(
-            "fault", f"{found}, not writable", f"Make it writable: mount -o remount,rw,mode=1777 {directory}"
-        )
+        return fault(f"{found}, not writable", f"Make it writable: mount -o remount,rw,mode=1777 {directory}")
     if kind != "tmpfs":
-        return Finding("warning", found, f"Mount a tmpfs, so that it is memory: mount -t tmpfs tmpfs {directory}")
+        return warning(found, f"Mount a tmpfs, so that it is memory: mount -t tmpfs tmpfs {directory}")
     if total < SMALL_SHM:
-        return Finding(
-            "warning", found, "Give it more: docker run --shm-size=16g; Kubernetes: an emptyDir with medium Memory."
-        )
+        return warning(found, "Give it more: docker run --shm-size=16g; Kubernetes: an emptyDir with medium Memory.")
     if free < FULL_SHM:
-        return Finding(
-            "warning", found, f"See what fills it: ls -lS {directory}; `shmbridge-launch clean` removes dead sessions."
-        )
-    return Finding("ok", found)
+        return warning(found, f"See what fills it: ls -lS {directory}; `shmbridge-launch clean` removes dead sessions.")
+    return ok(found)
 
 
 def memlock() -> Finding:
     """The limit of locked memory, which InfiniBand needs."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY:
-        return Finding("ok", "unlimited")
+        return ok("unlimited")
     if (_DEV / "infiniband").exists():
-        return Finding(
-            "warning",
+        return warning(
             f"{size(limit)}, and this machine has InfiniBand",
             "ulimit -l unlimited; docker run --ulimit memlock=-1 (NCCL registers memory with the adapter).",
         )
-    return Finding("ok", size(limit))
+    return ok(size(limit))
 
 
 def ptrace_scope() -> Finding:
@@ -117,16 +109,12 @@ def ptrace_scope() -> Finding:
     connected yet."""
     scope = _read(_PROC / "sys/kernel/yama/ptrace_scope").strip()
     if not scope:
-        return Finding("ok", "not restricted by Yama")
+        return ok("not restricted by Yama")
     meaning = {"0": "all processes of a user", "1": "children alone", "2": "root alone"}.get(scope, "nobody")
     found = f"{scope} ({meaning})"
     if scope != "0" and os.geteuid() and (shutil.which("py-spy") or Path(sys.executable).with_name("py-spy").exists()):
-        return Finding(
-            "warning",
-            f"{found}: py-spy adds no stacks to hang reports",
-            "sudo sysctl kernel.yama.ptrace_scope=0",
-        )
-    return Finding("ok", found)
+        return warning(f"{found}: py-spy adds no stacks to hang reports", "sudo sysctl kernel.yama.ptrace_scope=0")
+    return ok(found)
 
 
 def pidfd() -> Finding:
@@ -138,24 +126,21 @@ def pidfd() -> Finding:
         finally:
             os.close(fd)
     except OSError as error:
-        return Finding(
-            "fault",
+        return fault(
             f"refused: {error.strerror}",
             "Linux 5.3 or later, and a seccomp profile that allows pidfd_open and pidfd_send_signal.",
         )
-    return Finding("ok", "works")
+    return ok("works")
 
 
 def pid_namespace() -> Finding:
     """CUDA IPC and the identity of processes need teacher and ranks in one namespace."""
     mine, of_children = (os.readlink(_PROC / f"self/ns/{name}") for name in ("pid", "pid_for_children"))
     if mine != of_children:
-        return Finding(
-            "warning",
-            f"{mine}, and {of_children} for children",
-            "Start from a process whose children stay in its namespace.",
+        return warning(
+            f"{mine}, and {of_children} for children", "Start from a process whose children stay in its namespace."
         )
-    return Finding("ok", f"{mine}, {'the machine' if mine == _PID_NAMESPACE_OF_THE_MACHINE else 'a container'}'s")
+    return ok(f"{mine}, {'the machine' if mine == _PID_NAMESPACE_OF_THE_MACHINE else 'a container'}'s")
 
 
 def host_name() -> Finding:
@@ -163,12 +148,11 @@ def host_name() -> Finding:
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(name, None)}
     except OSError as error:
-        return Finding(
-            "warning",
+        return warning(
             f"{name} does not resolve ({error.strerror})",
             f"echo '127.0.0.1 {name}' | sudo tee -a /etc/hosts (torchrun started by hand waits for it; gloo warns)",
         )
-    return Finding("ok", f"{name} is {', '.join(sorted(addresses))}")
+    return ok(f"{name} is {', '.join(sorted(addresses))}")
 
 
 def numa() -> Finding:
@@ -178,15 +162,15 @@ def numa() -> Finding:
     if len(nodes) > 1:
         near = {int(text) for card in _nvidia_cards() if (text := _read(card / "numa_node").strip()).isdigit()}
         found += f", GPUs at node {ranges(sorted(near))}" if near else ""
-    return Finding("ok", found)
+    return ok(found)
 
 
 def sessions() -> Finding:
     """Sessions of this user whose launcher was killed."""
     ended = dead()
     if ended:
-        return Finding("warning", f"{len(ended)} dead, with objects in /dev/shm", "shmbridge-launch clean")
-    return Finding("ok", "none dead")
+        return warning(f"{len(ended)} dead, with objects in /dev/shm", "shmbridge-launch clean")
+    return ok("none dead")
 
 
 def packages() -> Finding:
@@ -194,14 +178,14 @@ def packages() -> Finding:
     missing = [name for name in _REQUIRED if not _version(name)]
     found = ", ".join(f"{name} {_version(name)}" for name in _REQUIRED if name not in missing)
     if missing:
-        status: Status = "warning" if set(missing) <= set(_OF_TEACHERS) else "fault"
-        return Finding(status, f"without {', '.join(missing)}; {found}", f"pip install {' '.join(missing)}")
-    return Finding("ok", found)
+        finding = warning if set(missing) <= set(_OF_TEACHERS) else fault
+        return finding(f"without {', '.join(missing)}; {found}", f"pip install {' '.join(missing)}")
+    return ok(found)
 
 
 def optional() -> Finding:
     """Optional packages that are installed."""
-    return Finding("ok", ", ".join(f"{name} {_version(name) or '-'}" for name in _OPTIONAL))
+    return ok(", ".join(f"{name} {_version(name) or '-'}" for name in _OPTIONAL))
 
 
 CHECKS: tuple[Check, ...] = (

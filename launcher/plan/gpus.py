@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from shmbridge.errors import ConfigError
 from shmbridge.plane import devices
@@ -27,21 +27,10 @@ SLOW_DRIVER = (
     "Turn persistence mode on (`sudo nvidia-smi -pm 1`), so that the driver stays loaded; if it hangs still, look for NVRM "
     "and Xid in `dmesg`."
 )
-NO_DRIVER = "Mend the driver: a new one wants a reboot, and a container wants the GPUs (docker run --gpus all)."
-
-
-class Answer(NamedTuple):
-    """How a program ended, and what it printed."""
-
-    code: int
-    out: bytes
-    err: bytes
-
-    @property
-    def last_words(self) -> str:
-        """The last line that says something, of stderr or else of stdout."""
-        lines = [line.strip() for text in (self.out, self.err) for line in text.decode(errors="replace").splitlines()]
-        return next(filter(None, reversed(lines)), "")
+_NO_DRIVER = (
+    "Mend the driver: a new one wants a reboot, and a container wants the GPUs (docker run --gpus all). Without GPUs use "
+    "--cpu 2."
+)
 
 
 class Gpu(NamedTuple):
@@ -56,6 +45,23 @@ class Gpu(NamedTuple):
     driver: str = ""
     name: str = ""
 
+    def __str__(self) -> str:
+        return f"GPU {self.number}"
+
+    @property
+    def mode(self) -> str:
+        """A compute mode that excludes processes, and what it means."""
+        allows = "no process" if self.compute_mode == "Prohibited" else "one process at a time"
+        return f"{self} is in compute mode {self.compute_mode}, which allows {allows}"
+
+
+class NvidiaSmiError(ConfigError):
+    """nvidia-smi did not list GPUs that can be used."""
+
+    def __init__(self, cause: Literal["hangs", "fails", "MIG"], problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. {remedy}")
+        self.cause, self.problem, self.remedy = cause, problem, remedy
+
 
 def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
     """The GPUs that `environment` allows, in the user's numbering; empty where there is no driver.
@@ -64,31 +70,31 @@ def discover(environment: Mapping[str, str] = os.environ) -> list[Gpu]:
         ConfigError: nvidia-smi hangs, or it fails and torch finds no GPU either, or an entry of CUDA_VISIBLE_DEVICES is a
             MIG slice.
     """
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
     try:
-        answer = ask_nvidia_smi(environment)
-    except TimeoutError as error:
-        raise ConfigError(f"{error}. {SLOW_DRIVER}") from None
+        return of_nvidia_smi(environment)
+    except NvidiaSmiError as error:
+        found = of_torch(ask_torch(environment)) if error.cause == "fails" else []
+        if not found:
+            raise
+        return found
     except OSError:
-        return [] if visible == "" else of_torch(ask_torch(environment))
-    if answer.code == 0:
-        return select_visible(answer.out.decode(errors="replace"), visible)
-    found = of_torch(ask_torch(environment))
-    if not found:
-        raise ConfigError(
-            f"nvidia-smi failed with exit code {answer.code}: {answer.last_words}\n\n{NO_DRIVER} Without GPUs use --cpu 2."
-        )
-    return found
+        return [] if environment.get("CUDA_VISIBLE_DEVICES") == "" else of_torch(ask_torch(environment))
 
 
-def ask_nvidia_smi(environment: Mapping[str, str]) -> Answer:
-    """The table of all GPUs, for select_visible.
+def of_nvidia_smi(environment: Mapping[str, str]) -> list[Gpu]:
+    """The GPUs that nvidia-smi lists and `environment` allows.
 
     Raises:
         OSError: there is no nvidia-smi on PATH.
-        TimeoutError: it gave no answer in time.
+        NvidiaSmiError: it hangs or fails, or an entry of CUDA_VISIBLE_DEVICES is a MIG slice.
     """
-    return _ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
+    try:
+        code, out, last_words = _ask(_QUERY, environment, NVIDIA_SMI_LIMIT_S)
+    except TimeoutError as error:
+        raise NvidiaSmiError("hangs", str(error), SLOW_DRIVER) from None
+    if code != 0:
+        raise NvidiaSmiError("fails", f"nvidia-smi failed (exit code {code}): {last_words}", _NO_DRIVER)
+    return select_visible(out.decode(errors="replace"), environment.get("CUDA_VISIBLE_DEVICES"))
 
 
 def ask_torch(environment: Mapping[str, str]) -> Devices:
@@ -99,17 +105,18 @@ def ask_torch(environment: Mapping[str, str]) -> Devices:
     """
     argv = [sys.executable, "-m", devices.__name__]
     try:
-        answer = _ask(argv, {**environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, TORCH_LIMIT_S)
+        code, out, last_words = _ask(argv, {**environment, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, TORCH_LIMIT_S)
     except TimeoutError:
         raise ConfigError(f"torch did not tell its GPUs within {TORCH_LIMIT_S:g} s. {SLOW_DRIVER}") from None
-    found = devices.parse(answer.out)
+    found = devices.parse(out)
     if found is None:
-        raise ConfigError(f"torch could not be asked for its GPUs (exit code {answer.code}): {answer.last_words}")
+        raise ConfigError(f"torch could not be asked for its GPUs (exit code {code}): {last_words}")
     return found
 
 
-def _ask(argv: Sequence[str], environment: Mapping[str, str], limit_s: float) -> Answer:
-    """Run `argv` until it ends. Everything that it started is killed after `limit_s` seconds, or if an exception comes.
+def _ask(argv: Sequence[str], environment: Mapping[str, str], limit_s: float) -> tuple[int, bytes, str]:
+    """Run `argv` until it ends: its exit code, its stdout, and the last line that it printed anywhere. Everything that it
+    started is killed after `limit_s` seconds, or if an exception comes.
 
     Raises:
         OSError: there is no such program.
@@ -133,7 +140,8 @@ def _ask(argv: Sequence[str], environment: Mapping[str, str], limit_s: float) ->
         if isinstance(error, subprocess.TimeoutExpired):
             raise TimeoutError(f"{argv[0]} gave no answer within {limit_s:g} s") from None
         raise
-    return Answer(process.returncode, out, err)
+    lines = (out + b"\n" + err).decode(errors="replace").splitlines()
+    return process.returncode, out, next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def of_torch(found: Devices) -> list[Gpu]:
@@ -145,33 +153,24 @@ def of_torch(found: Devices) -> list[Gpu]:
 
 
 def select_visible(table: str, visible: str | None) -> list[Gpu]:
-    """The rows of nvidia-smi's `table` that a value of CUDA_VISIBLE_DEVICES allows; None allows all.
-
-    As in CUDA, the first entry that names no GPU ends the list. Columns that are missing at the end of a row are empty.
+    """The rows of nvidia-smi's `table` that a value of CUDA_VISIBLE_DEVICES allows; None allows all. A UUID may be
+    shortened to a prefix. As in CUDA, the first entry that names no GPU ends the list.
 
     Raises:
-        ConfigError: an entry is a MIG slice.
+        NvidiaSmiError: an entry is a MIG slice.
     """
-    width = len(_FIELDS.split(","))
-    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line.count(",") >= 3]
-    rows = [row + [""] * (width - len(row)) for row in rows]
+    last = _FIELDS.count(",")  # a name may have commas
+    rows = [[cell.strip() for cell in line.split(",", last)] for line in table.splitlines() if line.count(",") >= last]
     names = [row[0] for row in rows] if visible is None else [name.strip() for name in visible.split(",")]
     found: list[Gpu] = []
     for name in names:
-        row = next((row for row in rows if _names(name, row)), None)
         if name.startswith("MIG-"):
-            raise ConfigError(f"CUDA_VISIBLE_DEVICES names {name}: MIG slices are not supported; give whole GPUs.")
+            problem = f"CUDA_VISIBLE_DEVICES names {name}: MIG slices are not supported"
+            raise NvidiaSmiError("MIG", problem, "Set CUDA_VISIBLE_DEVICES to whole GPUs.")
+        by_uuid = name.startswith("GPU-")
+        row = next((row for row in rows if row[0] == name or (by_uuid and row[1].startswith(name))), None)
         if row is None:
             break
-        memory = _mebibytes(row[2]), _mebibytes(row[3])
-        found.append(Gpu(len(found), name, *memory, row[4], row[5] == "Enabled", row[6], ",".join(row[7:])))
+        total, free = (int(cell) * 2**20 if cell.isdigit() else 0 for cell in row[2:4])
+        found.append(Gpu(len(found), name, total, free, row[4], row[5] == "Enabled", row[6], row[7]))
     return found
-
-
-def _names(name: str, row: Sequence[str]) -> bool:
-    """Whether an entry of CUDA_VISIBLE_DEVICES means this row; a UUID may be shortened to a prefix."""
-    return name == row[0] if name.isdigit() else name.startswith("GPU-") and row[1].startswith(name)
-
-
-def _mebibytes(cell: str) -> int:
-    return int(cell) * 2**20 if cell.isdigit() else 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
@@ -14,26 +15,22 @@ from launcher.plan import memory, model_card, placement, plane_choice, torchrun
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
 from launcher.plan.memory import MemoryPlan
-from launcher.plan.model_card import ModelCard
 from launcher.plan.plane_choice import PlaneChoice
 from shmbridge.config import Config
-from shmbridge.errors import ConfigError
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
 
 TEACHER, TRAIN, TORCHRUN = "teacher", "train", "torchrun"
 
 # What tells a process that it is a rank of some world. The teacher is a rank of none.
-OF_A_RANK = (
+_OF_A_RANK = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
     *("ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE", "MASTER_*", "TORCHELASTIC_*", "PET_*", "SLURM_*"),
     *("OMPI_COMM_WORLD_*", "PMI_*", "PMIX_*", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
 )
 # Of torchrun: defaults for its flags, which train.torchrun_args is the way to set; and what tells its ranks, which it is none of.
 _OF_TORCHRUN = ("PET_*", "LOCAL_RANK")
-# Options of torch's CUDA allocator under which other processes cannot open its memory. Training often needs them and the
-# teacher rarely does, so they are removed from the teacher's environment alone.
 _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch 2.9 and later reads the first too
-_UNSHAREABLE = {("expandable_segments", "true"), ("backend", "cudamallocasync")}
+_UNSHAREABLE = ("expandable_segments:true", "backend:cudamallocasync")
 
 
 @dataclass(frozen=True)
@@ -56,18 +53,19 @@ class JobSpec:
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of the job, from the launcher's."""
-        kept = {name: value for name, value in base.items() if not _matches(name, self.removed)}
+        removed = self.removes(base)
+        kept = {name: value for name, value in base.items() if name not in removed}
         if self.exports:
-            kept = shareable(kept)
+            kept, _ = shareable(kept)
         return {"PYTHONUNBUFFERED": "1", **kept, **self.set}  # so that a log shows a line when it is printed
 
     def removes(self, base: Mapping[str, str]) -> list[str]:
         """Variables of `base` that the job does not get."""
-        return sorted(name for name in base if _matches(name, self.removed))
+        return sorted(name for name in base if any(fnmatchcase(name, pattern) for pattern in self.removed))
 
     def strips(self, base: Mapping[str, str]) -> dict[str, list[str]]:
         """Options that are removed for the job, by the variable of `base` that has them."""
-        return unshareable(base) if self.exports else {}
+        return shareable(base)[1] if self.exports else {}
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ class Plan:
     ranks: int
     teachers: tuple[tuple[Gpu, ...], ...]  # the GPUs of each replica, none on the CPU; empty where the bridge is off
     train_gpus: tuple[Gpu, ...]
-    visible: tuple[tuple[str, ...], str]  # CUDA_VISIBLE_DEVICES of each teacher, of training
     threads: tuple[int | None, int | None]  # of each teacher, of each rank; None: torch's or torchrun's default
     memory: MemoryPlan | None  # None where the bridge is off
     plane: PlaneChoice | None  # None where the bridge is off
@@ -90,25 +87,25 @@ class Plan:
         return (*teachers, self._train(run, session if self.config.enabled else OFF))
 
     def _teacher(self, replica: int, run: Path, session: str) -> JobSpec:
-        python = self.config.teacher.python or sys.executable
-        own = str(len(self.teachers[replica]))
-        argv = (python, "-m", "shmbridge.teacher.main", "--teacher-index", str(replica), "--gpus", own)
-        variables = _variables(session, self.visible[0][replica], self.threads[0])
-        if own != "0":  # a stream for each lane; streams that share one of CUDA's connections hold each other up
+        python, own = self.config.teacher.python or sys.executable, self.teachers[replica]
+        argv = (python, "-m", "shmbridge.teacher.main", "--teacher-index", str(replica), "--gpus", str(len(own)))
+        variables = _variables(session, placement.visible(own, self.train_gpus), self.threads[0])
+        if own:  # a stream for each lane; streams that share one of CUDA's connections hold each other up
             variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"
         who = placement.teacher_name(replica, len(self.teachers))
         name = who.replace(" ", "")
         log = run / f"{name}.log"
-        return JobSpec(name, who, replica, argv, variables, OF_A_RANK, log, exports=self.config.plane == "cuda_ipc")
+        return JobSpec(name, who, replica, argv, variables, _OF_A_RANK, log, exports=self.config.plane == "cuda_ipc")
 
     def _train(self, run: Path, session: str) -> JobSpec:
         args = torchrun.split(self.config.train.torchrun_args)
-        timeouts, record = self.config.timeouts, run / "train" / "failures.json"
+        timeouts = self.config.timeouts
         patience_s = timeouts.save_s + timeouts.shutdown_s  # the launcher ends the ranks earlier
-        command = torchrun.command(args, self.ranks, self.script, run / "train", record, patience_s)
-        variables = _variables(session, self.visible[1], self.threads[1])
-        argv = (sys.executable, *command)
-        log, alone = run / "torchrun.log", self.ranks == 1  # a debugger in one of several ranks would read for all
+        command = torchrun.command(args, self.ranks, self.script, run / "train", patience_s)
+        teacher_gpus = list(itertools.chain(*self.teachers))
+        variables = _variables(session, placement.visible(self.train_gpus, teacher_gpus), self.threads[1])
+        alone = self.ranks == 1  # a debugger in one of several ranks would read for all
+        argv, log = (sys.executable, *command), run / "torchrun.log"
         return JobSpec(TRAIN, TORCHRUN, None, argv, variables, _OF_TORCHRUN, log, reads_terminal=alone)
 
 
@@ -120,47 +117,17 @@ def plan(config: Config, script: Sequence[str], machine: Machine, chosen: PlaneC
         PlanError: the payload is not one that the model can give.
     """
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
-    teacher, train = _gpu_numbers(config)
-    placement.check_gpus(teacher, train, machine.gpus)
+    teacher, train = placement.teacher_and_train_gpus(config, machine.gpus)
     ranks = len(train) or config.train.cpu_ranks
-    count = placement.replica_count(config.teacher, len(teacher), ranks) if config.enabled else 0
-    shares = placement.shares(teacher, count)
-    found = machine.gpus
-    placed = tuple(tuple(found[i] for i in own) for own in shares)
-    trained = tuple(found[i] for i in train)
-    if placed:
-        chosen = chosen or plane_choice.by_settings(config, placed, trained)
+    replicas = placement.replica_count(config.teacher, len(teacher), ranks) if config.enabled else 0
+    teachers = placement.shares(teacher, replicas)
+    counted = None
+    if replicas:
+        chosen = chosen or plane_choice.by_settings(config, teacher, train)
         config = msgspec.structs.replace(config, plane=chosen.plane)
-    card = model_card.read(config.teacher) if placed else ModelCard()
-    return Plan(
-        config=config,
-        script=tuple(script),
-        ranks=ranks,
-        teachers=placed,
-        train_gpus=trained,
-        visible=(
-            tuple(placement.visible(own, train, found) for own in shares),
-            placement.visible(train, teacher, found),
-        ),
-        threads=_threads(config, machine.cores, ranks, count),
-        memory=memory.plan(config, ranks, card, placed, machine, trained) if placed else None,
-        plane=chosen,
-    )
-
-
-def _gpu_numbers(config: Config) -> tuple[list[int], list[int]]:
-    teacher, train = config.teacher.gpus, config.train.gpus
-    if train and config.train.cpu_ranks:
-        raise ConfigError(
-            f"train.gpus is {train!r} and train.cpu_ranks is {config.train.cpu_ranks}: train on GPUs or on the CPU."
-        )
-    if not train and not config.train.cpu_ranks:
-        raise ConfigError("no training ranks: give --train-gpus 0-6, or --cpu 2 for two ranks on the CPU.")
-    with_teacher = bool(teacher) and config.enabled
-    return (
-        placement.parse_gpus(teacher, "teacher.gpus") if with_teacher else [],
-        placement.parse_gpus(train, "train.gpus", shared=True) if train else [],
-    )
+        counted = memory.plan(config, ranks, model_card.read(config.teacher), teachers, machine, train)
+    threads = _threads(config, machine.cores, ranks, replicas)
+    return Plan(config, tuple(script), ranks, teachers, tuple(train), threads, counted, chosen)
 
 
 def _variables(session: str, visible: str, threads: int | None) -> dict[str, str]:
@@ -181,34 +148,19 @@ def _threads(config: Config, cores: int, ranks: int, teachers: int) -> tuple[int
     return teacher, rank
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def unshareable(environment: Mapping[str, str]) -> dict[str, list[str]]:
-    """These options in `environment`, by the variable that has them."""
-    found = {
-        name: [option for option in _options(environment.get(name, "")) if _in_question(option)]
-        for name in _ALLOCATOR_VARIABLES
-    }
-    return {name: options for name, options in found.items() if options}
-
-
-def shareable(environment: Mapping[str, str]) -> dict[str, str]:
-    """`environment` without these options. A variable that becomes empty is removed."""
-    made = dict(environment)
-    for name in unshareable(environment):
-        kept = [option for option in _options(made.pop(name)) if not _in_question(option)]
-        if kept:
-            made[name] = ",".join(kept)
-    return made
-
-
-def _options(text: str) -> list[str]:
-    """Split at every comma, also within brackets; joining the rest restores them."""
-    return [option.strip() for option in text.split(",") if option.strip()]
-
-
-def _in_question(option: str) -> bool:
-    name, _, value = option.partition(":")
-    return (name.strip().lower(), value.strip().lower()) in _UNSHAREABLE
+def shareable(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """`environment` without options of torch's CUDA allocator under which other processes cannot open its memory, and these
+    options by the variable that has them. Training often needs them and the teacher rarely does, so they are removed for
+    the teacher alone. A variable that becomes empty is removed."""
+    kept, stripped = dict(environment), {}
+    for name in _ALLOCATOR_VARIABLES:
+        # Split at every comma, also within brackets; joining the rest restores them.
+        options = [option.strip() for option in environment.get(name, "").split(",") if option.strip()]
+        refused = [option for option in options if option.replace(" ", "").lower() in _UNSHAREABLE]
+        if not refused:
+            continue
+        stripped[name] = refused
+        kept[name] = ",".join(option for option in options if option not in refused)
+        if not kept[name]:
+            del kept[name]
+    return kept, stripped

@@ -1,7 +1,9 @@
-"""The memory plan: what a run needs, where, and whether it fits. It is checked before anything loads."""
+"""The memory plan: what a run needs, where, whether it fits, and what to change where it does not. It is checked before
+anything loads."""
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,26 +11,47 @@ from typing import NamedTuple
 
 import msgspec
 
-from launcher.console.text import size, table
-from launcher.plan import placement, remedy
+from launcher.console.text import listed, size, table
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
 from launcher.plan.model_card import ModelCard
-from launcher.plan.remedy import CONTEXT_BYTES, GPU, RAM, SHM, Kind
+from launcher.plan.placement import gpu_names, lanes, teacher_name
 from shmbridge.config import Config, HiddenConfig, TopkConfig, is_builder
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.session import Shape
 
+SHM, RAM = "/dev/shm", "RAM"  # places; the others are GPUs, such as `GPU 3`
+CONTEXT_BYTES = 500 * 2**20  # of CUDA, for each process on each GPU that it touches; it depends on GPU and driver
+_MORE_SHM = "give /dev/shm more (docker run --shm-size; Docker and Kubernetes give 64 MB unless told otherwise)."
+_MORE_RAM = "raise the memory limit; /dev/shm counts as RAM."
+_ON_HOST = "keep the replies in host memory (plane=host)."
+_TOPK, _HIDDEN = "payload.logits=null payload.topk={}", "payload.logits=null payload.hidden={}"
+_SMALLER_PAYLOADS = {
+    _TOPK: "the most likely words and the rest's mass",
+    _HIDDEN: "hidden states and the output head, which are as exact",
+}
+
+
+class Kind(enum.Enum):
+    """What a row of the plan counts."""
+
+    REQUESTS = enum.auto()
+    HEAD = enum.auto()
+    REPLIES = enum.auto()
+    COPIES = enum.auto()
+    WEIGHTS = enum.auto()
+    CONTEXTS = enum.auto()
+
 
 class Item(NamedTuple):
-    """One row of the plan; `nbytes` is None where it is known only once the teacher has loaded."""
+    """One row of the plan."""
 
     kind: Kind
     what: str
     where: str
-    nbytes: int | None
+    nbytes: int  # 0 where it is known only once the teacher has loaded
 
 
 class MemoryPlan(NamedTuple):
@@ -39,13 +62,13 @@ class MemoryPlan(NamedTuple):
     config: Config
     outputs: tuple[OutputSpec, ...] | None  # of a reply
     replicas: int
-    trained: frozenset[str] = frozenset()  # places that training needs too, nobody knows how much of
-    instead: tuple[tuple[str, MemoryPlan], ...] = ()  # smaller payloads than logits, as overrides, and their plans
+    trained: frozenset[str]  # places that training needs too, nobody knows how much of
+    instead: dict[str, MemoryPlan]  # by the overrides that choose smaller payloads than logits
 
     def needed(self, place: str, without: Sequence[Kind] = ()) -> int:
         """Known bytes that `place` must hold. Shared memory is held by RAM."""
         items = [item for item in self.items if item.kind not in without]
-        return sum(item.nbytes or 0 for item in items if item.where == place or (place, item.where) == (RAM, SHM))
+        return sum(item.nbytes for item in items if item.where == place or (place, item.where) == (RAM, SHM))
 
     def check(self) -> None:
         """Raises PlanError, with the table and the setting to change, where a place is too small."""
@@ -54,26 +77,21 @@ class MemoryPlan(NamedTuple):
             if needed > free:
                 raise PlanError(
                     f"the run needs {size(needed)} of {place}, and {size(free)} are free.\n\n{self}\n\n"
-                    f"{remedy.suggest(self, place)}"
+                    f"{_remedy(self, place)}"
                 )
 
     def __str__(self) -> str:
-        rows = [_merged(list(same)) for _, same in itertools.groupby(self.items, lambda item: (item.what, item.nbytes))]
+        rows = []
+        for (what, nbytes), alike in itertools.groupby(self.items, lambda item: (item.what, item.nbytes)):
+            places = [item.where for item in alike]
+            each = " each" if len(places) > 1 else ""  # equal items on several GPUs
+            where = gpu_names([int(place.removeprefix("GPU ")) for place in places]) if each else places[0]
+            rows.append((what, where, size(nbytes) + each if nbytes else "known once it has loaded"))
         totals = []
         for place, free in self.free.items():
             besides = " (training itself is not counted)" if place in self.trained else ""
             totals.append((place, f"needs {size(self.needed(place))}{besides}", f"{size(free)} free"))
         return table(rows) + "\n\n" + table(totals)
-
-
-def _merged(items: Sequence[Item]) -> tuple[str, str, str]:
-    """One row for an item, or for equal items on several GPUs."""
-    first = items[0]
-    amount = "known once it has loaded" if first.nbytes is None else size(first.nbytes)
-    if len(items) == 1:
-        return first.what, first.where, amount
-    numbers = [int(item.where.removeprefix(GPU)) for item in items]
-    return first.what, placement.gpu_names(numbers), amount if first.nbytes is None else f"{amount} each"
 
 
 def plan(
@@ -82,7 +100,7 @@ def plan(
     card: ModelCard,
     teachers: Sequence[Sequence[Gpu]],
     machine: Machine,
-    train: Sequence[Gpu] = (),
+    train: Sequence[Gpu],
 ) -> MemoryPlan:
     """The memory plan of a session with `ranks` lanes, a teacher on each share of GPUs, and each rank on a GPU of
     `train`. An empty share or list means the CPU.
@@ -91,25 +109,33 @@ def plan(
         PlanError: the payload is not one that this model can give.
     """
     planned = _plan(config, ranks, card, teachers, machine, train)
-    instead = [
-        (override, _plan(smaller, ranks, card, teachers, machine, train))
-        for override, smaller in _smaller(config, card).items()
-    ]
-    return planned._replace(instead=tuple(instead))
+    smaller = {}
+    if _sends_logits(config):
+        if TopkConfig().k < (card.vocab_size or 0):
+            smaller[_TOPK] = msgspec.structs.replace(config.payload, logits=None, topk=TopkConfig())
+        if card.vocab_size and card.hidden_size and card.dtype:
+            smaller[_HIDDEN] = msgspec.structs.replace(config.payload, logits=None, hidden=HiddenConfig())
+    for override, payload in smaller.items():
+        instead = msgspec.structs.replace(config, payload=payload)
+        planned.instead[override] = _plan(instead, ranks, card, teachers, machine, train)
+    return planned
 
 
-def _smaller(config: Config, card: ModelCard) -> dict[str, Config]:
-    """The same config with payloads smaller than logits, by the overrides that choose them."""
-    if config.payload.named != ("logits",) or is_builder(config.teacher.model):
-        return {}
-    found = {"payload.topk={}": msgspec.structs.replace(config.payload, logits=None, topk=TopkConfig())}
-    if card.vocab_size and card.hidden_size and card.dtype:
-        found["payload.hidden={}"] = msgspec.structs.replace(config.payload, logits=None, hidden=HiddenConfig())
-    return {
-        f"payload.logits=null {override}": msgspec.structs.replace(config, payload=payload)
-        for override, payload in found.items()
-        if not payload.topk or payload.topk.k < (card.vocab_size or 0)
-    }
+def check_replies(config: Config, ranks: int, agreed: Offer, machine: Machine) -> None:
+    """Check that replies and head fit /dev/shm, once all teachers have loaded. Each teacher checks its GPU's memory
+    itself, by allocating it. Raises PlanError."""
+    shape = Shape.of(config, ranks)
+    items = tuple(_replies_in_shm(config, shape, shape.slot_bytes(agreed.outputs), agreed.head))
+    MemoryPlan(items, _free(machine), config, agreed.outputs, 1, frozenset(), {}).check()
+
+
+def created(config: Config, shape: Shape, agreed: Offer, nbytes: int) -> str:
+    """What the replies take, as text; `nbytes` of it are in /dev/shm."""
+    in_shm = f"{size(nbytes)} in {SHM}"
+    if config.plane != "cuda_ipc":
+        return in_shm
+    slabs = shape.lanes * _slab_bytes(shape, shape.slot_bytes(agreed.outputs))
+    return f"{size(slabs)} in the teacher's GPU memory, {in_shm}"
 
 
 def _plan(
@@ -122,120 +148,172 @@ def _plan(
 ) -> MemoryPlan:
     shape = Shape.of(config, ranks, len(teachers))
     outputs, head = card.outputs(config), card.head(config)
-    slot = None if outputs is None else shape.slot_bytes(outputs)
+    slot = shape.slot_bytes(outputs) if outputs else 0
     lane = shape.lane_layout.nbytes
     items = (
         Item(Kind.REQUESTS, "control segment", SHM, layout.control_bytes(shape.teachers)),
         Item(Kind.REQUESTS, f"lanes: {ranks} ranks x {size(lane)}", SHM, ranks * lane),
-        *_head(config, head),
-        _replies(config, shape, slot),
-        *(_slabs(shape, slot, teachers) if config.plane == "cuda_ipc" else ()),
-        *_weights(card.weight_bytes, teachers),
+        *_replies_in_shm(config, shape, slot, head),
+        *_on_teacher_gpus(config, shape, slot, card.weight_bytes or 0, teachers),
         *_contexts(teachers, train),
-        *_head_copies(config, head, train),
-        *_copies(config, shape, slot, train),
+        *_on_training_gpus(config, shape, slot, head, train),
     )
-    gpus = [gpu for own in (*teachers, train) for gpu in own if gpu.free_bytes]
-    free = _free(machine) | {_place(gpu): gpu.free_bytes for gpu in gpus}
-    return MemoryPlan(items, free, config, outputs, shape.teachers, frozenset(map(_place, train)))
-
-
-def check_replies(config: Config, ranks: int, agreed: Offer, machine: Machine) -> None:
-    """Check that replies and head fit /dev/shm, once all teachers have loaded. Each teacher checks its GPU's memory
-    itself, by allocating it. Raises PlanError."""
-    shape = Shape.of(config, ranks)
-    items = (*_head(config, agreed.head), _replies(config, shape, shape.slot_bytes(agreed.outputs)))
-    MemoryPlan(items, _free(machine), config, agreed.outputs, 1).check()
-
-
-def created(config: Config, shape: Shape, agreed: Offer, nbytes: int) -> str:
-    """What the replies take, as text; `nbytes` of it are in /dev/shm."""
-    in_shm = f"{size(nbytes)} in {SHM}"
-    if config.plane != "cuda_ipc":
-        return in_shm
-    slabs = shape.lanes * layout.block_bytes(layout.slab_bytes(shape.reply_slots, shape.slot_bytes(agreed.outputs)))
-    return f"{size(slabs)} in the teacher's GPU memory, {in_shm}"
+    gpus = {str(gpu): gpu.free_bytes for gpu in (*itertools.chain(*teachers), *train) if gpu.free_bytes}
+    return MemoryPlan(items, _free(machine) | gpus, config, outputs, shape.teachers, frozenset(map(str, train)), {})
 
 
 def _free(machine: Machine) -> dict[str, int]:
     return {SHM: machine.shm_free, RAM: machine.ram_free}
 
 
-def _head(config: Config, spec: HeadSpec | None) -> Iterator[Item]:
-    """One row, where the payload is hidden."""
-    if spec:
-        what = f"output head: {spec.words} words x {spec.width} x {spec.dtype}"
-        yield Item(Kind.HEAD, what, SHM, layout.PAGE + layout.head_bytes(spec))
+def _replies_in_shm(config: Config, shape: Shape, slot: int, head: HeadSpec | None) -> Iterator[Item]:
+    """The output head and the replies, or the handles of replies in GPU memory. A slot has `slot` bytes; 0 if they are not
+    known yet."""
+    if head:
+        what = f"output head: {head.words} words x {head.width} x {head.dtype}"
+        yield Item(Kind.HEAD, what, SHM, layout.PAGE + layout.head_bytes(head))
     elif config.payload.hidden is not None:
-        yield Item(Kind.HEAD, "output head", SHM, None)
-
-
-def _replies(config: Config, shape: Shape, slot: int | None) -> Item:
-    """What the replies take of /dev/shm: all their bytes, or the handles of replies in GPU memory. A slot has `slot`
-    bytes; None if they are not known yet."""
+        yield Item(Kind.HEAD, "output head", SHM, 0)
     if config.plane == "cuda_ipc":
         what = f"handles of replies: {_ranks(shape.lanes)} x {size(shape.exchange_bytes)}"
-        return Item(Kind.REQUESTS, what, SHM, shape.lanes * shape.exchange_bytes)
-    nbytes = None if slot is None else shape.lanes * layout.reply_bytes(shape.reply_slots, slot)
-    return Item(Kind.REPLIES, _of_slots(f"replies: {shape.lanes} ranks x {_slots(shape)}", slot), SHM, nbytes)
+        yield Item(Kind.REQUESTS, what, SHM, shape.lanes * shape.exchange_bytes)
+    else:
+        nbytes = slot and shape.lanes * layout.reply_bytes(shape.reply_slots, slot)
+        yield Item(Kind.REPLIES, f"replies: {shape.lanes} ranks x {_slots(shape, slot)}", SHM, nbytes)
 
 
-def _slabs(shape: Shape, slot: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[Item]:
-    """The replies in the memory of each replica's first GPU, a slab for each of its lanes."""
-    for index, own in enumerate(teachers):
-        count = len(placement.lanes(index, len(teachers), shape.lanes))
-        what = _of_slots(f"replies: {_ranks(count)} x {_slots(shape)}", slot)
-        nbytes = None if slot is None else count * layout.block_bytes(layout.slab_bytes(shape.reply_slots, slot))
-        yield Item(Kind.REPLIES, what, _place(own[0]), nbytes)
-
-
-def _copies(config: Config, shape: Shape, slot: int | None, train: Sequence[Gpu]) -> Iterator[Item]:
-    """The copies of replies on the ranks' GPUs, unless they are read in place."""
-    if config.plane != "cuda_ipc" or config.cuda.read != "copy":
-        return
-    for gpu, count in Counter(train).items():
-        copies = shape.reply_slots + 1
-        what = _of_slots(f"copies of replies: {_ranks(count)} x {copies}", slot)
-        yield Item(Kind.COPIES, what, _place(gpu), None if slot is None else count * copies * slot)
-
-
-def _head_copies(config: Config, spec: HeadSpec | None, train: Sequence[Gpu]) -> Iterator[Item]:
-    """The output head on each training GPU, once for each of its ranks."""
-    for gpu, count in Counter(train).items():
-        if config.payload.hidden is not None:
-            what = f"output head, copied for {_ranks(count)}"
-            yield Item(Kind.HEAD, what, _place(gpu), count * layout.head_bytes(spec) if spec else None)
-
-
-def _of_slots(what: str, slot: int | None) -> str:
-    return what if slot is None else f"{what} x {size(slot)}"
-
-
-def _slots(shape: Shape) -> str:
-    return f"{shape.chunks} chunks" if shape.chunks else f"{shape.depth} slots"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' if count > 1 else ''}"
+def _on_teacher_gpus(
+    config: Config, shape: Shape, slot: int, weight_bytes: int, teachers: Sequence[Sequence[Gpu]]
+) -> Iterator[Item]:
+    """The replies on each replica's first GPU, a slab for each of its lanes; the weights on all of its GPUs, or in RAM."""
+    if config.plane == "cuda_ipc":
+        for replica, own in enumerate(teachers):
+            count = len(lanes(replica, len(teachers), shape.lanes))
+            nbytes = slot and count * _slab_bytes(shape, slot)
+            yield Item(Kind.REPLIES, f"replies: {_ranks(count)} x {_slots(shape, slot)}", str(own[0]), nbytes)
+    for replica, own in enumerate(teachers):
+        places = [str(gpu) for gpu in own] or [RAM]
+        for part, place in enumerate(places, 1):
+            of_several = f", part {part} of {len(places)}" if len(places) > 1 else ""
+            what = f"{teacher_name(replica, len(teachers))}'s weights{of_several}"
+            yield Item(Kind.WEIGHTS, what, place, -(-weight_bytes // len(places)))
 
 
 def _contexts(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Iterator[Item]:
     """CUDA's own memory. A rank has none on the teacher's GPU: it opens handles in its own GPU's context."""
     for gpu, count in Counter([*itertools.chain(*teachers), *train]).items():
         what = "CUDA context" if count == 1 else f"CUDA contexts of {count} processes"
-        yield Item(Kind.CONTEXTS, what, _place(gpu), count * CONTEXT_BYTES)
+        yield Item(Kind.CONTEXTS, what, str(gpu), count * CONTEXT_BYTES)
 
 
-def _weights(nbytes: int | None, teachers: Sequence[Sequence[Gpu]]) -> Iterator[Item]:
-    """A row for each replica, or for each of its GPUs if it has several."""
-    for index, own in enumerate(teachers):
-        what = f"{placement.teacher_name(index, len(teachers))}'s weights"
-        places = [_place(gpu) for gpu in own] or [RAM]
-        each = None if nbytes is None else -(-nbytes // len(places))
-        for part, place in enumerate(places, 1):
-            of_several = f", part {part} of {len(places)}" if len(places) > 1 else ""
-            yield Item(Kind.WEIGHTS, what + of_several, place, each)
+def _on_training_gpus(
+    config: Config, shape: Shape, slot: int, head: HeadSpec | None, train: Sequence[Gpu]
+) -> Iterator[Item]:
+    """The output head, once for each rank, and the copies of replies, unless they are read in place."""
+    ranks_on = Counter(train)
+    if config.payload.hidden is not None:
+        for gpu, count in ranks_on.items():
+            nbytes = count * layout.head_bytes(head) if head else 0
+            yield Item(Kind.HEAD, f"output head, copied for {_ranks(count)}", str(gpu), nbytes)
+    if config.plane == "cuda_ipc" and config.cuda.read == "copy":
+        copies = shape.reply_slots + 1
+        each = f" x {size(slot)}" if slot else ""
+        for gpu, count in ranks_on.items():
+            what = f"copies of replies: {_ranks(count)} x {copies}{each}"
+            yield Item(Kind.COPIES, what, str(gpu), count * copies * slot)
 
 
-def _place(gpu: Gpu) -> str:
-    return f"{GPU}{gpu.number}"
+def _slab_bytes(shape: Shape, slot: int) -> int:
+    """Bytes of GPU memory for the replies of one lane."""
+    return layout.block_bytes(layout.slab_bytes(shape.reply_slots, slot))
+
+
+def _slots(shape: Shape, slot: int) -> str:
+    slots = f"{shape.chunks} chunks" if shape.chunks else f"{shape.depth} slots"
+    return f"{slots} x {size(slot)}" if slot else slots
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+# What to change where a place is too small: the setting that helps, from what fits without which rows of the plan
+
+
+def _remedy(plan: MemoryPlan, place: str) -> str:
+    """Which settings to change, and to what, so that the plan needs less of `place`."""
+
+    def fits(*without: Kind) -> bool:
+        return plan.needed(place, without) <= plan.free[place]
+
+    config, on_gpu = plan.config, place not in (SHM, RAM)
+    fewer_requests = _lower({"max_tokens": config.ring.max_tokens, "depth": config.ring.depth})
+    if config.payload.logprobs and config.payload.logprobs.candidates:
+        fewer_requests += f" or payload.logprobs.candidates (now {config.payload.logprobs.candidates})"
+    payloads = _smaller_payloads(plan, place) if fits(Kind.REPLIES) else ""
+    if place == RAM and config.plane == "cuda_ipc":  # teacher and replies are on GPUs
+        return f"{payloads}{fewer_requests}, or {_MORE_RAM}"
+    if place == RAM:
+        fewer = f"lower teacher.replicas (now {plan.replicas}), " if plan.replicas > 1 else ""
+        return f"{payloads}{_smaller_replies(plan)}, {fewer}take a smaller teacher.model, or {_MORE_RAM}"
+    if not fits(Kind.HEAD, Kind.COPIES, Kind.REPLIES):
+        return _less_on_gpu(plan, place) if on_gpu else f"{fewer_requests}, or {_MORE_SHM}"
+    if not fits(Kind.COPIES, Kind.REPLIES):
+        nbytes = next(item.nbytes for item in plan.items if item.kind is Kind.HEAD and item.where == place)
+        copied = "and each rank copies it to its GPU" if on_gpu else "once for all ranks"
+        return (
+            f"The output head ({size(nbytes)}) comes with payload.hidden, {copied}. Send the most likely words instead "
+            f"(payload.hidden=null payload.topk={{}}), or {'free that GPU.' if on_gpu else _MORE_SHM}"
+        )
+    if not fits(Kind.REPLIES):
+        return f"Read replies where they lie (cuda.read=in_place). {_smaller_replies(plan)}, or {_ON_HOST}"
+    return f"{payloads}{_smaller_replies(plan)}, or {_ON_HOST if on_gpu else _MORE_SHM}"
+
+
+def _sends_logits(config: Config) -> bool:
+    """Whether replies have the logits of a language model, in whose place others can be sent."""
+    return config.payload.logits is not None and not is_builder(config.teacher.model)
+
+
+def _smaller_payloads(plan: MemoryPlan, place: str) -> str:
+    """The payloads that need less of `place` than the logits of a language model, the smallest first."""
+    if not _sends_logits(plan.config):
+        return ""
+    sizes = sorted((smaller.needed(place), override) for override, smaller in plan.instead.items())
+    told = {override: size(nbytes) for nbytes, override in sizes if nbytes < plan.needed(place)}
+    if not plan.instead:  # the teacher has loaded, and only what it offers is known
+        told = {_HIDDEN: "many times smaller"}
+    payloads = [f"{_SMALLER_PAYLOADS[override]} ({override}: {amount})" for override, amount in told.items()]
+    return f"In place of logits send {listed(payloads, 'or')}. " if payloads else ""
+
+
+def _less_on_gpu(plan: MemoryPlan, place: str) -> str:
+    """Weights or CUDA itself do not fit a GPU."""
+    gpus = [item.where for item in plan.items if item.kind is Kind.WEIGHTS]
+    if place not in gpus:
+        return f"CUDA itself takes about {size(CONTEXT_BYTES)} for each process. Free that GPU, or name another in train.gpus."
+    smaller = "" if plan.config.teacher.dtype in ("bfloat16", "float16") else "Set teacher.dtype=bfloat16. "
+    spread = "name more GPUs in teacher.gpus, with teacher.replicas=1"
+    if plan.replicas > 1:
+        spread = f"lower teacher.replicas (now {plan.replicas} on {len(gpus)} GPUs), so that each replica has more GPUs"
+    return f"{smaller}Spread the model: {spread}. Or take a smaller teacher.model, or free that GPU."
+
+
+def _smaller_replies(plan: MemoryPlan) -> str:
+    """Settings that make the replies smaller; all that may, if the outputs are not known."""
+    ring, stream, outputs = plan.config.ring, plan.config.payload.stream, plan.outputs
+    if stream:
+        return _lower({"stream.chunks": stream.chunks, "stream.chunk_positions": stream.chunk_positions}, "payload")
+    settings = {"max_tokens": ring.max_tokens, "max_positions": ring.max_positions or ring.max_tokens}
+    if settings["max_positions"] < ring.max_tokens:
+        del settings["max_tokens"]
+    per_token = [spec.per_token for spec in outputs or ()]
+    if all(per_token):
+        return _lower(settings | {"depth": ring.depth}) + ", stream them (payload.stream={})"
+    if not any(per_token):
+        settings.clear()
+    return _lower(settings | {"max_batch": ring.max_batch, "depth": ring.depth})
+
+
+def _lower(settings: dict[str, int], section: str = "ring") -> str:
+    return f"Lower {listed([f'{section}.{name} (now {value})' for name, value in settings.items()], 'or')}"

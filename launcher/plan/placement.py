@@ -13,10 +13,94 @@ from typing import TypeVar
 
 from launcher.console.text import listed, ranges
 from launcher.plan.gpus import Gpu
-from shmbridge.config import TeacherConfig
+from shmbridge.config import Config, TeacherConfig
 from shmbridge.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def teacher_and_train_gpus(config: Config, gpus: Sequence[Gpu]) -> tuple[list[Gpu], list[Gpu]]:
+    """The teacher's GPUs, and the GPU of each rank, among the machine's `gpus`. An empty list means the CPU, or that the
+    bridge is off.
+
+    Raises:
+        ConfigError: the settings name no ranks, or ranks on GPUs and on the CPU; a GPU does not exist, or its mode does not
+            allow what the run does with it.
+    """
+    if config.train.gpus and config.train.cpu_ranks:
+        raise ConfigError(
+            f"train.gpus is {config.train.gpus!r} and train.cpu_ranks is {config.train.cpu_ranks}: train on GPUs or on the CPU."
+        )
+    if not config.train.gpus and not config.train.cpu_ranks:
+        raise ConfigError("no training ranks: give --train-gpus 0-6, or --cpu 2 for two ranks on the CPU.")
+    teacher = parse_gpus(config.teacher.gpus, "teacher.gpus") if config.teacher.gpus and config.enabled else []
+    train = parse_gpus(config.train.gpus, "train.gpus", shared=True) if config.train.gpus else []
+    for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
+        for number in numbers:
+            if number >= len(gpus):
+                there_is = "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
+                if gpus:
+                    of_machine = ", ".join(gpu.visible for gpu in gpus)
+                    there_is = f"this process sees {gpu_names(range(len(gpus)))} (of the machine: {of_machine})."
+                raise ConfigError(f"{setting} names GPU {number}, which does not exist; {there_is}")
+            problem = unusable(gpus[number], [*teacher, *train].count(number))
+            if problem:
+                raise ConfigError(f"{setting} names GPU {number}. {problem}")
+    return [gpus[number] for number in teacher], [gpus[number] for number in train]
+
+
+def parse_gpus(text: str, setting: str, shared: bool = False) -> list[int]:
+    """The numbers of `0-6`, `7` or `0,2,5`, in the order given; `shared`: one GPU may have several ranks, as in `0,0`.
+
+    Raises:
+        ConfigError: the list is empty or garbled, names a GPU twice that is not shared, or ranks do not share GPUs in turn;
+            names `setting`.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not found:
+            raise ConfigError(f"{setting} is {text!r}: {part!r} is no GPU. Write 7, 0-6 or 0,2,5.")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
+        numbers += range(first, last + 1)
+    cards = list(dict.fromkeys(numbers))
+    if not shared and len(cards) < len(numbers):
+        twice = next(number for number in cards if numbers.count(number) > 1)
+        raise ConfigError(f"{setting} is {text!r}: GPU {twice} is given twice.")
+    in_turn = [cards[rank % len(cards)] for rank in range(len(numbers))]
+    if numbers != in_turn:
+        raise ConfigError(
+            f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
+            f"{','.join(map(str, in_turn))}."
+        )
+    return numbers
+
+
+def unusable(gpu: Gpu, processes: int) -> str | None:
+    """Why `processes` cannot use a GPU, with the remedy; None where its mode allows them."""
+    if gpu.mig:
+        return (
+            f"{gpu} has MIG enabled, and MIG slices are not supported: name another GPU, or turn MIG off "
+            f"(`sudo nvidia-smi -i {gpu.visible} -mig 0`)."
+        )
+    if gpu.compute_mode == "Prohibited" or (gpu.compute_mode.startswith("Exclusive") and processes > 1):
+        return (
+            f"{gpu.mode}, and {processes} process{'es' if processes > 1 else ''} would use it: name another GPU, or allow "
+            f"it (`sudo nvidia-smi -i {gpu.visible} -c 0`)."
+        )
+    return None
+
+
+def visible(own: Sequence[Gpu], others: Sequence[Gpu]) -> str:
+    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then the other job's, each once. A job without GPUs sees none."""
+    return ",".join(gpu.visible for gpu in dict.fromkeys((*own, *others))) if own else ""
+
+
+def gpu_names(numbers: Sequence[int]) -> str:
+    """`GPU 3`, `GPUs 0-6`."""
+    return f"GPU{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"
 
 
 def replica_count(teacher: TeacherConfig, gpus: int, ranks: int) -> int:
@@ -77,81 +161,3 @@ def imbalance(ranks: int, replicas: int) -> str:
         f"{ranks} ranks over {replicas} replicas: {served}. The slowest replica sets the step; "
         f"{ranks - over} or {ranks - over + replicas} ranks would be even"
     )
-
-
-def parse_gpus(text: str, setting: str, shared: bool = False) -> list[int]:
-    """The numbers of `0-6`, `7` or `0,2,5`, in the order given; `shared`: one GPU may have several ranks, as in `0,0`.
-
-    Raises:
-        ConfigError: the list is empty or garbled, names a GPU twice that is not shared, or ranks do not share GPUs in turn;
-            names `setting`.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not found:
-            raise ConfigError(f"{setting} is {text!r}: {part!r} is no GPU. Write 7, 0-6 or 0,2,5.")
-        first, last = int(found[1]), int(found[2] or found[1])
-        if last < first:
-            raise ConfigError(f"{setting} is {text!r}: the range {part.strip()} runs backwards and holds no GPU.")
-        numbers += range(first, last + 1)
-    twice = sorted({number for number in numbers if numbers.count(number) > 1})
-    if twice and not shared:
-        raise ConfigError(f"{setting} is {text!r}: GPU {twice[0]} is given twice.")
-    cards = list(dict.fromkeys(numbers))
-    in_turn = [cards[rank % len(cards)] for rank in range(len(numbers))]
-    if numbers != in_turn:
-        raise ConfigError(
-            f"{setting} is {text!r}: ranks that share GPUs take them in turn, so that LOCAL_RANK tells a rank its GPU. Write "
-            f"{','.join(map(str, in_turn))}."
-        )
-    return numbers
-
-
-def check_gpus(teacher: Sequence[int], train: Sequence[int], gpus: Sequence[Gpu]) -> None:
-    """Raises ConfigError where a GPU does not exist, or its mode does not allow what the run does with it."""
-    for setting, numbers in (("teacher.gpus", teacher), ("train.gpus", train)):
-        missing = [number for number in numbers if number >= len(gpus)]
-        if missing:
-            there_is = "this process sees none (`shmbridge-launch doctor` tells why). Without GPUs use --cpu 2."
-            if gpus:
-                these = "is GPU 0" if len(gpus) == 1 else f"are GPUs 0 to {len(gpus) - 1}"
-                there_is = f"there {these} (of the machine: {', '.join(gpu.visible for gpu in gpus)})."
-            raise ConfigError(f"{setting} names GPU {missing[0]}, which does not exist; {there_is}")
-        for number in numbers:
-            processes = list(teacher).count(number) + list(train).count(number)
-            problem = unusable(gpus[number], processes)
-            if problem:
-                raise ConfigError(f"{setting} names GPU {number}. {problem}")
-
-
-def unusable(gpu: Gpu, processes: int) -> str | None:
-    """Why `processes` cannot use a GPU, with the remedy; None where its mode allows them."""
-    if gpu.mig:
-        return (
-            f"GPU {gpu.number} has MIG enabled, and MIG slices are not supported: name another GPU, or turn MIG off "
-            f"(`sudo nvidia-smi -i {gpu.visible} -mig 0`)."
-        )
-    if gpu.compute_mode == "Prohibited" or (gpu.compute_mode.startswith("Exclusive") and processes > 1):
-        return (
-            f"{mode(gpu)}, and {processes} process{'es' if processes > 1 else ''} would use it: name another GPU, or allow "
-            f"it (`sudo nvidia-smi -i {gpu.visible} -c 0`)."
-        )
-    return None
-
-
-def mode(gpu: Gpu) -> str:
-    """A compute mode that excludes processes, and what it means."""
-    allows = "no process" if gpu.compute_mode == "Prohibited" else "one process at a time"
-    return f"GPU {gpu.number} is in compute mode {gpu.compute_mode}, which allows {allows}"
-
-
-def visible(own: Sequence[int], others: Sequence[int], gpus: Sequence[Gpu]) -> str:
-    """CUDA_VISIBLE_DEVICES of a job: its own GPUs, then the other job's, each once. A job without GPUs
-    sees none."""
-    return ",".join(gpus[number].visible for number in dict.fromkeys((*own, *others))) if own else ""
-
-
-def gpu_names(numbers: Sequence[int]) -> str:
-    """`GPU 3`, `GPUs 0-6`."""
-    return f"GPU{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"

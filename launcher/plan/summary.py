@@ -15,23 +15,22 @@ from launcher.plan.jobs import JobSpec, Plan
 def header(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:
     """The header of a run in directory `run`. `session` is empty if the bridge is off; `base` is the launcher's
     environment."""
-    rows = [("run", str(run))]
-    if planned.teachers:
-        count = len(planned.teachers)
-        several = f", {count} replicas" if count > 1 else ""
-        placed = _place(planned.teachers, planned.threads[0], count)
-        rows += [("session", session), ("teacher", f"{planned.config.teacher.model}{several} on {placed}")]
-    where = _place([planned.train_gpus], planned.threads[1], planned.ranks)
-    ranks = f"{planned.ranks} rank{'s' if planned.ranks > 1 else ''}"
-    rows.append(("training", f"{ranks} on {where}: {shlex.join(planned.script)}"))
-    if planned.plane:
-        rows.append(("plane", str(planned.plane)))
-    remarks = {
-        "allocator": _allocator(planned, run, base),
-        "sharing": _sharing(planned),
-        "lanes": placement.imbalance(planned.ranks, len(planned.teachers)),
-    }
-    return table([*rows, *((name, line) for name, line in remarks.items() if line)], indent="")
+    teachers, ranks = len(planned.teachers), planned.ranks
+    rows = {"run": str(run), "session": session}
+    if teachers:
+        several = f", {teachers} replicas" if teachers > 1 else ""
+        where = _place(planned.teachers, planned.threads[0], teachers)
+        rows["teacher"] = f"{planned.config.teacher.model}{several} on {where}"
+    where = _place([planned.train_gpus], planned.threads[1], ranks)
+    rows["training"] = f"{ranks} rank{'s' if ranks > 1 else ''} on {where}: {shlex.join(planned.script)}"
+    rows["plane"] = str(planned.plane or "")
+    stripped = planned.jobs(run, session)[0].strips(base)
+    if stripped:
+        options = listed([f"{' and '.join(options)} of {name}" for name, options in stripped.items()])
+        rows["allocator"] = f"the teacher runs without {options}, under which ranks cannot open its memory"
+    rows["sharing"] = _sharing(planned)
+    rows["lanes"] = placement.imbalance(ranks, teachers)
+    return table([(name, text) for name, text in rows.items() if text], indent="")
 
 
 def describe(plan: Plan, jobs: Sequence[JobSpec], base: Mapping[str, str]) -> str:
@@ -61,13 +60,6 @@ def _place(shares: Sequence[Sequence[Gpu]], threads: int | None, processes: int)
     if threads is None:
         return where
     return f"{where}, {threads} thread{'s' if threads > 1 else ''}{' each' if processes > 1 else ''}"
-
-
-def _allocator(planned: Plan, run: Path, base: Mapping[str, str]) -> str:
-    """Which allocator options the teachers do not get, so that ranks can open their memory."""
-    first, *_ = planned.jobs(run, "")
-    found = [f"{' and '.join(options)} of {name}" for name, options in first.strips(base).items()]
-    return f"the teacher runs without {listed(found)}, under which ranks cannot open its memory" if found else ""
 
 
 def _sharing(planned: Plan) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,10 +23,8 @@ _REFUSED = {
     "--virtual-local-rank": "it gives every rank LOCAL_RANK 0, and the bridge tells ranks apart by it",
 }
 _HARMLESS = {"--max-restarts": ("0",), "--nnodes": ("1", "1:1")}
-_OWN_LOGS = ("--log-dir", "--redirects", "--tee", "--logs-specs")
-_OWN_LOGS_SHORT = ("-r", "-t")
+_OWN_LOGS = ("--log-dir", "--redirects", "--tee", "--logs-specs")  # and -r, -t
 _MODULE = ("-m", "--module")
-_NOT_A_FILE = ("--module", "--no-python")
 
 
 def split(text: str) -> list[str]:
@@ -38,28 +37,26 @@ def split(text: str) -> list[str]:
         args = shlex.split(text)
     except ValueError as error:
         raise ConfigError(f"train.torchrun_args is {text!r}: {error}.") from None
-    for i, arg in enumerate(args):
-        name, _, value = arg.partition("=")
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
+        value = arg.partition("=")[2] or following
         for flag, why in _REFUSED.items():
-            value = value or (args[i + 1] if i + 1 < len(args) else "")
-            if _means(name, flag) and value not in _HARMLESS.get(flag, ()):
+            if _means(arg, flag) and value not in _HARMLESS.get(flag, ()):
                 raise ConfigError(f"train.torchrun_args has {arg}, which shmbridge-launch refuses: {why}.")
     return args
 
 
-def command(
-    args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, record: Path, patience_s: float = 30
-) -> list[str]:
+def command(args: Sequence[str], ranks: int, script: Sequence[str], logs: Path, patience_s: float) -> list[str]:
     """The arguments of the interpreter: elastic.py, its record file, the ranks' time to stop, torchrun's flags, the
     training command.
 
     --local-addr keeps torchrun from resolving the host name, which in containers often does not resolve; all ranks are
     on this node. A --local-addr in `args` comes later and wins.
     """
-    own_logs = [] if _logs_itself(args) else ["--log-dir", str(logs), "--redirects", "3"]
-    flags = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node", str(ranks), *own_logs, *args]
-    patience = str(math.ceil(patience_s))
-    return ["-P", str(ELASTIC), "--record", str(record), "--patience", patience, "--", *flags, *script]
+    own = ["--record", str(logs / "failures.json"), "--patience", str(math.ceil(patience_s))]
+    flags = ["--standalone", "--local-addr=127.0.0.1", "--nproc-per-node", str(ranks)]
+    if not any(re.match("-[rt]", arg) or _means(arg, *_OWN_LOGS) for arg in args):
+        flags += ["--log-dir", str(logs), "--redirects", "3"]
+    return ["-P", str(ELASTIC), *own, "--", *flags, *args, *script]
 
 
 def check_script(script: Sequence[str], args: Sequence[str]) -> None:
@@ -69,7 +66,7 @@ def check_script(script: Sequence[str], args: Sequence[str]) -> None:
             "the training command is missing; it follows `--`: shmbridge-launch ... -- train.py --lr 1e-4"
         )
     first = script[0]
-    if any(_means(arg, flag) for arg in args for flag in _NOT_A_FILE) or "-m" in args:
+    if "-m" in args or any(_means(arg, "--module", "--no-python") for arg in args):
         return
     if Path(first).name in ("torchrun", "python", "python3", "accelerate", "deepspeed"):
         raise ConfigError(
@@ -100,17 +97,10 @@ def check_module(script: Sequence[str]) -> None:
         )
 
 
-def _logs_itself(args: Sequence[str]) -> bool:
-    return any(
-        any(_means(arg.partition("=")[0], flag) for flag in _OWN_LOGS)
-        or (arg.startswith(_OWN_LOGS_SHORT) and not arg.startswith("--"))
-        for arg in args
-    )
-
-
-def _means(name: str, flag: str) -> bool:
-    """Whether argparse would take `name` for `flag`: in full, with underscores, or shortened.
+def _means(arg: str, *flags: str) -> bool:
+    """Whether argparse would take `arg` for one of `flags`: in full, with underscores, shortened, or with `=` and a value.
 
     A shortening that means several flags counts too; torchrun refuses it anyway.
     """
-    return name.startswith("--") and len(name) > 2 and flag.startswith(name.replace("_", "-"))
+    name = arg.partition("=")[0].replace("_", "-")
+    return name.startswith("--") and len(name) > 2 and any(flag.startswith(name) for flag in flags)

@@ -8,8 +8,8 @@ import pytest
 
 from launcher.console.text import size
 from launcher.plan import jobs, memory
+from launcher.plan.memory import SHM
 from launcher.plan.model_card import ModelCard
-from launcher.plan.remedy import SHM
 from shmbridge import config
 from tests.launcher.test_plan import MACHINE
 
@@ -23,11 +23,11 @@ def planned(name: str, *overrides: str) -> tuple[jobs.Plan, memory.MemoryPlan]:
     settings = config.load(str(CONFIGS / name), ["teacher.model=toy:build", *overrides])
     made = jobs.plan(settings, ("-m", "package.train"), MACHINE)
     settings = config.load(str(CONFIGS / name), ["teacher.model=m", *overrides])
-    return made, memory.plan(settings, made.ranks, LLAMA, made.teachers, MACHINE)
+    return made, memory.plan(settings, made.ranks, LLAMA, made.teachers, MACHINE, ())
 
 
 def rows(counted: memory.MemoryPlan) -> dict[str, str]:
-    return {item.what.split(":")[0]: size(item.nbytes or 0) for item in counted.items if item.where == SHM}
+    return {item.what.split(":")[0]: size(item.nbytes) for item in counted.items if item.where == SHM}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
@@ -56,7 +56,7 @@ def test_long_context():
     assert rows(counted)["output head"] == "1.0 GiB"
     requests = 4 * 2 * 32_768 * 18
     assert round(requests / MIB, 1) == 4.5
-    assert requests < (counted.items[1].nbytes or 0) < requests + MIB, "and 64 KiB or so of heads and records each"
+    assert requests < counted.items[1].nbytes < requests + MIB, "and 64 KiB or so of heads and records each"
     _, logits = planned("long-context.yaml", "payload={logits: {}}")
     assert rows(logits)["replies"] == "62.6 GiB"
     _, streamed = planned("long-context.yaml", "payload.stream={}")

@@ -89,7 +89,7 @@ def test_a_torch_that_finds_no_gpu_beside_a_driver_is_a_fault(look):
     found = look(0, fake_gpus.rows(1))["cuda"]
     assert (found.status, found.found) == (
         "fault",
-        "torch is built for CUDA 12.8, and finds no GPU: it gives no reason",
+        "torch is built for CUDA 12.8, and finds no GPUs: it gives no reason",
     )
     assert "a torch for an older CUDA" in found.remedy
 

@@ -45,8 +45,12 @@ def test_without_nvidia_smi_torch_finds_the_gpus(tmp_path):
 def test_where_nvidia_smi_fails_and_torch_finds_none_its_words_are_told(tmp_path):
     environment = fake_gpus.torch(tmp_path, 0)
     fake_gpus.nvidia_smi(tmp_path, "echo Failed to initialize NVML: Driver/library version mismatch; exit 18")
-    with pytest.raises(ConfigError, match=r"nvidia-smi failed with exit code 18: .*Driver/library version mismatch"):
+    with pytest.raises(ConfigError, match=r"nvidia-smi failed \(exit code 18\): .*Driver/library version mismatch"):
         gpus.discover(environment)
+
+
+def given(teacher: str, train: str) -> config.Config:
+    return config.load(values={"teacher.gpus": teacher, "train.gpus": train})
 
 
 EIGHT = tuple(Gpu(i, str(i), 80, 79, compute_mode="Exclusive_Process") for i in range(8))
@@ -55,15 +59,15 @@ EIGHT = tuple(Gpu(i, str(i), 80, 79, compute_mode="Exclusive_Process") for i in 
 @pytest.mark.parametrize(
     ("teacher", "train", "cards", "message"),
     [
-        ([0], [0], EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes.*`sudo nvidia-smi -i 0 -c 0`"),
-        ([7], [0, 0], EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes"),
-        ([1], [0], [gpu._replace(compute_mode="Prohibited") for gpu in EIGHT], r"GPU 1 is in compute mode Prohibited"),
-        ([1], [0], [gpu._replace(mig=True) for gpu in EIGHT], r"GPU 1 has MIG enabled.*`sudo nvidia-smi -i 1 -mig 0`"),
+        ("0", "0", EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes.*`sudo nvidia-smi -i 0 -c 0`"),
+        ("7", "0,0", EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes"),
+        ("1", "0", [gpu._replace(compute_mode="Prohibited") for gpu in EIGHT], r"GPU 1 is in compute mode Prohibited"),
+        ("1", "0", [gpu._replace(mig=True) for gpu in EIGHT], r"GPU 1 has MIG enabled.*`sudo nvidia-smi -i 1 -mig 0`"),
     ],
 )
 def test_a_gpu_that_a_run_cannot_use_is_refused_with_the_remedy(teacher, train, cards, message):
     with pytest.raises(ConfigError, match=message):
-        placement.check_gpus(teacher, train, cards)
+        placement.teacher_and_train_gpus(given(teacher, train), cards)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +92,8 @@ def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsy
 
 
 def test_one_process_on_an_exclusive_gpu_is_allowed_and_named_where_the_trial_fails():
-    placement.check_gpus([7], range(7), EIGHT)
+    placement.teacher_and_train_gpus(given("7", "0-6"), EIGHT)
     chosen = plane_choice.by_trial(
-        config.load(), plane_choice.pairs([EIGHT[7:]], EIGHT[:7]), lambda: "cudaErrorDevicesUnavailable"
+        config.load(), plane_choice.gpu_pairs([EIGHT[7:]], EIGHT[:7]), lambda: "cudaErrorDevicesUnavailable"
     )
     assert "cudaErrorDevicesUnavailable; GPU 7 is in compute mode Exclusive_Process" in chosen.reason

@@ -10,9 +10,8 @@ import pytest
 from launcher.plan import memory
 from launcher.plan.gpus import Gpu
 from launcher.plan.machine import Machine
-from launcher.plan.memory import MemoryPlan
+from launcher.plan.memory import CONTEXT_BYTES, RAM, SHM, Kind, MemoryPlan
 from launcher.plan.model_card import ModelCard
-from launcher.plan.remedy import CONTEXT_BYTES, RAM, SHM, Kind
 from shmbridge import config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
@@ -53,7 +52,7 @@ def row(planned: MemoryPlan, start: str) -> memory.Item:
     return item
 
 
-def kinds(planned: MemoryPlan, kind: Kind) -> list[tuple[str, str, int | None]]:
+def kinds(planned: MemoryPlan, kind: Kind) -> list[tuple[str, str, int]]:
     return [item[1:] for item in planned.items if item.kind is kind]
 
 
@@ -107,10 +106,10 @@ def test_the_plan_counts_what_the_session_will_create():
             2 * layout.reply_bytes(2, 8192 * 8 * 4),
         ),
         # What is not known before the teacher has loaded.
-        ([], UNKNOWN, "replies", None),
-        ([HIDDEN], UNKNOWN, "output head", None),
-        ([HIDDEN], LLAMA._replace(hidden_size=None), "replies", None),
-        ([HIDDEN], LLAMA._replace(dtype=None), "replies", None),
+        ([], UNKNOWN, "replies", 0),
+        ([HIDDEN], UNKNOWN, "output head", 0),
+        ([HIDDEN], LLAMA._replace(hidden_size=None), "replies", 0),
+        ([HIDDEN], LLAMA._replace(dtype=None), "replies", 0),
     ],
 )
 def test_what_a_payload_takes(overrides, card, start, nbytes):
@@ -354,7 +353,7 @@ def test_logits_that_do_not_fit_name_smaller_payloads_with_their_sizes():
 
 @pytest.mark.parametrize("overrides", [[HIDDEN], [TOPK], [CUSTOM, "payload={logits: {}}"]])
 def test_other_payloads_are_named_for_the_logits_of_a_language_model_alone(overrides):
-    assert plan(*overrides).instead == ()
+    assert plan(*overrides).instead == {}
 
 
 # What is known only once the teachers have loaded

@@ -71,7 +71,10 @@ def test_a_job_sees_its_own_gpus_first_and_then_those_across_the_bridge(teacher,
     assert {spec.set["CUDA_DEVICE_ORDER"] for spec in found.values()} == {"PCI_BUS_ID"}
 
 
-TABLE = "0, GPU-aaa, 81559, 81000\n1, GPU-abc, 81559, 81000\n2, GPU-bbb, 81559, 81000\n"
+TABLE = "".join(
+    f"{number}, {uuid}, 81559, 81000, Default, Disabled, 550.54.15, NVIDIA H100\n"
+    for number, uuid in enumerate(["GPU-aaa", "GPU-abc", "GPU-bbb"])
+)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +93,13 @@ def test_gpus_are_counted_within_cuda_visible_devices(visible, names):
     found = gpus.select_visible(TABLE, visible)
     assert [gpu.visible for gpu in found] == names
     assert [gpu.number for gpu in found] == list(range(len(names)))
-    assert placement.visible(range(len(names)), [], found) == ",".join(names), "as Slurm named them"
+    assert placement.visible(found, []) == ",".join(names), "as Slurm named them"
 
 
 def test_mig_slices_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"names MIG-1f2e: MIG slices are not supported; give whole GPUs"):
+    with pytest.raises(
+        ConfigError, match=r"names MIG-1f2e: MIG slices are not supported. Set CUDA_VISIBLE_DEVICES to whole GPUs"
+    ):
         gpus.select_visible(TABLE, "MIG-1f2e")
 
 
@@ -103,7 +108,7 @@ def test_mig_slices_are_refused_by_name():
     [
         (
             ["teacher.gpus='8'", "train.gpus=0-3"],
-            "teacher.gpus names GPU 8, which does not exist; there are GPUs 0 to 7",
+            "teacher.gpus names GPU 8, which does not exist; this process sees GPUs 0-7",
         ),
         (["train.gpus=0-9"], "train.gpus names GPU 8"),
         ([], "no training ranks"),
@@ -173,7 +178,7 @@ def test_the_command_lines():
 
 def test_logs_go_to_the_run_directory_unless_torchrun_was_told_otherwise():
     def command(args: str) -> str:
-        return shlex.join(torchrun.command(torchrun.split(args), 2, ["t.py"], Path("logs"), Path("r.json")))
+        return shlex.join(torchrun.command(torchrun.split(args), 2, ["t.py"], Path("logs"), patience_s=30))
 
     assert "--log-dir logs --redirects 3" in command("")
     for own in ("--tee 3", "--t 3", "-t3", "-r 3", "--redirects=3", "--log_dir /x"):

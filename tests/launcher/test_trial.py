@@ -21,7 +21,7 @@ from tests.harness import until
 from tests.launcher.test_plan import EIGHT, make
 
 FAKE = str(Path(__file__).with_name("fake_probe.py"))
-TWO = plane_choice.pairs([(EIGHT[7],)], EIGHT[:2])
+TWO = plane_choice.gpu_pairs([(EIGHT[7],)], EIGHT[:2])
 MARK = "SHMBRIDGE_TEST_MARK"
 
 
@@ -109,7 +109,7 @@ def test_the_end_has_a_limit_of_its_own(fakes, monkeypatch):
 
 
 def test_each_pair_has_an_export_of_its_replica(fakes):
-    pairs = plane_choice.pairs([(EIGHT[6],), (EIGHT[7],)], (EIGHT[0], EIGHT[1], EIGHT[2]))
+    pairs = plane_choice.gpu_pairs([(EIGHT[6],), (EIGHT[7],)], (EIGHT[0], EIGHT[1], EIGHT[2]))
     importer = fakes.command("the importer", "import", "tells")
     replicas = [fakes.command(name, "export", name) for name in "ab"]
     assert trial.run(pairs, replicas, importer, fakes.signals) == 'GPU 6 and GPU 0: 0 "of a" (and 2 of 3 pairs more)'
@@ -149,7 +149,7 @@ def test_the_real_processes_where_torch_finds_no_gpu(fakes):
 
 def test_the_processes_are_the_jobs_own():
     planned = make("teacher.gpus=6-7", "train.gpus=0-2", "teacher.python=/opt/env/bin/python")
-    pairs = plane_choice.pairs(planned.teachers, planned.train_gpus)
+    pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
     base = {"RANK": "3", "HF_HOME": "x", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     exporters, importer = trial.commands(planned, pairs, base)
     assert [(one.who, one.argv) for one in exporters] == [
@@ -167,4 +167,6 @@ def test_the_processes_are_the_jobs_own():
 
 def test_ranks_that_share_a_gpu_are_one_pair():
     gpu = Gpu(0, "0", 80, 80)
-    assert [(pair.device, str(pair)) for pair in plane_choice.pairs([(gpu,)], (gpu, gpu))] == [(0, "GPU 0 and GPU 0")]
+    assert [(pair.device, str(pair)) for pair in plane_choice.gpu_pairs([(gpu,)], (gpu, gpu))] == [
+        (0, "GPU 0 and GPU 0")
+    ]

@@ -44,7 +44,6 @@ EXCEPTIONS = {
         for module, name in (
             ("launcher.plan.gpus", "devices"),
             ("launcher.doctor.gpu", "devices"),
-            ("launcher.doctor.gpu", "probe"),
             ("launcher.process.trial", "probe"),
         )
     },
