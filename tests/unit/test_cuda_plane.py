@@ -15,27 +15,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shmbridge import config
 from shmbridge.errors import AttachError, PlanError, TeacherError, TornReply
 from shmbridge.plane import cuda_ipc, cuda_slab, tensors
 from shmbridge.plane.base import LaneSpec
 from shmbridge.plane.cuda import RankCudaPlane, TeacherCudaPlane
-from shmbridge.rank.bridge import Bridge, Pending
+from shmbridge.rank.bridge import Pending
 from shmbridge.shm import layout
-from shmbridge.shm.owner import Owner
-from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names
-from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import discovery
 from shmbridge.teacher.batch import Batch
-from shmbridge.teacher.server import Server
 from tests.fake_cuda import FakeCuda
+from tests.pair import CPU, RAISES
+from tests.pair import Pair as PlainPair
 from tests.sim_cuda import SimEvent, SimGpu, SimStream
 
-CPU = torch.device("cpu")
-RAISES = 66
 TABLE = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
 STREAM = "payload.stream={chunk_positions: 3, chunks: 2}"
 COPY, IN_PLACE = "cuda.read=copy", "cuda.read=in_place"
@@ -45,16 +39,12 @@ WAYS = pytest.mark.parametrize(
 READS = pytest.mark.parametrize("read", [COPY, IN_PLACE])
 
 
-class Pair:
-    """A teacher with one lane and its rank."""
+class Pair(PlainPair):
+    """Each process launches what it launches on the simulated GPU."""
 
-    def __init__(self, gpu: SimGpu, *overrides: str) -> None:
-        fixed = ["teacher.model=tests:teacher", "plane=cuda_ipc", "parity=false", "ring.max_tokens=64"]
+    def __init__(self, gpu: SimGpu, *overrides: str, lanes: int = 1) -> None:
+        super().__init__("plane=cuda_ipc", *overrides, lanes=lanes)
         self.gpu = gpu
-        self.settings = config.load(overrides=[*fixed, *overrides])
-        self.owner = Owner(self.settings, 1)
-        self.token = self.owner.start_generation()
-        self.bridge: Bridge | None = None
 
     def meet(self) -> Pair:
         """Up to and past the barrier."""
@@ -66,18 +56,11 @@ class Pair:
 
     def open_teacher(self) -> None:
         with self.gpu.process("teacher"):
-            session = TeacherSession(self.token)
-            agreed, encoder = discovery.make(self.forward, self.settings, CPU)
-            self.owner.create_replies(agreed)
-            session.publish(agreed)
-            session.next_generation()
-            self.server = Server(session, self.forward, encoder, agreed, CPU)
-            session.open_barrier()
+            super().open_teacher()
 
     def open_rank(self) -> None:
         with self.gpu.process("rank"):
-            self.bridge = Bridge(RankSession(self.token, 0))
-            self.bridge.wait_ready()
+            super().open_rank()
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         if (batch.input_ids == RAISES).any():
@@ -85,12 +68,14 @@ class Pair:
         return {"rows": self.gpu.put(TABLE[batch.input_ids])}
 
     def teach(self) -> None:
-        """Answer what is there, as far as there is room."""
-        with self.gpu.process("teacher"), torch.inference_mode():
-            while answers := self.server._collector._take_or_end():
-                self.server._answer(answers)
-            while self.server._replies.advance():
-                pass
+        with self.gpu.process("teacher"):
+            super().teach()
+
+    def answer(self, ids: torch.Tensor) -> torch.Tensor:
+        """The reply to a request that the teacher has answered."""
+        pending = self.submit(ids)
+        self.teach()
+        return self.read(pending)
 
     def submit(self, ids: torch.Tensor) -> Pending:
         with self.gpu.process("rank"):
@@ -112,18 +97,21 @@ class Pair:
     def plane(self, who: str) -> TeacherCudaPlane | RankCudaPlane:
         return self.server._replies._planes[0] if who == "teacher" else self.bridge._requests.replies.plane
 
+    def lane_spec(self, lane: int = 0) -> LaneSpec:
+        return LaneSpec(self.token, self.session.control.shape, self.session.served[lane], self.agreed, CPU)
+
+    def stream(self, name: str) -> SimStream:
+        return next(stream for stream in self.gpu.streams if stream.name == name)
+
     def close(self) -> None:
         self.gpu.run()
-        if self.bridge is not None:
-            with suppress(TornReply):  # what the test has made
-                self.bridge.close()
-        self.owner.close()
+        super().close()
 
 
 @contextmanager
-def opened(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Iterator[Pair]:
+def opened(gpu: SimGpu, monkeypatch: pytest.MonkeyPatch, *overrides: str, lanes: int = 1) -> Iterator[Pair]:
     gpu.install(monkeypatch)
-    pair = Pair(gpu, *overrides)
+    pair = Pair(gpu, *overrides, lanes=lanes)
     try:
         yield pair
     finally:
@@ -197,9 +185,7 @@ def test_events_are_recorded_before_a_cursor_says_so_and_waited_for_after(overri
     with met(gpu, monkeypatch, *overrides, "ring.depth=2") as pair:
         for turn in range(4):
             gpu.calls.clear()
-            pending = pair.submit(ids(turn, 1, 3))
-            pair.teach()
-            pair.read(pending)
+            pair.answer(ids(turn, 1, 3))
             slot = turn % 2
             again = (f"lane waits free{slot}",) if turn >= 2 else ()
             expected = [
@@ -287,18 +273,6 @@ def _goes_wrong(gpu: SimGpu, choose: random.Random, monkeypatch: pytest.MonkeyPa
 
 
 @READS
-def test_no_use_of_a_slot_waits_for_an_event_of_another(read, monkeypatch):
-    gpu = SimGpu()
-    with met(gpu, monkeypatch, read, "ring.depth=3") as pair:
-        for turn in range(9):
-            pending = pair.submit(ids(turn))
-            pair.teach()
-            pair.read(pending)
-        waited = [call for call in gpu.calls if call.startswith("lane waits")]
-        assert waited == [f"lane waits free{turn % 3}" for turn in range(3, 9)]
-
-
-@READS
 @pytest.mark.parametrize("what", ["an error", "a skip", "a reply that nobody read"])
 def test_what_is_not_read_does_not_break_what_comes_next_in_its_slot(read, what, monkeypatch):
     gpu = SimGpu()
@@ -318,9 +292,7 @@ def test_what_is_not_read_does_not_break_what_comes_next_in_its_slot(read, what,
             with gpu.process("rank"):
                 odd.cancel()
             sent = ids(turn)
-            pending = pair.submit(sent)
-            pair.teach()
-            rows = pair.read(pending)
+            rows = pair.answer(sent)
             gpu.run()
             assert right(rows, sent)
             assert gpu.syncs == 0
@@ -339,9 +311,7 @@ def test_leaving_a_stream_early_leaves_its_chunks_to_the_next_reply(read, monkey
                 pending.cancel()
             pair.teach()
             sent = ids(50 + turn, 2, 6)
-            pending = pair.submit(sent)
-            pair.teach()
-            rows = pair.read(pending)
+            rows = pair.answer(sent)
             gpu.run(turn)
             assert gpu.syncs == 0
             gpu.run()
@@ -349,21 +319,6 @@ def test_leaving_a_stream_early_leaves_its_chunks_to_the_next_reply(read, monkey
 
 
 # Exports
-
-
-def test_everything_is_exported_once(monkeypatch):
-    gpu = SimGpu()
-    with met(gpu, monkeypatch, COPY) as pair:
-        before = gpu.exports, len(gpu._events), len(gpu._memories)
-        assert before[0] == 1
-        for turn in range(300):
-            pending = pair.submit(ids(turn))
-            pair.teach()
-            pair.read(pending)
-            gpu.run()
-        assert (gpu.exports, len(gpu._events), len(gpu._memories)) == before
-        assert not pair.plane("rank")._waits or len(pair.plane("rank")._waits) < 3
-        assert len(pair.plane("rank")._reads._pending) < 3
 
 
 @pytest.mark.parametrize("stand_in", [SimGpu, FakeCuda])
@@ -430,9 +385,7 @@ def test_a_gpu_takes_the_time_of_its_waits_only_for_somebody_who_reads_it(monkey
         with met(gpu, monkeypatch, COPY, *overrides) as pair:
             taken = []
             for _ in range(2):
-                pending = pair.submit(ids(0))
-                pair.teach()
-                pair.read(pending)
+                pair.answer(ids(0))
                 taken.append(len(pair.plane("rank")._waits))
                 with gpu.process("rank"):
                     pair.bridge.stats()
@@ -441,20 +394,10 @@ def test_a_gpu_takes_the_time_of_its_waits_only_for_somebody_who_reads_it(monkey
 
 def test_each_lane_has_an_export_of_its_own(monkeypatch):
     gpu = SimGpu()
-    gpu.install(monkeypatch)
-    overrides = ["teacher.model=tests:teacher", "plane=cuda_ipc", "ring.max_tokens=64"]
-    with Owner(config.load(overrides=overrides), 3) as owner, gpu.process("teacher"):
-        token = owner.start_generation()
-        session = TeacherSession(token)
-        forward = lambda batch: {"rows": gpu.put(TABLE[batch.input_ids])}  # noqa: E731
-        agreed, encoder = discovery.make(forward, config.load(overrides=[*overrides, "parity=false"]), CPU)
-        owner.create_replies(agreed)
-        session.publish(agreed)
-        session.next_generation()
-        Server(session, forward, encoder, agreed, CPU)
+    with opened(gpu, monkeypatch, lanes=3) as pair:
+        pair.open_teacher()
         assert gpu.exports == 3
-        specs = [LaneSpec(token, session.control.shape, lane, agreed, CPU) for lane in session.served]
-        exports = [cuda_slab.Exchange(spec).read_export(1) for spec in specs]
+        exports = [cuda_slab.Exchange(pair.lane_spec(lane)).read_export(1) for lane in range(3)]
         assert len({export.memory.handle for export in exports}) == 3
         assert len({handle for export in exports for handle in export.ready}) == 3 * exports[0].slots
 
@@ -465,12 +408,7 @@ def test_each_lane_has_an_export_of_its_own(monkeypatch):
 def take_over(pair: Pair) -> None:
     """Another teacher's slab for the lane, as it is adopted; what is published before lies in the last one's."""
     with pair.gpu.process("teacher"):
-        session = pair.server._session
-        lane = session.served[0]
-        plane = TeacherCudaPlane(
-            LaneSpec(pair.token, session.control.shape, lane, pair.server._replies._agreed, CPU), {}
-        )
-        pair.server._replies._planes[0] = plane
+        pair.server._replies._planes[0] = TeacherCudaPlane(pair.lane_spec(), {})
 
 
 @WAYS
@@ -493,20 +431,6 @@ def test_replies_of_two_teachers_in_turn_are_right(overrides, seed, monkeypatch)
         assert gpu.exports == 4
 
 
-@pytest.mark.parametrize("before", [2, 1])
-def test_a_new_teachers_slab_is_opened_after_it_has_answered(before, monkeypatch):
-    gpu = SimGpu()
-    with met(gpu, monkeypatch, COPY, "ring.depth=2") as pair:
-        for turn in range(before + 2):
-            if turn == before:
-                take_over(pair)
-            pending = pair.submit(ids(turn))
-            pair.teach()
-            rows = pair.read(pending)
-            gpu.run()
-            assert right(rows, ids(turn))
-
-
 @pytest.mark.parametrize("what", ["errors", "skips"])
 def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypatch):
     gpu = SimGpu()
@@ -520,9 +444,7 @@ def test_a_new_teacher_of_which_nothing_was_read_needs_no_answer(what, monkeypat
                 pair.teach()
                 odd.cancel()
         sent = ids(7)
-        pending = pair.submit(sent)
-        pair.teach()
-        rows = pair.read(pending)
+        rows = pair.answer(sent)
         gpu.run()
         assert right(rows, sent)
 
@@ -579,12 +501,10 @@ def test_what_was_opened_of_a_dead_teacher_is_closed_when_no_read_of_the_rank_is
         def follow(turns: int) -> None:
             for turn in range(turns):
                 take_over(pair)
-                pending = pair.submit(ids(turn))
-                pair.teach()
-                pair.read(pending)
+                pair.answer(ids(turn))
 
         first = weakref.ref(pair.plane("rank")._opened[1].slab)
-        side = next(stream for stream in gpu.streams if stream.name == "side")
+        side = pair.stream("side")
         side.held = True
         follow(4)
         assert first() is not None
@@ -616,7 +536,7 @@ def test_a_teacher_ends_when_the_rank_has_read_and_asks_no_event_of_another_proc
         pending = pair.submit(ids(0))
         pair.teach()
         gpu.run()
-        reader = next(stream for stream in gpu.streams if stream.name == ("side" if read == COPY else "rank's compute"))
+        reader = pair.stream("side" if read == COPY else "rank's compute")
         reader.held = True
         teacher = pair.plane("teacher")
         with gpu.process("teacher"):
@@ -640,91 +560,59 @@ def no_stamp(self, number):
     self._slab.ready[number % self._slab.slots].record(self._stream)
 
 
-def wrong_stamp(self, number):
-    with cuda_slab.cuda_ipc.on(self._stream):
-        self._slab.stamps[number % self._slab.slots].fill_(12345)
-    no_stamp(self, number)
+def stamped(value) -> object:
+    """A seal with another stamp."""
+
+    def seal(self, number):
+        with cuda_slab.cuda_ipc.on(self._stream):
+            self._slab.stamps[number % self._slab.slots].fill_(value(self._slab.generation, number))
+        no_stamp(self, number)
+
+    return seal
 
 
-def stamp_of_an_earlier_generation(self, number):
-    with cuda_slab.cuda_ipc.on(self._stream):
-        self._slab.stamps[number % self._slab.slots].fill_(cuda_slab.stamp(self._slab.generation - 1, number))
-    no_stamp(self, number)
+of_an_earlier_generation = stamped(lambda generation, number: cuda_slab.stamp(generation - 1, number))
+SEALS = {"none": no_stamp, "wrong": stamped(lambda *_: 12345), "earlier": of_an_earlier_generation}
 
 
-TORN = pytest.mark.parametrize("seal", [no_stamp, wrong_stamp, stamp_of_an_earlier_generation])
-
-
-@TORN
+@pytest.mark.parametrize("seal", SEALS)
 @WAYS
-def test_a_torn_reply_is_nan_in_every_position_and_raises_later(overrides, seal, monkeypatch):
+def test_a_torn_reply_is_nan_in_every_position_and_a_later_call_raises(overrides, seal, monkeypatch):
     gpu = SimGpu()
     real = TeacherCudaPlane.seal
     torn = {4, 5}  # the second use of some slots, which hold the stamp of the first
-    monkeypatch.setattr(TeacherCudaPlane, "seal", lambda self, n: seal(self, n) if n in torn else real(self, n))
+    monkeypatch.setattr(TeacherCudaPlane, "seal", lambda self, n: (SEALS[seal] if n in torn else real)(self, n))
     with met(gpu, monkeypatch, *overrides, "ring.depth=2") as pair:
-        found = []
-        for turn in range(6):
-            pending = pair.submit(ids(turn, 1, 3))
-            pair.teach()
-            found.append(pair.read(pending))
+        found = [pair.answer(ids(turn, 1, 3)) for turn in range(6)]
         gpu.run()
         assert all(right(rows, ids(turn, 1, 3)) for turn, rows in enumerate(found[:4]))
         assert all(rows.isnan().any(-1).all() for rows in found[4:])
         with pytest.raises(TornReply, match=r"reply 4 does not carry its stamp, .* last checkpoint"):
-            pair.plane("rank").check()
+            pair.answer(ids(6))
 
 
-@TORN
 @READS
-def test_a_later_call_of_the_rank_raises_it(read, seal, monkeypatch):
-    gpu = SimGpu()
-    real = TeacherCudaPlane.seal
-    monkeypatch.setattr(TeacherCudaPlane, "seal", lambda self, n: seal(self, n) if n == 0 else real(self, n))
-    with met(gpu, monkeypatch, read) as pair:
-        first = pair.submit(ids(0))
-        pair.teach()
-        pair.read(first)
-        gpu.run()
-        second = pair.submit(ids(1))
-        pair.teach()
-        with pytest.raises(TornReply):
-            pair.read(second)
-
-
-def test_only_float_outputs_can_hold_a_nan_and_each_of_them_does(monkeypatch):
+def test_each_float_output_has_a_nan_in_every_position(read, monkeypatch):
+    """Also where a position has one number; others cannot hold a NaN."""
     gpu = SimGpu()
     monkeypatch.setattr(TeacherCudaPlane, "seal", no_stamp)
-    forward = Pair.forward
 
-    def many(self, batch):
-        rows = forward(self, batch)["rows"]
-        return {"rows": rows, "half": self.gpu.put(TABLE[batch.input_ids].half()), "ids": self.gpu.put(batch.input_ids)}
+    def forward(self, batch):
+        rows, given = TABLE[batch.input_ids], batch.input_ids
+        outputs = {"rows": rows, "half": rows.half(), "each": given.float(), "ids": given}
+        return {name: self.gpu.put(output) for name, output in outputs.items()}
 
-    monkeypatch.setattr(Pair, "forward", many)
-    with met(gpu, monkeypatch, COPY) as pair:
+    monkeypatch.setattr(Pair, "forward", forward)
+    with met(gpu, monkeypatch, read) as pair:
         pending = pair.submit(ids(0))
         pair.teach()
         with gpu.process("rank"):
             reply = pending.copy()
         gpu.run()
-        assert reply["rows"].isnan().any(-1).all()
-        assert reply["half"].isnan().any(-1).all()
+        for name in ("rows", "half"):
+            assert reply[name].isnan().any(-1).all()
+        assert reply["each"].isnan().all()
         assert torch.equal(reply["ids"], ids(0))
-
-
-@READS
-def test_outputs_of_one_number_for_each_position_are_nan_in_each(read, monkeypatch):
-    monkeypatch.setattr(TeacherCudaPlane, "seal", no_stamp)
-    monkeypatch.setattr(Pair, "forward", lambda self, batch: {"each": self.gpu.put(batch.input_ids.float())})
-    gpu = SimGpu()
-    with met(gpu, monkeypatch, read) as pair:
-        pending = pair.submit(ids(0))
-        pair.teach()
-        with gpu.process("rank"), pending.wait() as reply:
-            found = reply["each"].clone()
-        gpu.run()
-        assert found.isnan().all()
 
 
 @READS
@@ -732,7 +620,7 @@ def test_a_gpu_stands_at_a_read_only_once_its_stream_has_come_to_it(read, monkey
     """Work of the student's that was launched before, however long, is no standstill of the reply's."""
     gpu = SimGpu()
     with met(gpu, monkeypatch, read) as pair:
-        lane = next(stream for stream in gpu.streams if stream.name == "lane")
+        lane = pair.stream("lane")
         lane.held = True
         pending = pair.submit(ids(0))
         pair.teach()
@@ -753,23 +641,17 @@ def test_looking_at_stamps_does_not_wait_for_the_gpu(read, monkeypatch):
     gpu = SimGpu()
     with met(gpu, monkeypatch, read, "ring.depth=4") as pair:
         for turn in range(256):
-            pending = pair.submit(ids(turn, 1, 2))
-            pair.teach()
-            pair.read(pending)
+            pair.answer(ids(turn, 1, 2))
         assert gpu.syncs == 0
         assert len(pair.plane("rank")._reads._pending) == 256
         assert pair.plane("rank").waits_for()
-        pending = pair.submit(ids(256, 1, 2))
-        pair.teach()
-        rows = pair.read(pending)
+        rows = pair.answer(ids(256, 1, 2))
         assert gpu.syncs == 1
         gpu.run()
         assert right(rows, ids(256, 1, 2))
         assert not pair.plane("rank").waits_for()
         for turn in range(300):  # places on the host are used again
-            pending = pair.submit(ids(turn, 1, 2))
-            pair.teach()
-            pair.read(pending)
+            pair.answer(ids(turn, 1, 2))
             gpu.run(3)
         gpu.run()
         pair.plane("rank").check()
@@ -779,14 +661,12 @@ def test_a_stream_that_stands_still_holds_up_nobodys_host(monkeypatch):
     """The rank died with its stream in the middle: the teacher's host writes on, into a stream that waits."""
     gpu = SimGpu()
     with met(gpu, monkeypatch, COPY, "ring.depth=2", "timeouts.shutdown_s=0.1") as pair:
-        side = next(stream for stream in gpu.streams if stream.name == "side")  # the second one opened the slab
+        side = pair.stream("side")  # the second one opened the slab
         side.held = True
         for turn in range(10):
-            pending = pair.submit(ids(turn))
-            pair.teach()
-            pair.read(pending)
+            pair.answer(ids(turn))
             gpu.run()
-        lane = next(stream for stream in gpu.streams if stream.name == "lane")
+        lane = pair.stream("lane")
         assert gpu.syncs == 0
         assert lane.tasks, "it waits for the slot's last read"
 
@@ -794,43 +674,39 @@ def test_a_stream_that_stands_still_holds_up_nobodys_host(monkeypatch):
 # Opening
 
 
-def test_another_torch_is_named_with_the_remedy(monkeypatch):
+def another_namespace(pair, monkeypatch):
+    pair.gpu.namespace = 2
+
+
+def another_torch(pair, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.1.0")
+
+
+def no_peer_access(pair, monkeypatch):
+    pair.gpu.broken_open = RuntimeError("CUDA error: peer access is not supported between these two devices")
+
+
+def other_bytes(pair, monkeypatch):
+    pair.gpu.run()
+    pair.plane("teacher")._slab.memory.add_(1)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (another_torch, r"the teacher has torch .*, this process 2\.1\.0: .*plane=host"),
+        (another_namespace, r"another PID namespace.*--pid=host.*plane=host"),
+        (no_peer_access, r"peer access is not supported.*plane=host"),
+        (other_bytes, r"access between the two is broken.*plane=host"),
+    ],
+)
+def test_what_cannot_be_opened_is_told_with_the_remedy(what, told, monkeypatch):
     with opened(SimGpu(), monkeypatch) as pair:
-        monkeypatch.setattr(torch, "__version__", "2.1.0")
         pair.open_teacher()
-        monkeypatch.undo()
-        pair.gpu.install(monkeypatch)
-        with pytest.raises(AttachError, match=r"torch 2\.1\.0, this process .*plane=host"):
-            pair.open_rank()
-
-
-def test_another_pid_namespace_is_named_with_the_remedy(monkeypatch):
-    gpu = SimGpu()
-    with opened(gpu, monkeypatch) as pair:
-        pair.open_teacher()
-        gpu.namespace = 2
-        with pytest.raises(AttachError, match=r"another PID namespace.*--pid=host.*plane=host"):
-            pair.open_rank()
-
-
-def test_what_cuda_says_is_told_with_the_remedy(monkeypatch):
-    gpu = SimGpu()
-    with opened(gpu, monkeypatch) as pair:
-        pair.open_teacher()
-        gpu.broken_open = RuntimeError("CUDA error: peer access is not supported between these two devices")
-        with pytest.raises(AttachError, match=r"peer access is not supported.*plane=host") as caught:
+        what(pair, monkeypatch)
+        with pytest.raises(AttachError, match=told) as caught:
             pair.open_rank()
         assert caught.value.__cause__ is None
-
-
-def test_memory_that_reads_otherwise_than_it_was_written_is_refused(monkeypatch):
-    gpu = SimGpu()
-    with opened(gpu, monkeypatch) as pair:
-        pair.open_teacher()
-        gpu.run()
-        pair.plane("teacher")._slab.memory.add_(1)
-        with pytest.raises(AttachError, match=r"access between the two is broken.*plane=host"):
-            pair.open_rank()
 
 
 def test_no_room_for_the_slab_is_told_with_the_ways_out(monkeypatch):
@@ -910,8 +786,6 @@ def test_handles_of_many_chunks_fit_into_the_exchange(monkeypatch):
     monkeypatch.setattr(gpu, "open_event", lambda handle, device: gpu._events[handle.rstrip(b".")])
     with met(gpu, monkeypatch, COPY, "payload.stream={chunk_positions: 1, chunks: 500}") as pair:
         sent = ids(0, 8, 8)
-        pending = pair.submit(sent)
-        pair.teach()
-        rows = pair.read(pending)
+        rows = pair.answer(sent)
         gpu.run()
         assert right(rows, sent)

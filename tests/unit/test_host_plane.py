@@ -9,27 +9,22 @@ import gc
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from shmbridge import config
-from shmbridge.plane import cuda_runtime, host
+from shmbridge.plane import cuda_runtime
 from shmbridge.plane.base import LaneSpec
 from shmbridge.plane.host import RankHostPlane, TeacherHostPlane
-from shmbridge.rank.bridge import Bridge, Pending
-from shmbridge.shm.owner import Owner
-from shmbridge.shm.rank_session import RankSession
+from shmbridge.rank.bridge import Pending
 from shmbridge.shm.ring import Ring
-from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import discovery
-from shmbridge.teacher.server import Server
 from tests.harness import PATIENCE_S, until
+from tests.pair import RAISES
+from tests.pair import Pair as PlainPair
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-RAISES = 66
+GPU = torch.device("cuda", 0)
 STREAM = "payload.stream={chunk_positions: 3, chunks: 2}"
 
 
@@ -117,48 +112,23 @@ class Recorder:
         return 0
 
 
-class Pair:
-    """A teacher with one lane and its rank, both in this process, with planes as on a GPU."""
+class Pair(PlainPair):
+    """With planes as on a GPU."""
 
     def __init__(self, cuda: Recorder, *overrides: str) -> None:
-        fixed = ["teacher.model=tests:teacher", "plane=host", "parity=false", "ring.max_tokens=64"]
-        settings = config.load(overrides=[*fixed, *overrides])
-        self.owner = Owner(settings, 1)
-        token = self.owner.start_generation()
-        session = TeacherSession(token)
-        agreed, encoder = discovery.make(self.forward, settings, CPU)
-        self.owner.create_replies(agreed)
-        session.publish(agreed)
-        session.next_generation()
-        self.server = Server(session, self.forward, encoder, agreed, CPU)
-        shape = session.control.shape
-        lane = session.served[0]
-        self.server._replies._planes[0] = TeacherHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
-        session.open_barrier()
+        super().__init__("plane=host", *overrides)
+        self.open_teacher()
+        spec = LaneSpec(self.token, self.session.control.shape, self.session.served[0], self.agreed, GPU)
+        self.server._replies._planes[0] = TeacherHostPlane(spec)
         cuda.side = "rank"
-        self.bridge = Bridge(RankSession(token, 0))
-        self.bridge.wait_ready()
-        self.bridge._requests.replies.plane = RankHostPlane(LaneSpec(token, shape, lane, agreed, GPU))
+        self.open_rank()
+        self.bridge._requests.replies.plane = RankHostPlane(spec)
         cuda.calls.clear()
 
-    @staticmethod
-    def forward(batch) -> dict[str, torch.Tensor]:
+    def forward(self, batch) -> dict[str, torch.Tensor]:
         if (batch.input_ids == RAISES).any():
             raise ArithmeticError("sixty-six")
         return {"rows": batch.input_ids.float()}
-
-    def teach(self) -> None:
-        with torch.inference_mode():
-            while answers := self.server._collector._take_or_end():
-                self.server._answer(answers)
-            while self.server._replies.advance():
-                pass
-
-    def close(self) -> None:
-        with suppress(RuntimeError):  # a test's own
-            self.server._replies.publisher.close()
-        self.bridge.close()
-        self.owner.close()
 
 
 @pytest.fixture
@@ -281,19 +251,6 @@ def test_a_cuda_error_while_waiting_ends_the_teacher(cuda):
 # Pinned memory
 
 
-class Keeper:
-    pass
-
-
-def test_memory_is_pinned_until_its_keeper_is_gone(cuda):
-    memory, keeper = memoryview(bytearray(4096)), Keeper()
-    assert cuda_runtime.register(memory, keeper, GPU)
-    assert len(cuda.registered) == 1
-    del keeper
-    gc.collect()
-    assert cuda.registered == []
-
-
 def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkeypatch):
     launched = []
 
@@ -304,7 +261,7 @@ def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkey
     monkeypatch.setattr(cuda_runtime, "torch", SimpleNamespace(zeros=launch, cuda=torch.cuda))
     cuda.refuses = 801
     caplog.set_level(logging.WARNING, "shmbridge")
-    keeper = Keeper()
+    keeper = set()
     assert not cuda_runtime.register(memoryview(bytearray(4096)), keeper, GPU)
     assert launched == [GPU], "what the failed call left is taken by a launch of our own"
     assert "did not pin 4096 bytes" in caplog.text
@@ -316,7 +273,7 @@ def test_memory_that_cuda_does_not_pin_is_used_all_the_same(cuda, caplog, monkey
 def test_each_side_pins_its_own_mapping(cuda):
     with met(cuda) as pair:
         assert len(cuda.registered) == 2
-        assert isinstance(pair.bridge._requests.replies.plane, host.RankHostPlane)
+        assert isinstance(pair.bridge._requests.replies.plane, RankHostPlane)
     del pair
     gc.collect()
     assert cuda.registered == []
