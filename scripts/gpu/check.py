@@ -6,10 +6,10 @@
 
 Each stage is one command in a process group of its own, with a time limit of nine minutes. Its log and its result stay in
 --out (default: runs/gpu_check), so a run that was interrupted goes on where it stopped. A result counts only for the same
-code, cards, driver and versions. At the end come one table, and `record.md`: a block of Markdown for docs/gpu.md.
+code, cards, driver and versions. At the end comes `record.md`: a block of Markdown for docs/gpu.md.
 
 Exit code: 0 where every stage that was asked for has passed, 1 where one has not, 2 where nothing can be checked here.
-Only the standard library is imported: the commands need more, and what is missing is named before the first.
+What is missing is named before the first stage.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
@@ -73,21 +76,20 @@ STAGES = (
     ),
 )
 
-# Run by the interpreter of the stages: what is installed there, and which GPUs its torch sees.
-PROBE = """
-import importlib.util, json, platform, sys
-names = "torch transformers accelerate numpy msgspec posix_ipc yaml pytest pytest_timeout xdist rich".split()
-found = {"missing": [name for name in names if not importlib.util.find_spec(name)], "cards": []}
-if "torch" not in found["missing"]:
-    import importlib.metadata, torch
-    found["versions"] = {"Python": platform.python_version(), "torch": torch.__version__, "CUDA": str(torch.version.cuda)}
-    for name in ("transformers", "accelerate", "msgspec", "posix_ipc"):
-        if name not in found["missing"]:
-            found["versions"][name] = importlib.metadata.version(name)
-    if torch.cuda.is_available():
-        found["cards"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps(found))
-"""
+# What the stages import, and where its package has another name.
+NEEDS = [
+    "torch",
+    "transformers",
+    "accelerate",
+    "numpy",
+    "msgspec",
+    "posix_ipc",
+    "yaml",
+    "pytest",
+    "pytest_timeout",
+    "xdist",
+    "rich",
+]
 PACKAGES = {"yaml": "PyYAML", "pytest_timeout": "pytest-timeout", "xdist": "pytest-xdist"}
 
 
@@ -130,9 +132,9 @@ def main(
         print("gpu_check: stopped; the same command goes on with the stages that have not passed", file=sys.stderr)
         return 130
     records = {stage.name: kept(stage, options.out, where) for stage in stages}
-    print("\n" + table(stages, records))
-    (options.out / "record.md").write_text(markdown(records, where, options.out))
-    print(f"\nfor docs/gpu.md: {options.out / 'record.md'}")
+    shown = markdown(records, where, options.out)
+    (options.out / "record.md").write_text(shown)
+    print(f"\n{shown}\nfor docs/gpu.md: {options.out / 'record.md'}")
     return int(any(records[stage.name].get("result") != "passed" for stage in chosen))
 
 
@@ -164,22 +166,27 @@ def look_around() -> Where:
     Raises:
         Unusable: a package is missing, or torch finds no CUDA device.
     """
-    asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise Unusable(f"{sys.executable} failed: {(asked.stderr.strip() or 'no message').splitlines()[-1]}")
-    found = json.loads(asked.stdout.splitlines()[-1])
-    if missing := [PACKAGES.get(name, name) for name in found["missing"]]:
+    if missing := [PACKAGES.get(name, name) for name in NEEDS if not find_spec(name)]:
         raise Unusable(
             f"{sys.executable} lacks {', '.join(missing)}: install them, or give wheels with --wheels DIRECTORY"
         )
-    if not found["cards"]:
-        raise Unusable(f"no CUDA here: torch.cuda.is_available() is False (torch {found['versions']['torch']})")
+    from shmbridge.plane import devices
+
+    asked = subprocess.run([sys.executable, "-m", devices.__name__], cwd=ROOT, capture_output=True, check=False)
+    found = devices.parse(asked.stdout)
+    if found is None:
+        last = (asked.stderr.decode(errors="replace").strip() or "no message").splitlines()[-1]
+        raise Unusable(f"{sys.executable} failed: {last}")
+    if not found.devices:
+        raise Unusable(f"no CUDA here: torch.cuda.is_available() is False ({found.problem}, torch {found.torch})")
+    versions = {"Python": platform.python_version(), "torch": found.torch, "CUDA": found.cuda}
+    versions |= {name: version(name) for name in ("transformers", "accelerate", "msgspec", "posix_ipc")}
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "unknown"
     digest = hashlib.sha256()
     for folder in ("shmbridge", "launcher", "tests/gpu", "scripts"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return Where(found["cards"], driver, found["versions"], digest.hexdigest()[:12])
+    return Where([card.name for card in found.devices], driver, versions, digest.hexdigest()[:12])
 
 
 def _first_line(*command: str) -> str:
@@ -305,17 +312,6 @@ def kept(stage: Stage, out: Path, where: Where) -> dict[str, Any]:
 
 
 # What is shown
-
-
-def table(stages: Sequence[Stage], records: dict[str, dict[str, Any]]) -> str:
-    """A line for each stage, and what it found below it."""
-    lines = [f"{'stage':10}{'result':15}{'seconds':>7}"]
-    for stage in stages:
-        record = records[stage.name]
-        result, seconds = record.get("result", "not run"), record.get("seconds", "")
-        lines.append(f"{stage.name:10}{result:15}{seconds:>7}  {stage.shows}")
-        lines += [f"{'':34}{text}" for text in record.get("found", ())]
-    return "\n".join(lines)
 
 
 def markdown(records: dict[str, dict[str, Any]], where: Where, out: Path) -> str:

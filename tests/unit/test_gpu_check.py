@@ -51,11 +51,8 @@ def test_a_stage_that_passed_does_not_run_again_unless_it_is_asked_for(tmp_path,
     assert go(tmp_path, stages, "a", "b") == 1
     assert [ran(tmp_path, name) for name in "abc"] == [1, 1, 0]
     shown = capsys.readouterr().out
-    assert [line.split()[:2] for line in shown.splitlines() if "stub" in line and "log:" not in line] == [
-        ["a", "passed"],
-        ["b", "failed"],
-        ["c", "not"],
-    ]
+    rows = [line.split(" | ")[:2] for line in shown.splitlines() if line.startswith("| ")]
+    assert rows[-3:] == [["| a", "passed"], ["| b", "failed"], ["| c", "not run"]]
     (tmp_path / "mended").touch()
     assert go(tmp_path, stages) == 0
     assert [ran(tmp_path, name) for name in "abc"] == [1, 2, 1]

@@ -82,7 +82,7 @@ def test_without_nvidia_smi_what_is_in_use_on_the_cards_is_not_told(monkeypatch)
 def test_the_launcher_takes_the_commands_of_every_layout(tmp_path):
     """Its plan for eight cards of a made-up nvidia-smi, with models from configurations."""
     options = train.parse(["--models", "tiny", "--out", str(tmp_path), "--device", "cpu"])
-    train.make("tiny", tmp_path, options)
+    train.make(tmp_path, options)
     models = train.Models(tmp_path / "teacher", tmp_path / "student", tmp_path / "tokens.pt")
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
