@@ -32,6 +32,7 @@ from tests.protocol.world import (
     DEAD,
     DONE,
     LOST,
+    NAMES,
     OWNER,
     SERVES,
     Case,
@@ -116,23 +117,7 @@ class Explorer:
             self.violations.append(f"{len(before) - len(reached)} states lead to no end")
 
     def _complain(self, state: State, what: str) -> None:
-        names = dict(
-            zip(
-                (
-                    "requested",
-                    "closed",
-                    "replied",
-                    "streamed",
-                    "released",
-                    "consumed",
-                    "abandoned",
-                    "teacher",
-                    "wanted",
-                ),
-                state.cursors,
-                strict=True,
-            )
-        )
+        names = dict(zip(NAMES, state.cursors, strict=True))
         self.violations.append(f"{what}; {state.sides}, bells {state.bells}, generation {state.generation}, {names}")
 
     def _is_end(self, state: State) -> bool:

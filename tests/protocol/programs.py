@@ -31,8 +31,8 @@ from tests.protocol.world import (
 def of(case: Case) -> tuple[Program, ...]:
     """A program for each side."""
     if case.handovers is None:
-        return rank_program(case), teacher_program(case)
-    return rank_program(case), handing_over(0), handing_over(1), owner_program(case.handovers)
+        return rank_program(case), teacher_program(case, 0)
+    return rank_program(case), teacher_program(case, 0), teacher_program(case, 1), owner_program(case.handovers)
 
 
 # The rank
@@ -139,7 +139,7 @@ def _chunk(program: Program, case: Case, sequence: int, part: int) -> None:
     """The next chunk of a reply, its two halves, and back; `number` of the chunk is the rank's own cursor."""
 
     def ready(world: World, ring: Ring, local: int) -> bool | None:
-        before = world.base[2]
+        before = world.base
         found = ring.next_chunk(sequence) is not None or ring.answered(sequence)
         if ring.consumed != before and case.rings_for_skipped:  # chunks of an abandoned reply: there is room again
             world.ring_bell(TEACHER)
@@ -170,31 +170,51 @@ def _leave(program: Program, case: Case, sequence: int) -> None:
     _wait(program, case, lambda world, ring, local: ring.answered(sequence))
 
 
-# The teacher
+# The teachers
 
 
-def teacher_program(case: Case) -> Program:
-    """Open the barrier; answer the oldest request, whole or in chunks, until the rank has closed."""
+def teacher_program(case: Case, index: int) -> Program:
+    """Open the barrier; answer the oldest request, whole or in chunks, until the rank has closed.
+
+    Where there are two, teacher `index` hands the lane over where the owner wants that, see teacher/scheduler.py, and goes on until
+    training is over. A thread publishes a sealed reply a little later; meanwhile the teacher looks at who is to serve the lane.
+
+    `local` is 1 + the sequence that it answers, 0 where there is none, and AWAY more while the other teacher serves the lane.
+    """
     program = Program()
-    program.call(_open_barrier)
-    program.ring(RANK)
+    exchange = partial(_exchange, index=index)
+    handed = case.handovers is not None
+    if handed:
+        program.local(lambda local: AWAY if index else 0)
+    else:
+        program.call(_open_barrier)
+        program.ring(RANK)
     program.label("collect")
-    program.wait(lambda world, ring, local: ring.next_request() is not None or ring.closed, case.recheck)
-    program.call(_take)
-    program.label("answer")
+    if handed:
+        program.call(exchange)
+        program.wait(_may_take, due=partial(_exchange_is_due, index=index), check=exchange)
+    else:
+        program.wait(lambda world, ring, local: ring.next_request() is not None or ring.closed, case.recheck)
+    program.call(partial(_take, handed=handed))
     program.call(_read_request)
-    program.call(_skip_if_unwanted)
+    if not handed:
+        program.call(_skip_if_unwanted)
     if case.chunks:
         _stream(program, case)
     else:
         for half in range(2):
             program.call(partial(_write_half, half=half))
     program.label("head")
-    program.call(lambda world, ring, local: ring.write_reply(_current(world), _PLACE, None, _mark_of_current(world)))
+    program.call(
+        lambda world, ring, local: ring.write_reply(local - 1, _PLACE, None, mark(world.generation, local - 1))
+    )
+    if handed:
+        program.call(lambda world, ring, local: ring.seal_reply(local - 1))
+        program.call(exchange)
     program.label("publish")
-    program.call(lambda world, ring, local: ring.publish_reply(_current(world)))
+    program.call(lambda world, ring, local: ring.publish_reply(local % AWAY - 1))
     program.ring(RANK)
-    program.local(lambda local: 0)
+    program.local(lambda local: local // AWAY * AWAY)
     program.goto("collect")
     return program
 
@@ -202,139 +222,85 @@ def teacher_program(case: Case) -> Program:
 _PLACE = Composition(1, 0, 1, 1, 1, 0)
 
 
-def _current(world: World) -> int:
-    """The sequence in the teacher's hands: its own cursor, as it was before the line began."""
-    return world.replied
-
-
-def _mark_of_current(world: World, part: int = 0) -> int:
-    return mark(world.generation, _current(world), part)
-
-
 def _open_barrier(world: World, ring: Ring, local: int) -> None:
     world.ready = world.generation
 
 
-def _take(world: World, ring: Ring, local: int) -> str | None:
-    sequence = ring.next_request()
+def _take(world: World, ring: Ring, local: int, handed: bool) -> int | str:
+    over = world.over
+    sequence = ring.next_request() if local < AWAY else None
     if sequence is None:
-        return "DONE" if ring.closed else "collect"
-    require(sequence == _current(world), f"sequence {sequence} is not the oldest")
-    return None
+        return "DONE" if over or (not handed and ring.closed) else "collect"
+    return 1 + sequence
 
 
 def _read_request(world: World, ring: Ring, local: int) -> None:
-    request = ring.read_request(_current(world))
-    require(int.from_bytes(request.ids, "little") == _mark_of_current(world), "the IDs of another request")
+    request = ring.read_request(local - 1)
+    require(int.from_bytes(request.ids, "little") == mark(world.generation, local - 1), "the IDs of another request")
 
 
 def _skip_if_unwanted(world: World, ring: Ring, local: int) -> str | None:
-    if ring.abandoned > _current(world):
-        ring.skip_reply(_current(world))
+    if ring.abandoned >= local:
+        ring.skip_reply(local - 1)
         return "publish"
     return None
 
 
 def _write_half(world: World, ring: Ring, local: int, half: int) -> None:
-    world.payload[_current(world) % world.slots * 2 + half] = _mark_of_current(world)
+    world.payload[(local - 1) % world.slots * 2 + half] = mark(world.generation, local - 1)
 
 
 def _stream(program: Program, case: Case) -> None:
-    """`local` counts the chunks that were sent."""
-
     def may_go_on(world: World, ring: Ring, local: int) -> bool:
-        return ring.has_room() or ring.abandoned > _current(world) or ring.closed
+        return ring.has_room() or ring.abandoned >= local or ring.closed
 
     def room(world: World, ring: Ring, local: int) -> str | None:
-        if ring.abandoned > _current(world) or ring.closed:
+        if ring.abandoned >= local or ring.closed:
             return "head"
         return None if ring.has_room() else "next chunk"
 
-    def half(world: World, ring: Ring, local: int, which: int) -> None:
-        number = world.streamed
-        world.payload[number % world.slots * 2 + which] = _mark_of_current(world, local)
+    def write_half(world: World, ring: Ring, local: int, half: int) -> None:
+        number, part = world.cursor(LaneWord.STREAMED), ring.streamed_of(local - 1)
+        world.payload[number % world.slots * 2 + half] = mark(world.generation, local - 1, part)
 
     program.label("next chunk")
-    program.local(lambda local: "head" if local == case.parts else None)
+    program.call(lambda world, ring, local: "head" if ring.streamed_of(local - 1) == case.parts else None)
     program.wait(may_go_on, case.recheck)
     program.call(room)
-    program.call(partial(half, which=0))
-    program.call(partial(half, which=1))
-    program.call(lambda world, ring, local: ring.write_chunk(_current(world), local, 1))
+    for half in range(2):
+        program.call(partial(write_half, half=half))
+    program.call(lambda world, ring, local: ring.write_chunk(local - 1, ring.streamed_of(local - 1), 1))
     program.call(lambda world, ring, local: ring.publish_chunk())
     program.ring(RANK)
-    program.local(lambda local: local + 1)
     program.goto("next chunk")
 
 
-# Two teachers that hand the lane over to each other, and its owner
+# Handing over
 
 
-def handing_over(index: int) -> Program:
-    """Teacher `index` hands the lane over where the owner wants that, and answers the oldest request: see teacher/scheduler.py.
+def _may_take(world: World, ring: Ring, local: int) -> bool:
+    return world.over or (local < AWAY and ring.next_request() is not None)
 
-    `local` is 1 + the sequence that it answers, 0 where there is none, and AWAY more while the other teacher serves the lane.
-    A thread publishes a sealed reply a little later. Meanwhile the teacher looks at who is to serve the lane.
-    """
 
-    def ready(world: World, ring: Ring, local: int) -> bool:
-        return world.over or (local < AWAY and ring.next_request() is not None)
+def _exchange_is_due(state: State, which: int, index: int) -> bool:
+    serves = state.sides[which].local < AWAY
+    exchange = state.cursors[WANTED] != index if serves else state.cursors[SERVES] == index
+    return exchange or _a_death(state, which)
 
-    def due(state: State, which: int) -> bool:
-        serves = state.sides[which].local < AWAY
-        exchange = state.cursors[WANTED] != index if serves else state.cursors[SERVES] == index
-        return exchange or _a_death(state, which)
 
-    def exchange(world: World, ring: Ring, local: int) -> int | None:
-        lane = world.lane
-        if local >= AWAY:
-            if lane.teacher != index:
-                return None
-            ring.take_over()
-            return local - AWAY
-        if lane.wanted_teacher == index or not ring.settled:
+def _exchange(world: World, ring: Ring, local: int, index: int) -> int | None:
+    lane = world.lane
+    if local >= AWAY:
+        if lane.teacher != index:
             return None
-        heir = lane.wanted_teacher
-        lane.teacher = heir
-        world.ring_bell(TEACHER + heir)
-        return local + AWAY
-
-    def take(world: World, ring: Ring, local: int) -> int | str:
-        over = world.over
-        sequence = ring.next_request() if local < AWAY else None
-        if sequence is None:
-            return "DONE" if over else "collect"
-        return 1 + sequence
-
-    def read(world: World, ring: Ring, local: int) -> None:
-        request = ring.read_request(local - 1)
-        require(
-            int.from_bytes(request.ids, "little") == mark(world.generation, local - 1), "the IDs of another request"
-        )
-
-    def half(world: World, ring: Ring, local: int, which: int) -> None:
-        world.payload[(local - 1) % world.slots * 2 + which] = mark(world.generation, local - 1)
-
-    def head(world: World, ring: Ring, local: int) -> None:
-        ring.write_reply(local - 1, _PLACE, None, mark(world.generation, local - 1))
-
-    program = Program()
-    program.local(lambda local: AWAY if index else 0)
-    program.label("collect")
-    program.call(exchange)
-    program.wait(ready, due=due, check=exchange)
-    program.call(take)
-    program.call(read)
-    program.call(partial(half, which=0))
-    program.call(partial(half, which=1))
-    program.call(head)
-    program.call(lambda world, ring, local: ring.seal_reply(local - 1))
-    program.call(exchange)
-    program.call(lambda world, ring, local: ring.publish_reply(local % AWAY - 1))
-    program.ring(RANK)
-    program.local(lambda local: local // AWAY * AWAY)
-    program.goto("collect")
-    return program
+        ring.take_over()
+        return local - AWAY
+    if lane.wanted_teacher == index or not ring.settled:
+        return None
+    heir = lane.wanted_teacher
+    lane.teacher = heir
+    world.ring_bell(TEACHER + heir)
+    return local + AWAY
 
 
 def owner_program(handovers: int) -> Program:
@@ -350,20 +316,20 @@ def owner_program(handovers: int) -> Program:
     def ask(world: World, ring: Ring, local: int) -> None:
         teacher = 1 - world.cursor(LaneWord.WANTED)
         if not is_dead(world.sides, teacher):
-            world.lane.segment.words[LaneWord.WANTED] = teacher
+            world.lane.wanted_teacher = teacher
             ring_all(world)
 
     def due(state: State, which: int) -> bool:
         return state.sides[RANK].pc < 0 or any(is_dead(state.sides, state.cursors[word]) for word in (SERVES, WANTED))
 
     def tend(world: World, ring: Ring, local: int) -> str:
-        words, serves = world.lane.segment.words, world.lane.teacher
+        serves = world.lane.teacher
         if is_dead(world.sides, serves):
-            words[LaneWord.WANTED] = 1 - serves
+            world.lane.wanted_teacher = 1 - serves
             world.lane.teacher = 1 - serves
             ring_all(world)
         elif is_dead(world.sides, world.cursor(LaneWord.WANTED)):
-            words[LaneWord.WANTED] = serves
+            world.lane.wanted_teacher = serves
             ring_all(world)
         elif world.sides[RANK].pc < 0:
             world.over = True

@@ -14,17 +14,9 @@ from shmbridge.shm.layout import CHUNK_HEAD, REPLY_HEAD, REQUEST, REQUEST_DATA, 
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import Lane
 
-CURSORS = (
-    LaneWord.REQUESTED,
-    LaneWord.CLOSED,
-    LaneWord.REPLIED,
-    LaneWord.STREAMED,
-    LaneWord.RELEASED,
-    LaneWord.CONSUMED,
-    LaneWord.ABANDONED,
-    LaneWord.TEACHER,
-    LaneWord.WANTED,
-)
+NAMES = ("requested", "closed", "replied", "streamed", "released", "consumed", "abandoned", "teacher", "wanted")
+CURSORS = tuple(getattr(LaneWord, name.upper()) for name in NAMES)
+CONSUMED = CURSORS.index(LaneWord.CONSUMED)
 SERVES, WANTED = len(CURSORS) - 2, len(CURSORS) - 1  # places in CURSORS; the words before these two never fall
 RANK, TEACHER, SECOND, OWNER = range(4)  # a case without handovers has the first two alone
 OF_TEACHER = frozenset({LaneWord.REPLIED, LaneWord.STREAMED})
@@ -43,7 +35,7 @@ class Side(NamedTuple):
     pc: int = 0
     local: int = 0
     log: tuple[Any, ...] = ()  # what the current line has read so far; None for what it wrote
-    base: tuple[int, ...] = ()  # replied, streamed and consumed when that line began
+    base: int | None = None  # consumed, when that line began
     kept: tuple[int, int] = (0, 0)  # what a teacher's ring keeps to itself: sealed, filled
 
 
@@ -137,8 +129,7 @@ class World:
         side = state.sides[which]
         self.words.log = None
         self.words.cursors = list(state.cursors)
-        self.base = side.base or (state.cursors[2], state.cursors[3], state.cursors[5])
-        self.replied, self.streamed, _ = self.base
+        self.base = state.cursors[CONSUMED] if side.base is None else side.base
         self.ring.generation = state.generation
         self.ring._sealed, self.ring.filled = side.kept
         self.words.begin(side.log, _own(which, side))
