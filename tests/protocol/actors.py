@@ -1,6 +1,6 @@
 """A teacher and a rank small enough to be killed anywhere: the protocol of docs/design.md without torch.
 
-They do to the ring, the doorbells and the board what server.py, streams.py and requests.py do. Every byte that they send is
+They do to the ring, the doorbells and the records what teacher/server.py, teacher/stream.py and rank/requests.py do. Every byte that they send is
 a function of (generation, sequence, chunk), so that whoever reads can tell whether it is what it asked for.
 """
 
@@ -17,11 +17,11 @@ from shmbridge.config import Config
 from shmbridge.errors import DeadlineExceeded, TrainerDied
 from shmbridge.output_spec import Extent, Offer, OutputSpec
 from shmbridge.shm import layout
-from shmbridge.shm.layout import ControlWord, Header
+from shmbridge.shm.layout import Header
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.record import Phase
-from shmbridge.shm.ring import Chunk, Composition, ReplyHead, Ring
+from shmbridge.shm.ring import Composition, Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Token
 from shmbridge.shm.teacher_session import TeacherSession
@@ -204,7 +204,6 @@ class TinyRank:
         self.ring = session.ring
         self.generation = session.generation
         self.waits_for: int | None = None
-        self._closed = False
 
     def open(self, timeout_s: float = PATIENCE_S) -> None:
         """Wait at the barrier and map the reply memory. Raises PeerLost, DeadlineExceeded."""
@@ -227,18 +226,14 @@ class TinyRank:
 
     def read(self, sequence: int, error: bool = False) -> None:
         """Check that the reply is the one to `sequence`, or the error that it asked for."""
-        head = self.ring.read_reply(sequence)
-        self._check_head(head, sequence, error)
-        if not error and not self.ring.layout.chunks:
-            found = self.plane.read(sequence)
-            require(found == content("reply", self.generation, sequence), f"the reply to {sequence} is another's")
-
-    def _check_head(self, head: ReplyHead, sequence: int, error: bool) -> None:
+        head, told = self.ring.read_reply(sequence), f"error {self.generation} {sequence}" if error else None
         require(
             head.composition == composition(self.generation, sequence), f"the head of {sequence} is another's: {head}"
         )
-        expected = f"error {self.generation} {sequence}" if error else None
-        require(head.error == expected, f"sequence {sequence} raised {head.error!r}, expected {expected!r}")
+        require(head.error == told, f"sequence {sequence} raised {head.error!r}, expected {told!r}")
+        if not error and not self.ring.layout.chunks:
+            found = self.plane.read(sequence)
+            require(found == content("reply", self.generation, sequence), f"the reply to {sequence} is another's")
 
     def take(self, sequence: int) -> None:
         """Wait, read, release."""
@@ -248,15 +243,13 @@ class TinyRank:
 
     def chunk(self, sequence: int, part: int) -> None:
         """Wait for chunk `part` of the reply to `sequence`, read it and give it back."""
-        chunk: Chunk | None = None
 
         def ready() -> bool | None:
-            nonlocal chunk
             before = self.ring.consumed
-            chunk = self.ring.next_chunk(sequence)
+            found = self.ring.next_chunk(sequence) is not None
             if self.ring.consumed != before:  # chunks of an abandoned reply: there is room again
                 self.session.ring_teacher()
-            return chunk is not None or self.ring.answered(sequence)
+            return found or self.ring.answered(sequence)
 
         self._sleep(sequence, ready)
         chunk = self.ring.next_chunk(sequence)
@@ -280,32 +273,24 @@ class TinyRank:
         self.session.record.enter(Phase.TRAINING)
         self.waits_for = None
 
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.session.close()
-
 
 def exchange_afresh(owner: Owner) -> None:
     """A new generation of `owner`'s session works, and nothing of an older one is seen in it."""
-    owner.control.words[ControlWord.SESSION_ENDING] = 0
+    owner.control.ending = False
     token = owner.start_generation()
     teacher = TinyTeacher(TeacherSession(token))
     rank = TinyRank(RankSession(token, 0))
     ring = rank.ring
-    try:
-        cursors = (ring.requested, ring.replied, ring.released, ring.streamed, ring.consumed, ring.abandoned)
-        require(not any(cursors), f"the cursors of a new generation begin at {cursors}")
-        require(ring.next_request() is None, "a request of an older generation")
-        owner.create_replies(OFFER)
-        teacher.open()
-        rank.open(0.0)
-        require(rank.session.lane.segment.words[Header.GENERATION] == token.generation, "an older lane")
-        require(rank.plane.read(0) == bytes(NBYTES), "the reply memory of a new generation is not empty")
-        sequence = rank.submit()
-        while teacher.move():
-            if ring.next_chunk(sequence):
-                rank.chunk(sequence, ring.consumed)
-        rank.take(sequence)
-    finally:
-        rank.close()
+    cursors = (ring.requested, ring.replied, ring.released, ring.streamed, ring.consumed, ring.abandoned)
+    require(not any(cursors), f"the cursors of a new generation begin at {cursors}")
+    require(ring.next_request() is None, "a request of an older generation")
+    owner.create_replies(OFFER)
+    teacher.open()
+    rank.open(0.0)
+    require(rank.session.lane.segment.words[Header.GENERATION] == token.generation, "an older lane")
+    require(rank.plane.read(0) == bytes(NBYTES), "the reply memory of a new generation is not empty")
+    sequence = rank.submit()
+    while teacher.move():
+        if ring.next_chunk(sequence):
+            rank.chunk(sequence, ring.consumed)
+    rank.take(sequence)

@@ -3,8 +3,8 @@
     python -m tests.protocol.campaign --victim teacher --scenario whole
 
 One side is a forked process, the victim; the other, the survivor, runs here, and so does the owner. Memory, semaphores and
-liveness are the real ones. A point is one line of a module in TRACED, executed by the victim (with `--opcodes` each bytecode of
-those in BY_OPCODE); sys.settrace counts them, so they cost nothing outside this module.
+liveness are the real ones. A point is one line of a module in TRACED, executed by the victim; sys.settrace counts them, so they
+cost nothing outside this module.
 
 The two sides take turns: one moves until it would sleep, and hands the turn over through a pipe; when it gets the turn back
 and was rung meanwhile, it goes through the real sleep. So every run with the same n is the same run. Where both would sleep
@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 from shmbridge.errors import DeadlineExceeded, PeerLost
 from shmbridge.shm import doorbell, layout, owner, rank_session, record, ring, segment, session, teacher_session
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.record import Phase
@@ -43,10 +42,8 @@ SLICE_S = 0.001  # of the survivor, so that it notices a death at once
 PATIENCE_S = 10.0
 REACHED = 7  # exit status of a victim that was paused
 MOST_IDLE = 10  # turns in a row in which a side was not rung
-BY_OPCODE = (layout, ring, doorbell, record)
-TRACED = {
-    module.__file__: module in BY_OPCODE for module in (*BY_OPCODE, session, teacher_session, rank_session, segment)
-}
+PROTOCOL = (layout, ring, doorbell, record, session, teacher_session, rank_session, segment)
+TRACED = {module.__file__ for module in PROTOCOL}
 
 
 # What the rank does; the teacher serves it.
@@ -181,22 +178,16 @@ class ServingSession(TeacherSession):
 class Points:
     """A tracer that does something at the n-th point."""
 
-    def __init__(self, n: int, act: Callable[[], None], opcodes: bool) -> None:
+    def __init__(self, n: int, act: Callable[[], None]) -> None:
         self._left = n
         self._act = act
-        self._opcodes = opcodes
         self.passed: set[str] = set()  # names of the functions that it has counted in
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> Any:
-        by_opcode = TRACED.get(frame.f_code.co_filename)
-        if by_opcode is None:
-            return None
-        if by_opcode and self._opcodes:
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        return self._count
+        return self._count if frame.f_code.co_filename in TRACED else None
 
     def _count(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event in ("line", "opcode"):
+        if event == "line":
             self._left -= 1
             self.passed.add(frame.f_code.co_qualname)
             if self._left == 0:
@@ -233,7 +224,7 @@ def play(
         rank.open(timeout_s)
         sys.settrace(points)
         body(rank)
-        rank.close()
+        rank.session.close()
     sys.settrace(None)
 
 
@@ -244,9 +235,8 @@ def _die() -> None:
 class Run:
     """One session, one victim that is killed (or paused) at point n, and its survivor."""
 
-    def __init__(self, victim: str, scenario: str, n: int, pause: bool = False, opcodes: bool = False) -> None:
-        self.victim, self.scenario, self.n = victim, scenario, n
-        self.pause, self.opcodes = pause, opcodes
+    def __init__(self, victim: str, scenario: str, n: int, pause: bool = False) -> None:
+        self.victim, self.scenario, self.n, self.pause = victim, scenario, n, pause
         self.survivor = "rank" if victim == "teacher" else "teacher"
         self.violations: list[str] = []
         self.status: int | None = None
@@ -285,9 +275,6 @@ class Run:
         finally:
             turns.close()
             self._reap(patient=not self.violations)
-            for actor in seen:
-                if isinstance(actor, TinyRank):
-                    actor.close()
         self.witness.look()
         if turns.complaint:
             self.violations.append(f"victim: {turns.complaint}")
@@ -301,7 +288,7 @@ class Run:
         try:
             gc.disable()
             doorbell.SLICE_S = 3600.0  # it is woken by rings alone, so that its points do not depend on the clock
-            points = Points(self.n, self._pauser(turns) if self.pause else _die, self.opcodes)
+            points = Points(self.n, self._pauser(turns) if self.pause else _die)
             play(self.victim, token, turns, self.scenario, PATIENCE_S, [], points)
             code = REACHED if points.reached else 0
             if not points.reached:
@@ -323,8 +310,8 @@ class Run:
     def _during(self) -> None:
         """At the begin of every turn of the survivor: the owner's moves, and a look at the cursors."""
         self.witness.look()
-        words, teacher = self.owner.control.words, self.owner.control.teachers[0]
-        if words[ControlWord.REPLIES_READY] != self.owner.generation and teacher.phase is Phase.OFFERED:
+        control = self.owner.control
+        if control.replies_ready != self.owner.generation and control.teachers[0].phase is Phase.OFFERED:
             self.owner.create_replies(OFFER)
         if self.turns.alone:
             self._reap(patient=True)
@@ -378,21 +365,19 @@ def run(
     scenario: str,
     *,
     pause: bool = False,
-    opcodes: bool = False,
-    first: int = 1,
     stride: int = 1,
     most_violations: int = 5,
 ) -> Result:
-    """Every point of the victim (from `first` on, in steps of `stride`); stops early once there are `most_violations`."""
+    """Every point of the victim, in steps of `stride`; stops early once there are `most_violations`."""
     assert "torch" not in sys.modules, "a child must fork cheaply"
     doorbell.SLICE_S = SLICE_S
     began = time.monotonic()
     violations: list[str] = []
-    n, points = first, 0
+    n, points = 1, 0
     gc.collect()
     gc.freeze()
     while True:
-        done = Run(victim, scenario, n, pause, opcodes)()
+        done = Run(victim, scenario, n, pause)()
         violations += [
             f"{victim} {'paused' if pause else 'killed'} at point {n}, {scenario}: {v}" for v in done.violations
         ]
@@ -408,16 +393,13 @@ def main() -> int:
     parser.add_argument("--victim", choices=["teacher", "rank"], required=True)
     parser.add_argument("--scenario", choices=list(SCENARIOS), required=True)
     parser.add_argument("--pause", action="store_true")
-    parser.add_argument("--opcodes", action="store_true")
-    parser.add_argument("--from", type=int, default=1, dest="first", help="the first point")
     parser.add_argument("--stride", type=int, default=1, help="points from one victim to the next")
     parser.add_argument("--mutant", choices=list(mutants.MUTANTS), help="break the protocol first")
     args = parser.parse_args()
     if args.mutant:
         mutants.MUTANTS[args.mutant](setattr)
     most = 1 if args.mutant else 5
-    how = {"pause": args.pause, "opcodes": args.opcodes, "first": args.first, "stride": args.stride}
-    result = run(args.victim, args.scenario, **how, most_violations=most)
+    result = run(args.victim, args.scenario, pause=args.pause, stride=args.stride, most_violations=most)
     print(*result.violations, f"{args.victim}, {args.scenario}: {result}", sep="\n")
     return 1 if result.violations else 0
 

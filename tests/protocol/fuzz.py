@@ -156,7 +156,7 @@ def _as_rank(scene: Scene) -> None:
     else:
         _refused(rank.submit, FAILS)
     _refused(session.wait, lambda: ring.answered(0), time.monotonic())
-    rank.close()
+    rank.session.close()
 
 
 def _open(rank: TinyRank) -> None:

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from shmbridge import config
-from shmbridge.errors import AttachError, ConfigError, ShmbridgeError
+from shmbridge.errors import AttachError, ConfigError
 from shmbridge.output_spec import Offer
 from shmbridge.shm import layout
-from shmbridge.shm.layout import RECORD_BYTES, RecordWord
+from shmbridge.shm.layout import RECORD_BYTES
 from shmbridge.shm.record import Record
 from tests.protocol.running import module
 
@@ -26,23 +26,28 @@ def test_whatever_is_garbled_is_refused_or_does_no_harm(chunks, cases, promise):
     promise.kept(f"{cases} garbled sessions: AttachError or harmless, no signal", float(slowest_s))
 
 
-# msgspec raises UnicodeDecodeError, which is no DecodeError, for a string that is no UTF-8.
+def record_with(field: layout.Text, nbytes: int, text: bytes) -> Record:
+    record = Record(memoryview(bytearray(RECORD_BYTES)), "teacher", 0)
+    record.memory[field.offset : field.offset + len(text)] = text
+    record.words[field.word] = nbytes
+    return record
 
 
-def test_settings_that_are_no_utf8_are_named():
-    with pytest.raises(ConfigError):
-        config.from_json(b'{"\xff": 1}')
+def test_a_text_that_is_longer_than_its_field_is_named():
+    with pytest.raises(AttachError, match="16385 bytes where 16384 fit"):
+        record_with(layout.OFFER, layout.OFFER.capacity + 1, b"").offer  # noqa: B018
 
 
-def test_an_offer_that_is_no_utf8_is_named():
-    with pytest.raises(AttachError):
-        Offer.decode(b'{"outputs": [], "model": "\xff"}')
-
-
-def test_a_failure_that_is_no_utf8_is_named():
-    memory = memoryview(bytearray(RECORD_BYTES))
-    text = b'{"role": "\xff"}'
-    memory[layout.FAILURE.offset : layout.FAILURE.offset + len(text)] = text
-    memory.cast("Q")[RecordWord.FAILURE] = len(text)
-    with pytest.raises(ShmbridgeError):
-        Record(memory, "teacher", 0).failure  # noqa: B018
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        (lambda: config.from_json(b'{"\xff": 1}'), ConfigError),
+        (lambda: Offer.decode(b'{"outputs": [], "model": "\xff"}'), AttachError),
+        (lambda: record_with(layout.FAILURE, 13, b'{"role": "\xff"}').failure, AttachError),
+    ],
+    ids=["settings", "offer", "failure"],
+)
+def test_a_text_that_is_no_utf8_is_named(read, error):
+    """msgspec raises UnicodeDecodeError, which is no DecodeError, for it."""
+    with pytest.raises(error):
+        read()

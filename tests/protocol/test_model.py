@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.protocol import mutants
@@ -56,6 +58,12 @@ def test_every_interleaving_ends_and_gives_each_reply_to_its_request(case):
 @pytest.mark.parametrize(
     ("mutant", "case", "what"),
     [
+        (
+            None,
+            Case(recheck=False, strays=1),
+            "refused",
+        ),  # a ring may be left over from an earlier wait, or come from nowhere
+        (None, Case(chunks=1, abandon=0, rings_for_skipped=False), "lost wake-up"),
         ("publish_before_write_request", Case(), "request slot .* refused"),
         ("publish_before_write_reply", Case(), "reply slot .* refused"),
         ("publish_before_write_reply", Case(abandon=0, requests=3), "refused|cursors out of order"),
@@ -69,19 +77,8 @@ def test_every_interleaving_ends_and_gives_each_reply_to_its_request(case):
         ),
     ],
 )
-def test_a_ring_that_is_broken_on_purpose_is_found(mutant, case, what, monkeypatch):
-    mutants.MUTANTS[mutant](monkeypatch.setattr)
+def test_a_protocol_that_is_broken_on_purpose_is_found(mutant, case, what, monkeypatch):
+    if mutant:
+        mutants.MUTANTS[mutant](monkeypatch.setattr)
     (violation,) = explore(case).violations
-    with pytest.raises(AssertionError, match=what):
-        raise AssertionError(violation)
-
-
-def test_a_wait_that_trusts_its_doorbell_is_found():
-    """A ring may be left over from an earlier wait, or come from nowhere."""
-    (violation,) = explore(Case(recheck=False, strays=1)).violations
-    assert "refused" in violation
-
-
-def test_chunks_given_back_without_a_ring_are_found():
-    (violation,) = explore(Case(chunks=1, abandon=0, rings_for_skipped=False)).violations
-    assert "lost wake-up" in violation
+    assert re.search(what, violation)

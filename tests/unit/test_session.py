@@ -336,6 +336,16 @@ def test_training_that_ends_without_connecting_ends_the_teacher():
         assert teacher.join() == 0
 
 
+def test_a_record_tells_whether_the_process_lives_that_has_signed_in_last(it):
+    record = it.owner.control.teachers[0]
+    assert record.is_alive() is None
+    child = it.start(record.sign_in)
+    child.join()
+    assert record.is_alive() is False
+    record.sign_in()
+    assert record.is_alive() is True
+
+
 # The owner
 
 
@@ -466,6 +476,8 @@ def test_a_generation_that_ends_while_a_teacher_attaches_to_it_is_skipped(it, te
     monkeypatch.setattr(Lane, "attach", late)
     assert teacher.next_generation()
     assert (teacher.generation, len(teacher.lanes)) == (2, 2)
+    teacher.leave()
+    assert teacher._to_be_served() is None, "it would attach to the same generation again"
 
 
 def test_a_generation_whose_lanes_are_gone_is_an_error_while_it_is_current(it, teacher):
