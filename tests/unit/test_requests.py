@@ -37,17 +37,23 @@ def check(agreed: Offer = TEACHER, limits: Shape = SHAPE, ids: Any = IDS, mask: 
     return asked.extent, asked.arrays
 
 
-def test_nothing_beside_the_ids():
-    assert check() == (Extent(2, 6), {})
+@pytest.mark.parametrize("kind", [np.int32, np.int64])
+def test_ids_of_any_strides_travel_as_they_are(kind):
+    ids = np.arange(24, dtype=kind).reshape(2, 6, 2)[:, :, 1]
+    for given in (ids, torch.from_numpy(ids)):
+        asked = check_request(given, None, {}, TEACHER, SHAPE)
+        assert (asked.extent, asked.arrays, asked.step) == (Extent(2, 6), {}, None)
+        assert np.frombuffer(asked.ids, kind).tolist() == ids.flatten().tolist()
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32])
-def test_positions_are_counted_and_travel_as_bytes(kind):
+def test_masks_travel_as_bytes_and_positions_are_counted(kind):
     chosen = torch.tensor([[0, 1, 0, 0, 1, 1], [0] * 6]).to(kind)
-    extent, arrays = check(positions=chosen)
+    extent, arrays = check(positions=chosen, mask=chosen)
     assert extent == Extent(2, 6, 3)
     assert extent.positions == 3
-    assert bytes(arrays["positions"]) == bytes(chosen.to(torch.uint8).flatten().tolist())
+    for name in ("positions", "mask"):
+        assert bytes(arrays[name]) == bytes(chosen.to(torch.uint8).flatten().tolist())
     assert check(positions=torch.zeros(2, 6, dtype=kind))[0].positions == 0
 
 
