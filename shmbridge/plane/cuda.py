@@ -133,7 +133,7 @@ class Read(NamedTuple):
     stamp: int  # expected
     teacher: Identity
     ended: int
-    begun: int | None  # None: its stream launches nothing but reads, so it stands at the oldest
+    begun: int
 
 
 class Reads:
@@ -152,16 +152,16 @@ class Reads:
         self._pending: deque[Read] = deque()
         self._count = 0
 
-    def prepare(self, number: int, stamp: int, teacher: Identity, with_beginning: bool) -> Read:
-        """Give a read its words, before it is launched. Waits where ON_THEIR_WAY reads are pending. Raises TornReply."""
+    def prepare(self, number: int, stamp: int, teacher: Identity, tells_beginning: bool) -> Read:
+        """Give a read its words, before it is launched. Waits where ON_THEIR_WAY reads are pending. A stream that launches nothing
+        but reads need not tell their beginnings: it stands at the oldest. Raises TornReply."""
         while len(self._pending) == ON_THEIR_WAY:
             cuda_ipc.pause()
             self.check()
         ended = self._count % ON_THEIR_WAY
-        begun = ended + ON_THEIR_WAY if with_beginning else None
+        begun = ended + ON_THEIR_WAY
         self._bytes[ended] = _PENDING
-        if begun is not None:
-            self._bytes[begun] = _PENDING
+        self._bytes[begun] = _PENDING if tells_beginning else False
         return Read(number, stamp, teacher, ended, begun)
 
     def launched(self, read: Read) -> None:
@@ -186,7 +186,7 @@ class Reads:
     def stands_at(self) -> Read | None:
         """The oldest read, if the GPU has reached it. Any thread may call it."""
         read = self.oldest()
-        return None if read is None or (read.begun is not None and self._bytes[read.begun] == _PENDING) else read
+        return read if read and self._bytes[read.begun] != _PENDING else None
 
 
 class _Source(NamedTuple):
@@ -227,7 +227,7 @@ class RankCudaPlane(RankPlane):
         if self.keeps:
             self._held[number] = source
         expected = stamp(source.slab.generation, number)
-        read = self._reads.prepare(number, expected, source.slab.teacher, with_beginning=self.keeps)
+        read = self._reads.prepare(number, expected, source.slab.teacher, tells_beginning=self.keeps)
         tensors = (self._lend if self.keeps else self._copy)(source, read, number % source.slab.slots, extent)
         self._reads.launched(read)
         return tensors
@@ -235,7 +235,7 @@ class RankCudaPlane(RankPlane):
     def _lend(self, source: _Source, read: Read, slot: int, extent: Extent) -> dict[str, torch.Tensor]:
         """Views of the slot, for the current stream."""
         compute = cuda_ipc.current_stream(self._device)
-        cuda_ipc.tell_host(self._reads.words[read.begun], self._here)  # type: ignore[index]
+        cuda_ipc.tell_host(self._reads.words[read.begun], self._here)
         self._wait(compute, source.slab.ready[slot])
         torn = source.slab.stamps[slot].ne(read.stamp)
         views = source.slots.views(read.number, extent)

@@ -45,8 +45,7 @@ class TeacherHostPlane(TeacherPlane):
         self._copies.stream.wait_stream(torch.cuda.current_stream(self._copies.device))
         with torch.cuda.stream(self._copies.stream):
             self._slots.write(number, extent, here, position, row)
-        for tensor in here.values():
-            tensor.record_stream(self._copies.stream)
+        cuda_ipc.keep_until(here.values(), self._copies.stream)
 
     def seal(self, number: int) -> Callable[[], None] | None:
         if self._copies is None:
@@ -77,8 +76,7 @@ class RankHostPlane(RankPlane):
             done.record(stream)
         compute = torch.cuda.current_stream(device)
         compute.wait_event(done)
-        for copy in copies.values():
-            copy.record_stream(compute)
+        cuda_ipc.keep_until(copies.values(), compute)
         return copies
 
     def release(self, number: int) -> int | None:

@@ -123,16 +123,8 @@ class Slots:
             if source is None:
                 continue
             target = views[spec.name]
-            if source.shape != target.shape:
-                target = _part(target, source, spec, position if spec.per_token else row)
+            if source.shape != target.shape:  # a part of it, which lies in row-major order
+                rest, first = (spec.shape[1:], position) if spec.per_token else (spec.shape, row)
+                count = prod(source.shape[: source.ndim - len(rest)])
+                target = target.view(-1, *rest)[first : first + count].view(source.shape)  # type: ignore[arg-type]
             target.copy_(source, non_blocking=True)
-
-
-def _part(target: torch.Tensor, source: torch.Tensor, spec: OutputSpec, at: int) -> torch.Tensor:
-    """Where `source` goes in `target`. Positions lie in one or two leading axes of either, in row-major order."""
-    if not spec.per_token:
-        return target[at : at + source.shape[0]]
-    rest = spec.shape[1:]
-    flat = target.view(-1, *rest)  # type: ignore[arg-type]
-    count = prod(source.shape[: source.ndim - len(rest)])
-    return flat[at : at + count].view(source.shape)
