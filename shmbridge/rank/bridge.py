@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -53,6 +52,7 @@ class Bridge:
 
     def __init__(self, session: RankSession | None, device: torch.device | None = None, *, rank: int = 0) -> None:
         """`session` is None where the bridge is off; `rank` counts only then."""
+        self._session = session
         self.enabled = session is not None
         self.rank = session.lane.index if session else rank
         """This rank's lane: its LOCAL_RANK, unless connect was told otherwise."""
@@ -136,12 +136,7 @@ class Bridge:
             log.logger.info("parity check passed: %s", passed)
         self._requests.meter.reset()
 
-    def submit(
-        self,
-        input_ids: Given,
-        attention_mask: Given | None = None,
-        **extras: Unpack[Extras],
-    ) -> Pending:
+    def submit(self, input_ids: Given, attention_mask: Given | None = None, **extras: Unpack[Extras]) -> Pending:
         """Hand a batch to the teacher and return at once. The first call waits for the teacher's model.
 
         Tensors are on the CPU, strided or not, and copied before the call returns. Tensors on a CUDA device are copied to the
@@ -259,8 +254,11 @@ class Bridge:
         tells of the stop. Ranks that agree on it between two steps save and end at the same step, in a collective where saving
         is one. For ranks with a hook (`on_stop`), within timeouts.save_s. The loss of the teacher or of a rank is raised as ever.
         """
-        with self._life.deferred():
+        self._life.deferrals += 1
+        try:
             yield
+        finally:
+            self._life.deferrals -= 1
 
     @contextmanager
     def phase(self, name: str, timeout: float) -> Iterator[None]:
@@ -275,7 +273,8 @@ class Bridge:
         How long a GPU stood still for replies is measured on rank 0 where log.stats_every is not 0, and on any rank from its
         first call of this on.
         """
-        self._ready()
+        if not self._checked:
+            self.wait_ready()
         if self.enabled:
             self._requests.replies.plane.timed = True
         return self._requests.meter.total()
@@ -283,7 +282,8 @@ class Bridge:
     @property
     def free_slots(self) -> int:
         """Requests that could be submitted now. Waits for the teacher. Raises what `wait_ready` raises, and Closed."""
-        self._ready()
+        if not self._checked:
+            self.wait_ready()
         return self._requests.free_slots
 
     def close(self) -> None:
@@ -308,7 +308,9 @@ class Bridge:
         self._close(
             "connect() was called again, which closed this bridge; use the one that it gave.", closes_lane=False
         )
-        return self._life.reopen()
+        assert self._session is not None, "a bridge that is off gives way to nobody"
+        self._session.reopen()
+        return self._session
 
     def _close(self, why: str, *, closes_lane: bool) -> None:
         if not self._life.close(why):
@@ -319,14 +321,14 @@ class Bridge:
         finally:
             if self._heartbeat and not self._requests.watchdog.broken_at:
                 self._heartbeat.stop()  # else it ends a process whose clean-up hangs
-            self._life.end(closes_lane)
+            self._life.end()
+            if closes_lane and self._session is not None:
+                self._session.close()
 
     def __enter__(self) -> Bridge:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if error is not None:
             died = self._requests.watchdog.blame(error) if self._life.usable else None
             self._fail(died or error)
@@ -337,20 +339,19 @@ class Bridge:
 
     def _fail(self, error: BaseException) -> bool:
         """Tell the session that this rank ends by an exception. False where that is no failure: a clean SystemExit, and the
-        end of a rank in a run that was stopped."""
-        if (isinstance(error, SystemExit) and error.code in (None, 0)) or self._was_stopped(error):
+        end of a rank in a run that the user, or the scheduler, has stopped."""
+        usable = self.enabled and self._life.usable
+        if isinstance(error, KeyboardInterrupt) and usable:
+            stopped = self._life.session.is_told_to_stop()
+        else:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._life.asked_to_stop
+        if stopped or (isinstance(error, SystemExit) and error.code in (None, 0)):
             return False
-        if self.enabled and self._life.usable:
+        if usable:
             if self._offer is not None:
                 self._requests.replies.explain(error)
             self._life.session.record.fail_with(self._requests.watchdog.blame(error) or error)
         return True
-
-    def _was_stopped(self, error: BaseException) -> bool:
-        """Whether `error` is how a rank ends in a run that the user, or the scheduler, has stopped."""
-        if isinstance(error, KeyboardInterrupt) and self.enabled and self._life.usable:
-            return self._life.session.is_told_to_stop()
-        return isinstance(error, (KeyboardInterrupt, SystemExit, RunStopped)) and self._life.asked_to_stop
 
     def _barrier(self, timeout: float | None = None) -> Offer:
         """What the teacher offers, once its model is loaded."""
@@ -365,17 +366,7 @@ class Bridge:
             self._offer = agreed
         return self._offer
 
-    def _ready(self) -> None:
-        """Wait for the teacher, unless its parity check has passed or the bridge is off."""
-        if not self._checked:
-            self.wait_ready()
-
-    def _check(
-        self,
-        input_ids: Given,
-        attention_mask: Given | None = None,
-        **extras: Unpack[Extras],
-    ) -> Request:
+    def _check(self, input_ids: Given, attention_mask: Given | None = None, **extras: Unpack[Extras]) -> Request:
         """The arguments of `submit`, once every limit was checked. Where the bridge is off nothing is checked, and nothing is sent."""
         if not self._checked:
             self.wait_ready()

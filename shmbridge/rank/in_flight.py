@@ -68,10 +68,14 @@ class Requests:
         self.life.check()
         self.take_turn(request.queue)
         if not self.nobody_answers:
-            try:
-                self._await_slot(timeout)
-            except TeacherDied as error:
-                self.go_on_without(error)
+            self.reclaim()
+            oldest = self._ring.released
+            if self._ring.free_slots < 1 and not self._wanted(oldest):  # only the teacher can free it
+                try:
+                    self._sleep(lambda: self._ring.answered(oldest), oldest, None, timeout)
+                    self.reclaim()
+                except TeacherDied as error:
+                    self.go_on_without(error)
         if self.nobody_answers:
             request.sequence, request.missing, request.queue = self.next_sequence, True, None
             self._missing += 1
@@ -98,14 +102,6 @@ class Requests:
             raise
         if request.queue is None:
             request.drop_buffers()  # they may be the caller's
-
-    def _await_slot(self, timeout: float | None) -> None:
-        """Sleep for the oldest slot of a full ring where it is a request's that nobody wants: only the teacher can free it."""
-        self.reclaim()
-        oldest = self._ring.released
-        if self._ring.free_slots < 1 and not self._wanted(oldest):
-            self._sleep(lambda: self._ring.answered(oldest), oldest, None, timeout)
-            self.reclaim()
 
     def take_turn(self, queue: SendQueue | None) -> None:
         """Withdraw what another queue has sent. Slots come free in order, so the slot of a request behind it would stay taken
@@ -155,26 +151,19 @@ class Requests:
     # Waiting
 
     def wait(self, request: Request, timeout: float | None) -> bool:
-        """Sleep until the reply is published. False where there will be none: `request` is missing. Raises what `_sleep` raises."""
-        return self._wait(request, timeout, lambda: self._ring.answered(request.sequence))
-
-    def wait_for_chunk(self, request: Request, timeout: float | None) -> bool:
-        """Sleep until there is a chunk, or the reply is over. Returns and raises as `wait`."""
-        ring = self._ring
+        """Sleep until the reply, or the next chunk of it, is published. False where there will be none: `request` is missing.
+        Raises what `_sleep` raises."""
+        session, ring = self.life.session, self._ring
 
         def ready() -> bool | None:
             before = ring.consumed
             found = ring.next_chunk(request.sequence) is not None or ring.answered(request.sequence)
             if ring.consumed != before:  # chunks of a cancelled reply: there is room again
-                self._session.ring_teacher()
+                session.ring_teacher()
             return found
 
-        return self._wait(request, timeout, ready)
-
-    def _wait(self, request: Request, timeout: float | None, ready: Callable[[], bool | None]) -> bool:
-        bell = self.life.session.bell
         if ready():
-            bell.drain()
+            session.bell.drain()
             return True
         self.reclaim()  # what nobody wants is not computed before it
         if not self.nobody_answers:

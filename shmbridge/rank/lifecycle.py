@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 from shmbridge import log
 from shmbridge.errors import Closed, RunStopped
@@ -28,8 +28,7 @@ class Lifecycle:
         self._why_closed = ""  # empty while the bridge is open
         self._hook: Hook | None = None
         self._signalled = False
-        self._deferrals = 0
-        self._takes_sigterm = False
+        self.deferrals = 0  # blocks in which a stop does not interrupt the bridge
 
     # Use
 
@@ -48,8 +47,8 @@ class Lifecycle:
     @property
     def session(self) -> RankSession:
         """The session of a usable bridge. Raises Closed."""
-        if self._session is None or self._why_closed or os.getpid() != self.process:
-            self.check()
+        self.check()
+        if self._session is None:
             raise Closed("the bridge is off; there is no teacher.")
         return self._session
 
@@ -59,20 +58,10 @@ class Lifecycle:
         self._why_closed = self._why_closed or why
         return usable
 
-    def end(self, closes_lane: bool) -> None:
-        """The last of a bridge that was closed. Nothing is left to save from it, so SIGTERM ends the process again."""
+    def end(self) -> None:
+        """Nothing is left to save from a bridge that was closed, so SIGTERM ends the process again."""
         self._hook = None
-        if self._takes_sigterm and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._takes_sigterm = False
-        if closes_lane and self._session is not None:
-            self._session.close()
-
-    def reopen(self) -> RankSession:
-        """The session of a closed bridge, for the next one of this process. Raises what RankSession.reopen raises."""
-        assert self._session is not None, "a bridge that is off gives way to nobody"
-        self._session.reopen()
-        return self._session
+        self._replace_sigterm(self._on_sigterm, signal.SIG_DFL)
 
     # Stopping
 
@@ -84,10 +73,7 @@ class Lifecycle:
         if self._hook is None:
             session.record.saves = True
             session.stop = self._interrupts
-            in_main = threading.current_thread() is threading.main_thread()
-            if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                signal.signal(signal.SIGTERM, lambda *_: self._on_sigterm())
-                self._takes_sigterm = True
+            self._replace_sigterm(signal.SIG_DFL, self._on_sigterm)
         self._hook = hook
 
     @property
@@ -99,15 +85,6 @@ class Lifecycle:
     def asked_to_stop(self) -> bool:
         """Whether the session says that the run is to stop."""
         return self._session is not None and self._session.control.stopping
-
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """In the block a stop does not interrupt the bridge."""
-        self._deferrals += 1
-        try:
-            yield
-        finally:
-            self._deferrals -= 1
 
     def heed(self) -> None:
         """Save and raise RunStopped where the run is to stop."""
@@ -128,9 +105,16 @@ class Lifecycle:
 
     def _interrupts(self) -> bool:
         """Whether a stop ends calls of the bridge. It does not within the hook: a teacher that lives answers the hook's requests."""
-        return self._hook is not None and not self._deferrals and self.stop_requested
+        return self._hook is not None and not self.deferrals and self.stop_requested
 
-    def _on_sigterm(self) -> None:
+    @staticmethod
+    def _replace_sigterm(before: object, after: Any) -> None:
+        """Set the handler of SIGTERM, which only the main thread may do, where it is `before`."""
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and signal.getsignal(signal.SIGTERM) == before:
+            signal.signal(signal.SIGTERM, after)
+
+    def _on_sigterm(self, *_: object) -> None:
         if os.getpid() == self.process:
             self._signalled = True
         else:  # a forked child, such as a DataLoader worker, saves nothing

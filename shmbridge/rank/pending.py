@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Generator
-from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn
 
 from shmbridge.errors import Closed, RequestRefused
@@ -54,9 +53,7 @@ class Lease:
     def __enter__(self) -> Reply:
         return self.reply
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.release()
         else:  # the loop ends, so nothing more is sent
@@ -176,14 +173,14 @@ class Pending:
                 f"sequence {first} is to be read before sequence {request.sequence}: replies are streamed in the order of their "
                 "requests. Read or cancel it first."
             )
-        if not requests.wait_for_chunk(request, timeout):
+        if not requests.wait(request, timeout):
             yield slice(0, positions), _missing(request)
             return
         self._requests = None  # from here on what is not read is cancelled
         start = 0
         try:
             while start < positions:
-                if not requests.wait_for_chunk(request, timeout):
+                if not requests.wait(request, timeout):
                     yield slice(start, positions), _missing(request)
                     return
                 number, reply, end = requests.replies.read_chunk(request, start)

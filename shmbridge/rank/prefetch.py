@@ -24,7 +24,6 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from shmbridge.errors import RequestRefused, RingFull, ShmbridgeError
@@ -40,13 +39,13 @@ _TAKEN = ("input_ids", "attention_mask", "position_ids")
 
 
 class _Taken(NamedTuple):
-    """A batch that was taken from the loader and not handed out."""
+    """A batch that was taken from the loader and not handed out, or what was raised in its place."""
 
     batch: Any
     state: Any
     loaders: list[LoaderState]
     pending: Pending | None
-    error: Exception | None  # why there is no pending
+    error: Exception | None  # where there is no pending
 
 
 class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
@@ -75,32 +74,29 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         self._ahead = ahead
         self._take_state = state
         self._taken: deque[_Taken] = deque()  # in order
-        self._error: Exception | None = None  # of the loader, behind what was taken
         self.state: Any = None
         """What `state` of Bridge.prefetch gave when the batch that was handed out last was taken."""
 
     def __next__(self) -> tuple[T, Pending]:
-        self._requests.life.heed()
-        self._queue.fill_ring()
-        while len(self._taken) <= self._ahead and self._take():
+        while True:
             self._requests.life.heed()
             self._queue.fill_ring()
-        first = self._taken[0] if self._taken else None
+            if len(self._taken) > self._ahead or not self._take():
+                break
+        first = self._taken.popleft() if self._taken else None
         if first and first.pending:
-            self._taken.popleft()
             self.state = first.state
             for loader in first.loaders:
                 loader.restore()
             return first.batch, first.pending
-        error = first.error if first else self._error
         self.close()
         try:
-            raise error or StopIteration
+            raise StopIteration if first is None or first.error is None else first.error
         finally:
-            del error, first  # the traceback holds this frame
+            del first  # the traceback holds this frame
 
     def _take(self) -> bool:
-        """Take a batch from the loader. False where it is at its end, has raised, or may not be asked yet."""
+        """Take a batch from the loader, or what it raises. False where it is at its end or may not be asked yet."""
         if self._batches is None or (self._taken and self._reading.at_end):
             return False
         try:
@@ -109,11 +105,11 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         except Exception as error:
             self._batches = None
             if not isinstance(error, StopIteration):
-                self._error = _without_frames(error)
+                self._taken.append(_Taken(None, None, [], None, _without_frames(error)))
             return False
         pending, refused = None, None
         try:
-            request = self._check(**self._request(batch))
+            request = self._check(**self._arguments(batch))
             self._queue.add(request)
             pending = Pending(self._requests, request)
         except Exception as error:
@@ -121,7 +117,7 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         self._taken.append(_Taken(batch, state, loaders, pending, refused))
         return True
 
-    def _request(self, batch: T) -> dict[str, Any]:
+    def _arguments(self, batch: T) -> dict[str, Any]:
         """The arguments of `submit`."""
         tokens = self._tokens
         if callable(tokens):
@@ -144,7 +140,6 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
         """Cancel what was not handed out; the iteration ends. What was handed out may still be waited for. Once is enough; more
         does nothing."""
         self._batches = None
-        self._error = None
         for taken in self._taken:
             if taken.pending:
                 taken.pending.cancel()
@@ -153,9 +148,7 @@ class Prefetch(Iterator[tuple[T, Pending]], Generic[T]):
     def __enter__(self) -> Prefetch[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -128,7 +128,7 @@ class Replies:
                 "device in the life of a process. Give connect(device=...) the same each time."
             )
         self.plane: RankPlane = session.plane
-        self.plane.timed |= meter.logs
+        self.plane.timed |= meter.every > 0
         self.lent: dict[int, Request] = {}  # by number, until they are taken back
         self.last_head: ReplyHead
         self._session = session

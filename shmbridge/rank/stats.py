@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from statistics import median
 from typing import NamedTuple
 
@@ -74,78 +75,74 @@ class Stats(NamedTuple):
         return f"{self.wait_share:.0%} of a {self.unit} waiting for the teacher; {self.verdict}{padding}"
 
 
-class _Step(NamedTuple):
-    elapsed_s: float
-    waited_s: float
-    teacher_s: float
+class _Counts:
+    """What came since a moment: replies, and the steps that were measured as (seconds, waited, of the teacher)."""
+
+    def __init__(self) -> None:
+        self.replies = 0
+        self.padding = 0.0  # a sum over the replies
+        self.steps: deque[tuple[float, float, float]] = deque(maxlen=_KEPT_STEPS)
+
+    def stats(self, unit: str, steps: Collection[tuple[float, float, float]]) -> Stats:
+        step_s, waited_s, teacher_s = map(median, zip(*steps, strict=True)) if steps else (0.0, 0.0, 0.0)
+        padding = self.padding / self.replies if self.replies else 0.0
+        return Stats(self.replies, 0.0, 0.0, 0.0, padding, len(self.steps), step_s, waited_s, teacher_s, unit)
 
 
 class Meter:
     """Counts, and logs one line every `every` replies (0: none)."""
 
     def __init__(self, every: int) -> None:
-        self._every = every
-        self.logs = every > 0
+        self.every = every
         self.reset()
 
     def reset(self) -> None:
         """Count from now on."""
         self._started = time.monotonic()
-        self._replies = 0
-        self._waited_s = self._teacher_ns = self._padding = 0.0
+        self._waited_s = self._teacher_s = 0.0
+        self._total, self._window = _Counts(), _Counts()  # the window: since the last line
         self._unit = "reply"
         self._step: int | None = None  # the one in progress
         self._begun: tuple[float, float, float] | None = None  # the time and the sums at its first reply
-        self._steps: deque[_Step] = deque(maxlen=_KEPT_STEPS)
         self._advised = ""
-        self._window = (0, 0, 0.0)  # replies, steps and padding before the window
-        self._measured = 0
 
     def waited(self, seconds: float) -> None:
         self._waited_s += seconds
 
     def replied(self, step: int | None, composition: Composition) -> None:
-        if self._begun is None or (step is not None and step != self._step) or self._step is None:
-            self._begin(step)
-        self._replies += 1
-        self._teacher_ns += composition.forward_ns
-        self._padding += composition.padded_fraction
-        if self._every and self._replies % self._every == 0:
+        """A reply has come. It ends a step where it is the first of the next: where `step` is another one, or none is told."""
+        if self._begun is None or self._step is None or step not in (None, self._step):
+            now = time.monotonic(), self._waited_s, self._teacher_s
+            if self._begun is not None:
+                elapsed_s, waited_s, teacher_s = (
+                    after - before for after, before in zip(now, self._begun, strict=True)
+                )
+                for counts in (self._total, self._window):
+                    counts.steps.append((elapsed_s, waited_s, teacher_s))
+            self._begun, self._step = now, step
+            if step is not None:
+                self._unit = "step"
+        self._teacher_s += composition.forward_ns / 1e9
+        for counts in (self._total, self._window):
+            counts.replies += 1
+            counts.padding += composition.padded_fraction
+        if self.every and self._window.replies == self.every:
             self._tell(step)
 
-    def _begin(self, step: int | None) -> None:
-        """The reply that has come is the first of a step, which ends the one before."""
-        now = time.monotonic()
-        if self._begun is not None:
-            began, waited_s, teacher_ns = self._begun
-            self._steps.append(_Step(now - began, self._waited_s - waited_s, (self._teacher_ns - teacher_ns) / 1e9))
-            self._measured += 1
-        self._begun = (now, self._waited_s, self._teacher_ns)
-        self._step = step
-        if step is not None:
-            self._unit = "step"
-
     def _tell(self, step: int | None) -> None:
-        replies, measured, padding = self._window
-        steps = list(self._steps)[-max(1, self._measured - measured) :]
-        found = self._stats(steps, self._replies - replies, self._padding - padding)
-        at = f"reply {self._replies}" if step is None else f"step {step}"
+        found = self._window.stats(self._unit, self._window.steps or list(self._total.steps)[-1:])
+        at = f"reply {self._total.replies}" if step is None else f"step {step}"
         advice = found.advice
-        told = f"; {advice}" if advice and advice.partition(":")[0] != self._advised.partition(":")[0] else ""
-        log.logger.info("%s: %s%s", at, found, told)
+        is_new = advice.partition(":")[0] != self._advised.partition(":")[0]
+        log.logger.info("%s: %s%s", at, found, f"; {advice}" if advice and is_new else "")
         self._advised = advice
-        self._window = (self._replies, self._measured, self._padding)
+        self._window = _Counts()
 
     def total(self) -> Stats:
         """Since the last reset, up to now; medians are of the last 1000 steps."""
-        return self._stats(list(self._steps), self._replies, self._padding)._replace(
-            elapsed_s=time.monotonic() - self._started, waited_s=self._waited_s, teacher_s=self._teacher_ns / 1e9
+        return self._total.stats(self._unit, self._total.steps)._replace(
+            elapsed_s=time.monotonic() - self._started, waited_s=self._waited_s, teacher_s=self._teacher_s
         )
-
-    def _stats(self, steps: list[_Step], replies: int, padding: float) -> Stats:
-        elapsed_s, waited_s, teacher_s = map(median, zip(*steps, strict=True)) if steps else (0.0, 0.0, 0.0)
-        mean = padding / replies if replies else 0.0
-        return Stats(replies, 0.0, 0.0, 0.0, mean, len(steps), elapsed_s, waited_s, teacher_s, self._unit)
 
 
 def _ms(seconds: float) -> str:
