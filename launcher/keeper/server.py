@@ -1,7 +1,6 @@
 """The keeper's socket: who comes, what they ask for, and which training group holds the session.
 
-It takes only processes of this user, and waits for none of them. One that says garbage is dropped; of too many that say nothing the oldest
-make room.
+It takes only processes of this user, and waits for none of them. One that says garbage is dropped, and one too many is refused.
 
 One group at a time holds the session: it may begin while the teachers load, and is told to ask again while they finish what the group
 before it has left.
@@ -51,8 +50,9 @@ from shmbridge.errors import ConfigError, PlanError
 from shmbridge.shm.record import Phase
 
 Visitor = Lines[ToKeeper]
-_MOST_SILENT, _MOST_VISITORS = 32, 256
-_FDS_OF_A_RANK, _SPARE_FDS = 3, 64  # in this process: mappings of its lane and its replies, its pidfd
+_MOST_VISITORS = 256
+_FDS_OF_A_RANK = 3  # in this process: mappings of its lane and its replies, its pidfd
+_SPARE_FDS = _MOST_VISITORS + 64
 _BUSY_S = 0.1
 _AFTER_THE_GRACE_S = 20.0  # more than SIGKILL, clearing up and the last lines of output take
 _NEVER = float("inf")
@@ -168,10 +168,11 @@ class Listener:
             )
             self._tell_ready()
         overdue = self._monitor.step(now)
-        if overdue and overdue.who.role == TEACHER:
-            self._session.failure = self._session.failure or cause.of_overdue(overdue)
-        if self._session.failure:
-            self._leave(f"{self._teacher} ends: {self._session.failure.sentence}", self._session.failure)
+        if overdue and overdue.who.role == TEACHER and not self._session.failure:
+            self._session.failure = cause.of_overdue(overdue)
+        found = self._session.failure
+        if found:
+            self._leave(f"{self._teacher} ends: {found.sentence}", found)
 
     # Who comes
 
@@ -180,20 +181,16 @@ class Listener:
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # nobody (else) there; or they have gone, or there are no file descriptors left
-                break
+                return
             visitor = Lines(connection, messages.AT_KEEPER)
-            spoke = sum(other.heard for other in self._visitors)
             if visitor.uid != os.geteuid():
                 visitor.close()
-            elif spoke >= _MOST_VISITORS:
-                full = f"{spoke} processes have a connection to {self._teacher}, {_MOST_VISITORS} at most: end some of them."
+            elif len(self._visitors) >= _MOST_VISITORS:
+                full = f"{self._teacher} has {_MOST_VISITORS} connections, the most: end some of them."
                 visitor.send(Refused("held", full))
                 visitor.close()
             else:
                 self._visitors.append(visitor)
-        silent = [visitor for visitor in self._visitors if not visitor.heard]
-        for visitor in silent[:-_MOST_SILENT]:
-            visitor.close()
 
     def _hear(self, visitor: Visitor, message: ToKeeper) -> None:
         group = self._group
@@ -234,10 +231,8 @@ class Listener:
             self._check_ranks(asked.ranks)
             token = self._session.begin(asked.settings, asked.ranks)
         except PlanError as error:
-            return Refused(
-                "memory",
-                f"{error} These are settings of {self._teacher}: fewer ranks need less, or start it again with others.",
-            )
+            remedy = f"Fewer ranks need less, or start {self._teacher} again with other settings."
+            return Refused("memory", f"{error} {remedy}")
         except ConfigError as error:
             return Refused("settings", str(error))
         if token is None:
@@ -256,7 +251,7 @@ class Listener:
         if ranks < replicas:
             raise ConfigError(f"{ranks} ranks cannot keep {replicas} replicas of the teacher busy.")
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = (limit - len(os.listdir("/proc/self/fd")) - _SPARE_FDS) // _FDS_OF_A_RANK
+        most = max(0, limit - len(os.listdir("/proc/self/fd")) - _SPARE_FDS) // _FDS_OF_A_RANK
         if ranks > most:
             raise ConfigError(
                 f"{ranks} ranks need {_FDS_OF_A_RANK} file descriptors each in the keeper, whose limit is {limit} (ulimit -n): "

@@ -34,7 +34,6 @@ class Lines(Generic[T]):
         packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.pid, self.uid, _ = _CREDENTIALS.unpack(packed)
         self.open = True
-        self.heard = False  # a message has come
         self._connection = connection
         self._connection.setblocking(False)
         self._decoder = decoder
@@ -76,11 +75,9 @@ class Lines(Generic[T]):
             self.close()
         self._received += chunk
         *lines, self._received = self._received.split(b"\n")
-        messages = []
+        messages: list[T] = []
         try:
-            for line in lines:
-                messages.append(self._decoder.decode(line))
-                self.heard = True
+            messages.extend(map(self._decoder.decode, lines))  # up to the first that is garbage
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self.close()
         if len(self._received) > LONGEST_LINE:
