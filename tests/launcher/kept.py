@@ -75,6 +75,12 @@ class Kept:
         """How often the weights were."""
         return sum(file.read_text().count("loaded the weights") for file in self.directory.glob("runs/*/teacher.log"))
 
+    def serves(self, loaded: int = 1, ranks: int = 2) -> None:
+        """One more group, by a teacher that has loaded so often."""
+        with self.attach("asks", ranks=ranks) as run:
+            assert ended(run) == 0, run.text
+        assert self.loaded == loaded
+
     def is_gone(self) -> None:
         """Nothing is left of it: no process, no object, no name, no socket."""
         until(lambda: not any(run.processes() for run in self.runs), "the end of every process")

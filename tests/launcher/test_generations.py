@@ -27,13 +27,6 @@ def begin_loading(kept: Kept, gate: Path, how: str = "gated", **variables: str) 
     return start
 
 
-def is_served(kept: Kept, loaded: int = 1) -> None:
-    """The next group, with another number of ranks, and by the teacher that has loaded."""
-    with kept.attach("asks", ranks=3) as run:
-        assert ended(run) == 0, run.text
-    assert kept.loaded == loaded
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_generation_that_ends_while_the_teacher_loads_is_skipped(kept, gate, number, code):
     start = begin_loading(kept, gate)
@@ -47,7 +40,7 @@ def test_a_generation_that_ends_while_the_teacher_loads_is_skipped(kept, gate, n
     gate.write_bytes(b"")
     assert start.process.wait(60) == 0
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
-    is_served(kept)
+    kept.serves(ranks=3)
     kept.stop()
 
 
@@ -100,7 +93,7 @@ def test_replies_that_do_not_fit_once_the_teacher_has_loaded_end_the_generation_
         assert re.search(r"The run failed .*/dev/shm has .* MiB free, segment .*", run.text)
         assert "Lower ring.max_tokens" in run.text
     full.unlink()
-    is_served(kept)
+    kept.serves(ranks=3)
     kept.stop()
 
 
@@ -118,7 +111,7 @@ def test_a_teacher_that_is_loaded_again_under_a_group_keeps_the_session_as_it_is
         until(lambda: "is back after" in kept.log, "the teacher's return")
         run.signal(signal.SIGINT)
         assert ended(run) == 130
-    is_served(kept, loaded=2)
+    kept.serves(loaded=2, ranks=3)
     kept.stop()
 
 
@@ -173,6 +166,7 @@ def test_training_that_crashed_begins_again_only_once_the_teacher_has_drained(ke
             until(lambda: "generation 2" in kept.log, "the second generation")
             gate.write_bytes(b"")  # of the second generation
             assert ended(run) == 0, run.text
+            assert kept.loaded == 1
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
     assert kept.status["held by"] == "nobody"
     kept.stop()
