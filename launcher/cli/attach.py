@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
     if args.no_teacher:
         raise ConfigError("--attach and --no-teacher contradict each other: leave one out.")
     given = config.given(args.config, args.overrides, parsers.values(args))
-    with Signals() as signals, closing(Connection(args.attach)) as connection:
+    with closing(Connection(args.attach)) as connection:
         settings = client.agree(connection, given)
         found = machine.look(bool(settings.teacher.gpus or settings.train.gpus))
         assert settings.plane != "auto"
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
             print(summary.describe(planned, planned.jobs(path, "SESSION@1")[-1:], os.environ), end="")
             return 0
         session = RemoteSession(connection, settings, console)
-        with registry.claim(settings.name) if settings.name else nullcontext() as name:
+        claimed = registry.claim(settings.name) if settings.name else nullcontext()
+        with Signals() as signals, claimed as name:
             directory = make_directory(path)
             try:  # its participants are told the run's directory, of which nothing is left where it is refused
                 while (token := session.begin(settings_of(planned, directory), planned.ranks)) is None:
@@ -55,9 +56,8 @@ def run(args: argparse.Namespace, script: Sequence[str], console: Console) -> in
             if name:
                 name.describe(str(token), str(directory.resolve()))
             training = planned.jobs(directory, str(token))[-1]
-            announce(
-                planned, [training], directory, summary.header(planned, str(token), directory, os.environ), console
-            )
+            header = summary.header(planned, str(token), directory, os.environ)
+            announce(planned, [training], directory, header, console)
             logs = Logs(console, directory / "train", planned.ranks)
             for replica, log in enumerate(session.logs):
                 logs.follow(placement.teacher_name(replica, len(session.logs)), log, from_end=True)

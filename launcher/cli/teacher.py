@@ -113,15 +113,15 @@ def _keep(settings: Config, planned: Plan, found: Machine, console: Console, tol
     ):
         assert isinstance(made.session, HostedSession)
         registration.describe(made.token, str(made.run.resolve()))
-        if told is not None:
-            _log_to(made.run / "keeper.log")
-            os.write(told, f"{made.run}\n".encode())
 
-        def ready() -> None:
+        def tell(text: bytes) -> None:
             if told is not None:
                 with suppress(BrokenPipeError):  # whoever started the keeper has gone
-                    os.write(told, _READY)
-                os.close(told)
+                    os.write(told, text)
+
+        if told is not None:
+            _log_to(made.run / "keeper.log")
+        tell(f"{made.run}\n".encode())
 
         teacher = made.plan.config.teacher
         where = f"GPU {teacher.gpus}" if teacher.gpus else "the CPU"
@@ -133,7 +133,8 @@ def _keep(settings: Config, planned: Plan, found: Machine, console: Console, tol
             ("keeper", f"pid {os.getpid()}"),
         ]
         announce(made.plan, made.jobs[:-1], made.run, table(rows, indent=""), console)
-        return made.loop.run(made.session, Listener(made.plan, made.session, made.run, made.loop, listener, ready))
+        keeper = Listener(made.plan, made.session, made.run, made.loop, listener, lambda: tell(_READY))
+        return made.loop.run(made.session, keeper)
 
 
 def _log_to(path: Path) -> None:

@@ -57,10 +57,10 @@ class Connection:
             self.close()
             raise
 
-    def ask(self, question: Message, expected: type[M], patience_s: float = _ANSWER_S) -> M:
-        """The answer to a question; raises as `answer` does."""
+    def ask(self, question: Message, expected: type[M]) -> M:
+        """Wait for the answer to a question; raises as `answer` does."""
         self.send(question)
-        while (found := self.answer(patience_s, expected)) is None:
+        while (found := self.answer(_ANSWER_S, expected)) is None:
             poll = select.poll()
             for fd, events in self.lines.watch():
                 poll.register(fd, events)
