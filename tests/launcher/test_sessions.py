@@ -138,10 +138,13 @@ def test_garbled_settings_and_a_lane_that_is_gone_are_told_as_such(session):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_another_users_session_is_told_as_such(session):
-    os.chown(f"/dev/shm{session.names.control}", 12345, -1)
+def test_another_users_session_is_told_as_such_and_is_never_reclaimed(own_world):
+    session_id = dead_session(own_world)
+    os.chown(owner.SHM_DIRECTORY / owner.objects()[session_id][0], 12345, -1)
     (found,) = sessions.every()
     assert (found.state, found.problem) == ("unreadable", "it belongs to uid 12345")
+    assert list(sessions.reclaim()) == []
+    assert session_id in owner.objects()
 
 
 def test_a_session_before_its_first_generation_has_no_ranks():
