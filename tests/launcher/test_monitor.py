@@ -217,6 +217,29 @@ def test_nothing_is_owed_by_a_teacher_that_is_lost(clocked):
         assert on.ticks(1) == []
 
 
+def test_what_is_seen_of_a_session(clocked):
+    """Who has which GPU, who is ready, when a rank moved last, and a lane whose slot was garbled."""
+    on = clocked(3, "teacher.gpus=4-5", "train.gpus=0-2")
+    teacher, asks, garbled = on.teacher(), on.rank(0), on.rank(1)
+    for rank in asks, garbled:
+        rank.record.words[RecordWord.SINCE_NS] -= int(60e9)
+        ask(rank)
+    garbled.ring.memory[garbled.ring.layout.request(0)] ^= 1  # its generation
+    seen = snapshot.look(on.owner)
+    assert [(one.who, one.gpu, one.ready) for one in seen.participants] == [
+        ("teacher", "4,5", True),
+        ("rank 0", "0", True),
+        ("rank 1", "1", True),
+        ("rank 2", "2", True),
+    ]
+    assert [one.still_s < 60 < one.phase_s for one in seen.ranks] == [True, False, False]
+    assert [bool(lane.garbled) for lane in seen.lanes] == [False, True, False]
+    teacher.record.clear()
+    assert not snapshot.look(on.owner).ready
+    teacher.record.lost = True
+    assert snapshot.look(on.owner).ready
+
+
 def test_a_missing_rank_is_due_and_then_fails_the_run(clocked, monkeypatch, tmp_path):
     """Promise 4 at the deadlines that are the defaults."""
     monkeypatch.setenv("PATH", str(tmp_path))  # no py-spy
