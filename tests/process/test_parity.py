@@ -25,8 +25,8 @@ from shmbridge.teacher import batch, discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Echo, bench
+from tests.models import EVERYTHING, WORDS, build, join, load, saved, serving  # noqa: F401
 from tests.process.test_bridge import ids
-from tests.process.test_payload import EVERYTHING, WORDS, build, join, load, saved, serving  # noqa: F401
 
 Tensors = dict[str, torch.Tensor]
 

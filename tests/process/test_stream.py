@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from shmbridge.head import Head
 from shmbridge.rank.bridge import Bridge, Pending
 from shmbridge.shm import process
 from shmbridge.teacher.batch import Batch
-from tests.harness import Bench, Child, bench, until
+from tests.harness import Bench, bench, until
 from tests.process.test_bridge import ids
 
 ROOT = Path(__file__).parents[2]
@@ -99,42 +98,38 @@ def answers(bridge: Bridge, seed: int = 99) -> None:
 # What is read
 
 
-PAYLOADS = {
-    "logits": ["payload.logits.dtype=float32"],
-    "words": ["payload.topk={k: 5, temperatures: [1.0, 2.0]}", "payload.logprobs={entropy: true, candidates: 3}"],
-    "hidden": ["payload.hidden={}"],
-    "all": ["payload.logits={}", "payload.topk={k: 5}", "payload.logprobs={}", "payload.hidden={}"],
-}
-
-
 @pytest.mark.every_plane
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_chunks_are_in_order_and_are_the_whole_reply(payload):
-    sent = {shape: safe(*shape) % WORDS for shape in ((1, 3), (1, 4), (2, 4), (3, 7), (1, 61))}
-    masks: dict[str, torch.Tensor | None] = {"all": None, "some": None, "none": None}
-    with serving(*PAYLOADS[payload]) as whole, serving(*PAYLOADS[payload], *STREAM) as it:
-        by_slots, by_chunks = whole.bridge(), it.bridge()
-        for input_ids in sent.values():
-            masks["some"] = ids(*input_ids.shape, seed=3) % 3 == 0
-            masks["none"] = torch.zeros_like(input_ids)
-            for positions in masks.values():
-                candidates = ids(input_ids.numel(), 3).reshape(*input_ids.shape, 3) % WORDS
-                extras = {"positions": positions, "candidates": candidates if payload == "words" else None}
-                wanted = by_slots.exchange(input_ids, **extras)
-                found = read(by_chunks.submit(input_ids, **extras))
-                count = input_ids.numel() if positions is None else int(positions.sum())
+def test_chunks_are_in_order_and_are_the_whole_reply():
+    payload = [
+        "payload.logits={}",
+        "payload.topk={k: 5, temperatures: [1.0, 2.0]}",
+        "payload.logprobs={entropy: true, candidates: 3}",
+        "payload.hidden={}",
+    ]
+    with (
+        serving(*payload) as whole,
+        serving(*payload, *STREAM) as it,
+        whole.bridge() as by_slots,
+        it.bridge() as by_chunks,
+    ):
+        for shape in ((1, 3), (1, 4), (2, 4), (3, 7), (1, 61)):
+            sent = safe(*shape) % WORDS
+            candidates = ids(sent.numel(), 3).reshape(*shape, 3) % WORDS
+            for positions in (None, ids(*shape, seed=3) % 3 == 0, torch.zeros(shape)):
+                extras = {"positions": positions, "candidates": candidates}
+                wanted = by_slots.exchange(sent, **extras)
+                found = read(by_chunks.submit(sent, **extras))
+                count = sent.numel() if positions is None else int(positions.sum())
                 assert [(rows.start, rows.stop) for rows, _ in found] == [
                     (start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)
                 ]
-                assembled = by_chunks.exchange(input_ids, **extras)
+                assembled = by_chunks.exchange(sent, **extras)
                 assert assembled.names == wanted.names
                 for name in wanted.names:
                     torch.testing.assert_close(assembled[name], wanted[name])
                     flat = wanted[name] if positions is not None else wanted[name].flatten(0, 1)
                     for rows, chunk in found:
                         torch.testing.assert_close(chunk[name], flat[rows])
-        by_slots.close()
-        by_chunks.close()
 
 
 def test_two_ranks_of_unlike_length_in_one_forward_get_their_own_chunks():
@@ -148,48 +143,40 @@ def test_two_ranks_of_unlike_length_in_one_forward_get_their_own_chunks():
         assert [child.join() for child in [it.rank(lane, body) for lane in range(2)]] == [0, 0]
 
 
-@pytest.mark.parametrize("chosen", [False, True])
-def test_a_request_that_was_split_by_rows_is_one_stream(chosen):
-    with serving("teacher.max_batch_tokens=20", *LOGITS) as it:
-        bridge = it.bridge()
-        sent = safe(7, 7)
-        positions = ids(7, 7, seed=3) % 2 == 0 if chosen else torch.ones(7, 7, dtype=torch.bool)
-        positions[2:4] = not chosen  # the second of four forwards has none
-        found = read(bridge.submit(sent, positions=positions))
+def test_a_request_that_was_split_by_rows_is_one_stream():
+    sent = safe(7, 7)
+    positions = ids(7, 7, seed=3) % 2 == 0
+    positions[2:4] = False  # the second of four forwards has none
+    wanted = MODEL.logits(sent)[positions.flatten()]
+    with serving("teacher.max_batch_tokens=20", *LOGITS) as it, it.bridge() as bridge:
         at = 0
-        for rows, chunk in found:
-            assert (rows.start, rows.stop) == (at, at + len(chunk["logits"]))
+        for rows, chunk in bridge.submit(sent, positions=positions).chunks():
+            assert rows.start == at
+            torch.testing.assert_close(chunk.logits, wanted[rows])
             at = rows.stop
-        wanted = MODEL.logits(sent)[positions.flatten()]
-        torch.testing.assert_close(torch.cat([chunk["logits"] for _, chunk in found]), wanted)
+        assert at == len(wanted)
         torch.testing.assert_close(bridge.exchange(sent, positions=positions).logits, wanted)
-        bridge.close()
 
 
 def test_a_teacher_of_ones_own_streams_what_it_returns():
-    with serving(*STREAM, teacher=lambda batch: {"twice": 2 * batch.input_ids}) as it:
-        bridge = it.bridge()
+    with serving(*STREAM, teacher=lambda batch: {"twice": 2 * batch.input_ids}) as it, it.bridge() as bridge:
         sent = ids(3, 5)
         assert torch.equal(bridge.exchange(sent)["twice"], 2 * sent)
         found = torch.cat([chunk["twice"] for _, chunk in read(bridge.submit(sent))])
         assert torch.equal(found, 2 * sent.flatten())
-        bridge.close()
 
 
 def test_where_nothing_is_streamed_there_is_one_chunk():
-    with serving("payload.logits.dtype=float32") as it:
-        bridge = it.bridge()
+    with serving("payload.logits.dtype=float32") as it, it.bridge() as bridge:
         sent = safe(2, 9)
         [(rows, chunk)] = read(bridge.submit(sent))
         assert (rows.start, rows.stop) == (0, 18)
         right(chunk["logits"], sent)
         assert bridge.free_slots == 2
-        bridge.close()
 
 
 def test_wait_is_refused_and_the_pending_can_still_be_read():
-    with serving() as it:
-        bridge = it.bridge()
+    with serving() as it, it.bridge() as bridge:
         sent = safe(2, 9)
         pending = bridge.submit(sent)
         with pytest.raises(RequestRefused, match=r"use pending\.chunks\(\), or pending\.copy\(\)"):
@@ -197,21 +184,17 @@ def test_wait_is_refused_and_the_pending_can_still_be_read():
         right(pending.copy().logits, sent)
         with pytest.raises(Closed, match="was waited for or cancelled before"):
             pending.copy()
-        bridge.close()
 
 
 def test_a_chunk_that_was_given_back_is_not_read():
-    with serving() as it:
-        bridge = it.bridge()
+    with serving() as it, it.bridge() as bridge:
         kept = [chunk for _, chunk in bridge.submit(safe(1, 9)).chunks()]
         with pytest.raises(Closed, match="released"):
             kept[0].logits  # noqa: B018
-        bridge.close()
 
 
 def test_replies_are_streamed_in_the_order_of_their_requests():
-    with serving() as it:
-        bridge = it.bridge()
+    with serving() as it, it.bridge() as bridge:
         sent = [safe(1, 9, seed) for seed in range(3)]
         first, second = bridge.submit(sent[0], step=1), bridge.submit(sent[1], step=2)
         with pytest.raises(RequestRefused, match="sequence 0 is to be read before sequence 1"):
@@ -220,7 +203,6 @@ def test_replies_are_streamed_in_the_order_of_their_requests():
         third = bridge.submit(sent[2])
         second.cancel()
         right(third.copy().logits, sent[2])
-        bridge.close()
 
 
 # Leaving early
@@ -289,30 +271,12 @@ def test_what_is_left_unread_is_abandoned_and_the_next_request_gets_its_own_chun
         assert it.rank(0, body).join() == 0
 
 
-def test_what_was_cancelled_before_its_forward_is_not_computed():
-    gate, opening = os.pipe()
-    with serving(*LOGITS, "ring.depth=3", teacher=Table(gate)) as it:
-        bridge = it.bridge()
-        busy = bridge.submit(torch.full((1, 9), WAITS))
-        unwanted, wanted = bridge.submit(torch.full((1, 9), RAISES)), bridge.submit(safe(1, 9))
-        unwanted.cancel()
-        os.write(opening, b"x")
-        before = busy.copy().composition.forward
-        reply = wanted.copy()
-        assert reply.composition.forward == before + 1
-        right(reply.logits, safe(1, 9))
-        assert bridge.free_slots == 3
-        bridge.close()
-
-
 def test_the_head_is_not_applied_to_what_nobody_reads():
-    with serving() as it:
-        bridge = it.bridge()
+    with serving() as it, it.bridge() as bridge:
         ring = it.owner.lanes[0].ring
         leave_by_break(bridge.submit(safe(1, 200)))
         until(lambda: ring.replied == 1, "the end of the reply")
         assert ring.streamed <= 4, "two chunks of room, and two while the rank was on its way out"
-        bridge.close()
 
 
 # Deadlines and errors
@@ -320,8 +284,7 @@ def test_the_head_is_not_applied_to_what_nobody_reads():
 
 def test_a_deadline_before_the_first_chunk_leaves_the_pending_to_be_read_again():
     gate, opening = os.pipe()
-    with serving(teacher=Table(gate)) as it:
-        bridge = it.bridge()
+    with serving(teacher=Table(gate)) as it, it.bridge() as bridge:
         sent = torch.full((1, 9), WAITS)
         pending = bridge.submit(sent, step=7)
         for late in (lambda: pending.copy(timeout=0.02), lambda: next(pending.chunks(timeout=0.02))):
@@ -329,7 +292,6 @@ def test_a_deadline_before_the_first_chunk_leaves_the_pending_to_be_read_again()
                 late()
         os.write(opening, b"x")
         right(pending.copy().logits, sent)
-        bridge.close()
 
 
 @pytest.mark.parametrize(("token", "message", "place", "chunks"), [
@@ -383,20 +345,6 @@ def test_a_stopped_rank_keeps_nobody_waiting_and_reads_its_chunks_later():
         stopped.kill(signal.SIGCONT)
         assert stopped.join() == 0
         answers(bridge)
-        bridge.close()
-
-
-class Flag:
-    """A byte that parent and children share."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, 1)
-
-    def set(self) -> None:
-        self._memory[0] = 1
-
-    def __bool__(self) -> bool:
-        return self._memory[0] != 0
 
 
 def test_lockstep_waits_for_the_reader_of_a_stream():
@@ -419,92 +367,31 @@ def test_lockstep_waits_for_the_reader_of_a_stream():
         assert stopped.join() == 0
 
 
-def test_a_rank_that_keeps_pace_with_its_stream_does_not_keep_the_others_from_the_teacher():
-    """The teacher waits after each chunk for rank 0 to have read it, so there is always room for the next."""
-    rings = []
-    order = mmap.mmap(-1, 100)  # one byte for each chunk of the teacher's: its lane, + 1
-
-    class Paced(Table):
-        sent = 0
-
-    class PacedHead(Head):
-        def __call__(self, hidden):
-            if rings and hidden.shape[-2] == CHUNK:
-                until(lambda: rings[0].streamed == rings[0].consumed, "a rank that keeps pace")
-                if rings[0].streamed == 1:
-                    until(lambda: rings[1].requested, "the other rank's request")
-                lane = 1 if rings[1].requested and not rings[1].streamed and (hidden == hidden[0, 0]).all() else 0
-                order[Paced.sent] = lane + 1
-                Paced.sent += 1
-            return super().__call__(hidden)
-
-    model = Paced()
-    model.table[1] = 0.5  # what rank 1 sends
-    model.head = PacedHead(model.head.weight)
-    with bench(2, "teacher.linger_ms=0", *LOGITS) as it:
-        rings.extend(lane.ring for lane in it.owner.lanes)
-        it.teacher(model)
-        go, gone = os.pipe()
-
-        def long(bridge):
-            for _rows, _chunk in bridge.submit(safe(1, 20 * CHUNK) % 600 + 2).chunks():
-                os.write(gone, b"x")
-
-        def short(bridge):
-            bridge.wait_ready()
-            os.read(go, 1)
-            bridge.exchange(torch.ones(1, CHUNK, dtype=torch.int64))
-
-        assert [child.join() for child in (it.rank(0, long), it.rank(1, short))] == [0, 0]
-        chunks = bytes(order).rstrip(b"\0")
-        assert len(chunks) == 21
-        assert chunks.index(2) <= 3, f"rank 1 was kept waiting: {list(chunks)}"
-
-
 # Ends
 
 
-def half_way(body: Callable[[Bridge], Any] = lambda bridge: None) -> tuple[Flag, Callable[[Bridge], None]]:
-    """A rank that reads one chunk of many, says so, and goes on when it is told; then `body`."""
-    there = Flag()
-
-    def reads(bridge: Bridge) -> None:
-        sent = safe(3, 15)
-        for rows, chunk in bridge.submit(sent, step=5).chunks():
-            torch.testing.assert_close(chunk.logits, MODEL.logits(sent)[rows])
-            if not there:
-                there.set()
-                os.kill(os.getpid(), signal.SIGSTOP)
-        body(bridge)
-
-    return there, reads
-
-
-def stopped_half_way(it: Bench, lane: int, body: Callable[[Bridge], Any] = lambda bridge: None) -> Child:
-    there, reads = half_way(body)
-    child = it.rank(lane, reads)
-    until(lambda: there and process.state(child.pid) == "stopped", "the rank in the middle of its stream")
-    return child
+def stops_half_way(bridge: Bridge) -> None:
+    chunks = bridge.submit(safe(3, 15)).chunks()
+    next(chunks)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def test_a_rank_killed_in_mid_stream_leaves_the_teacher_to_the_others():
     with serving(lanes=2) as it:
-        teacher = it.children[0]
-        killed = stopped_half_way(it, 1)
-        bridge = it.bridge()
-        answers(bridge, 1)
-        killed.kill()
-        assert killed.join() == -signal.SIGKILL
-        for step in range(5):
-            answers(bridge, step)
-        bridge.close()
-        assert teacher.join() == 0
+        killed = it.rank(1, stops_half_way)
+        until(lambda: process.state(killed.pid) == "stopped", "the rank in the middle of its stream")
+        with it.bridge() as bridge:
+            answers(bridge, 1)
+            killed.kill()
+            assert killed.join() == -signal.SIGKILL
+            for step in range(5):
+                answers(bridge, step)
+        assert it.children[0].join() == 0
 
 
 @pytest.mark.every_plane
 def test_a_teacher_killed_in_mid_stream_is_named_with_step_and_sequence():
-    with serving() as it:
-        bridge = it.bridge()
+    with serving() as it, it.bridge() as bridge:
         sent = safe(3, 15)
         seen = []
         with pytest.raises(
@@ -518,12 +405,10 @@ def test_a_teacher_killed_in_mid_stream_is_named_with_step_and_sequence():
                     it.children[0].kill()
                     assert it.children[0].join() == -signal.SIGKILL
         assert seen == [0, CHUNK], "what was answered before is still given"
-        bridge.close()
 
 
 def test_closing_with_unread_streams_ends_the_teacher():
-    with serving("ring.depth=3", *LOGITS) as it:
-        bridge = it.bridge()
+    with serving("ring.depth=3", *LOGITS) as it, it.bridge() as bridge:
         pending = [bridge.submit(safe(2, 15, i)) for i in range(3)]
         chunks = pending[0].chunks()
         _, chunk = next(chunks)
@@ -537,8 +422,7 @@ def test_closing_with_unread_streams_ends_the_teacher():
 
 
 def test_a_teacher_ends_the_streams_that_were_asked_for_before_training_ended():
-    with serving("ring.depth=3", *LOGITS) as it:
-        bridge = it.bridge()
+    with serving("ring.depth=3", *LOGITS) as it, it.bridge() as bridge:
         sent = [safe(3, 15, i) for i in range(2)]
         pending = [bridge.submit(one) for one in sent]
         first = []
@@ -549,49 +433,9 @@ def test_a_teacher_ends_the_streams_that_were_asked_for_before_training_ended():
         right(torch.cat(first), sent[0])
         right(pending[1].copy().logits, sent[1])
         assert it.children[0].join() == 0
-        bridge.close()
 
 
 # Memory
-
-
-def test_what_waits_for_a_reader_is_no_view_of_the_whole_forward():
-    """Rank 1 does not read its one row; at the next forward the combined tensors of the first are gone."""
-    alive: list[weakref.ref] = []
-
-    class Watched(Table):
-        def __call__(self, batch):
-            assert not [one for one in alive if one() is not None], "an earlier forward's whole output is still there"
-            hidden = super().__call__(batch)["hidden"].numpy()
-            if len(hidden) > 1:  # not the probe, and not what is one rank's alone
-                alive.append(weakref.ref(hidden))
-            return {"hidden": torch.from_numpy(hidden)}
-
-    class Verbatim(Watched):
-        def __call__(self, batch):
-            return {"own": super().__call__(batch)["hidden"]}
-
-    def reads_late(bridge):
-        sent = safe(1, 9)
-        pending = bridge.submit(sent)
-        until(lambda: rounds, "the other rank's rounds")
-        name = bridge.teacher.outputs[0].name
-        right(pending.copy().logits, sent) if name == "logits" else pending.copy()
-
-    for model, overrides in ((Watched(), LOGITS), (Verbatim(), STREAM)):
-        alive.clear()
-        rounds = Flag()
-        with serving("teacher.linger_ms=60000", "ring.max_tokens=1024", *overrides, lanes=2, teacher=model) as it:
-            bridge = it.bridge()
-            late = it.rank(1, reads_late)
-            until(lambda it=it: it.owner.lanes[1].ring.requested, "a request to share the forward with")
-            assert bridge.exchange(safe(50, 9)).composition.rows == 51
-            for step in range(3):
-                bridge.exchange(safe(50, 9, step))
-            rounds.set()
-            assert late.join() == 0
-            bridge.close()
-            assert it.children[0].join() == 0
 
 
 def anonymous_kb() -> int:
@@ -654,31 +498,17 @@ def test_the_script_that_shows_it():
     assert tokens == ["tokens", "256", "512"]
 
 
-def test_a_request_that_raised_is_told_while_the_next_reply_is_streaming():
-    """The error belongs to the first; chunks of the second, which are there already, are the second's."""
-
-    def forward(batch):
-        if (batch.input_ids == 13).any():
-            raise ValueError("unlucky")
-        return {"ids": batch.input_ids.clone()}
-
-    with bench(1, "payload.stream.chunk_positions=3", "payload.stream.chunks=2") as it:
-        it.teacher(forward)
-        with it.bridge() as bridge:
-            bad = bridge.submit(torch.full((1, 4), 13))
-            good = bridge.submit(torch.arange(4)[None])
-            until(lambda: bridge._life.session.ring.streamed == 2, "both chunks of the second reply")
-            with pytest.raises(TeacherError, match="unlucky"):
-                list(bad.chunks())
-            assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]
-
-
-def test_a_request_that_chose_no_position_ends_while_the_next_reply_is_streaming():
-    with bench(1, "payload.stream.chunk_positions=3", "payload.stream.chunks=2") as it:
-        it.teacher(lambda batch: {"ids": batch.input_ids.clone()})
-        with it.bridge() as bridge:
-            nothing = bridge.submit(torch.arange(4)[None], positions=torch.zeros(1, 4))
-            good = bridge.submit(torch.arange(4)[None])
-            until(lambda: bridge._life.session.ring.streamed == 2, "both chunks of the second reply")
-            assert list(nothing.chunks()) == []
-            assert good.copy()["ids"].tolist() == [[0, 1, 2, 3]]
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_request_without_chunks_ends_while_the_next_reply_is_streaming(raises):
+    """It raised, or it chose no position. The chunks that are there already are the next reply's."""
+    with serving() as it, it.bridge() as bridge:
+        first = bridge.submit(torch.full((1, 4), RAISES if raises else 0), positions=torch.full((1, 4), int(raises)))
+        sent = safe(1, 9)
+        second = bridge.submit(sent)
+        until(lambda: it.owner.lanes[0].ring.streamed == 2, "two chunks of the second reply")
+        if raises:
+            with pytest.raises(TeacherError, match="six hundred"):
+                list(first.chunks())
+        else:
+            assert list(first.chunks()) == []
+        right(second.copy().logits, sent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmbridge.teacher.compose import Piece, by_request, compose, halve, padded_tokens
+from shmbridge.teacher.compose import Piece, TokenLimit, by_request, compose, halve, padded_tokens
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 
@@ -65,3 +65,19 @@ def test_halves_hold_the_same_rows(requests):
 def test_by_request_separates(requests):
     pieces = [Piece(i, 0, batch, seq) for i, (batch, seq) in enumerate(requests)]
     assert [{p.request for p in group} for group in by_request(pieces)] == [{i} for i in range(len(requests))]
+
+
+def test_the_limit_falls_to_half_of_what_failed_and_grows_after_more_and_more_forwards():
+    limit = TokenLimit(1000)
+    assert not limit.succeeded(1000)
+    limit.failed(800)
+    assert limit.tokens == 400
+    assert not any(limit.succeeded(200) for _ in range(100)), "half of the limit says nothing of twice the limit"
+    for needed in (16, 32, 64):
+        grown = [limit.succeeded(201) for _ in range(needed)]
+        assert grown == [False] * (needed - 1) + [True]
+        assert limit.tokens == 800
+        limit.failed(800)
+        assert limit.tokens == 400
+    limit.failed(1)
+    assert limit.tokens == 1, "a single row is always tried"

@@ -12,7 +12,6 @@ from shmbridge.errors import PlanError
 from shmbridge.head import Head
 from shmbridge.output_spec import OutputSpec
 from shmbridge.teacher import payload as teacher_payload
-from shmbridge.teacher.batch import next_tokens
 from shmbridge.teacher.payload import LanguageModel, Selection, Verbatim
 
 WORDS = 50
@@ -191,8 +190,3 @@ def test_outputs_of_ones_own_are_cut_to_the_request():
     assert torch.equal(found["x"], torch.stack([returned["x"][1, 2], returned["x"][2, 0], returned["x"][2, 6]]))
     assert torch.equal(found["pooled"], returned["pooled"][1:3])
     assert torch.equal(encoder.encode(selection, 1, 3)["x"], found["x"][1:3])
-
-
-def test_the_default_targets_are_the_next_tokens_of_each_row():
-    ids = words(2, 4).numpy()
-    assert next_tokens(ids).tolist() == [[*ids[0, 1:], -100], [*ids[1, 1:], -100]]
