@@ -31,14 +31,9 @@ def rows(counted: memory.MemoryPlan) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_replies_are_hidden_states(path):
+def test_it_loads_and_replies_are_hidden_states(path):
     """They are exact, and a small part of the logits' size."""
     assert config.load(str(path)).payload.named == ("hidden",)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_it_loads(path):
-    assert config.load(str(path)).enabled
 
 
 def test_eight_gpus():

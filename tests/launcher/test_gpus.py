@@ -7,11 +7,12 @@ import time
 import pytest
 
 from launcher.cli.main import main
-from launcher.plan import gpus, placement, plane_choice
+from launcher.plan import gpus, plane_choice
 from launcher.plan.gpus import Gpu
 from shmbridge import config
 from shmbridge.errors import ConfigError
 from tests.launcher import fake_gpus
+from tests.launcher.test_plan import MACHINE, make
 
 
 def test_nvidia_smi_tells_gpus_with_their_mode(tmp_path):
@@ -49,50 +50,39 @@ def test_where_nvidia_smi_fails_and_torch_finds_none_its_words_are_told(tmp_path
         gpus.discover(environment)
 
 
-def given(teacher: str, train: str) -> config.Config:
-    return config.load(values={"teacher.gpus": teacher, "train.gpus": train})
-
-
 EIGHT = tuple(Gpu(i, str(i), 80, 79, compute_mode="Exclusive_Process") for i in range(8))
 
 
 @pytest.mark.parametrize(
-    ("teacher", "train", "cards", "message"),
+    ("train", "changed", "message"),
     [
-        ("0", "0", EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes.*`sudo nvidia-smi -i 0 -c 0`"),
-        ("7", "0,0", EIGHT, r"GPU 0 is in compute mode Exclusive_Process.*2 processes"),
-        ("1", "0", [gpu._replace(compute_mode="Prohibited") for gpu in EIGHT], r"GPU 1 is in compute mode Prohibited"),
-        ("1", "0", [gpu._replace(mig=True) for gpu in EIGHT], r"GPU 1 has MIG enabled.*`sudo nvidia-smi -i 1 -mig 0`"),
+        ("7", {}, r"GPU 7 is in compute mode Exclusive_Process.*2 processes.*`sudo nvidia-smi -i 7 -c 0`"),
+        ("0,0", {}, r"GPU 0 is in compute mode Exclusive_Process.*2 processes"),
+        ("0", {"compute_mode": "Prohibited"}, r"GPU 7 is in compute mode Prohibited"),
+        ("0", {"mig": True}, r"GPU 7 has MIG enabled.*`sudo nvidia-smi -i 7 -mig 0`"),
     ],
 )
-def test_a_gpu_that_a_run_cannot_use_is_refused_with_the_remedy(teacher, train, cards, message):
+def test_a_gpu_that_a_run_cannot_use_is_refused_with_the_remedy(train, changed, message):
     with pytest.raises(ConfigError, match=message):
-        placement.teacher_and_train_gpus(given(teacher, train), cards)
+        make(
+            "teacher.gpus='7'",
+            f"train.gpus='{train}'",
+            machine=MACHINE._replace(gpus=[gpu._replace(**changed) for gpu in EIGHT]),
+        )
 
 
-@pytest.mark.parametrize(
-    ("smi", "message"),
-    [
-        (
-            fake_gpus.rows(1, "Exclusive_Process"),
-            "teacher.gpus names GPU 0. GPU 0 is in compute mode Exclusive_Process",
-        ),
-        ("sleep 600", "nvidia-smi gave no answer within 0.3 s. Turn persistence mode on"),
-    ],
-)
-def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsys, smi, message):
-    monkeypatch.setattr(gpus, "NVIDIA_SMI_LIMIT_S", 0.3)
+def test_the_command_refuses_before_anything_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").write_text("")
-    for name, value in fake_gpus.nvidia_smi(tmp_path, smi).items():
+    for name, value in fake_gpus.nvidia_smi(tmp_path, fake_gpus.rows(1, "Exclusive_Process")).items():
         monkeypatch.setenv(name, value)
     assert main(["--teacher", "toy:build", "--teacher-gpu", "0", "--train-gpus", "0", "--", "train.py"]) == 2
-    assert message in capsys.readouterr().err
+    assert "teacher.gpus names GPU 0. GPU 0 is in compute mode Exclusive_Process" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
 def test_one_process_on_an_exclusive_gpu_is_allowed_and_named_where_the_trial_fails():
-    placement.teacher_and_train_gpus(given("7", "0-6"), EIGHT)
+    make("teacher.gpus='7'", "train.gpus=0-6", machine=MACHINE._replace(gpus=EIGHT))
     chosen = plane_choice.by_trial(
         config.load(), plane_choice.gpu_pairs([EIGHT[7:]], EIGHT[:7]), lambda: "cudaErrorDevicesUnavailable"
     )

@@ -28,26 +28,19 @@ def specs(planned: jobs.Plan) -> dict[str, jobs.JobSpec]:
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers"), [("7", [7]), ("0-6", [0, 1, 2, 3, 4, 5, 6]), ("0,2,5", [0, 2, 5]), ("4-5, 1", [4, 5, 1])]
+    ("text", "numbers"),
+    [
+        ("7", [7]),
+        ("0-6", [0, 1, 2, 3, 4, 5, 6]),
+        ("4-5, 1", [4, 5, 1]),
+        ("0,0", [0, 0]),
+        ("0-1,0-1", [0, 1, 0, 1]),
+        ("5,3,5", [5, 3, 5]),
+    ],
 )
-def test_gpu_lists(text, numbers):
-    assert placement.parse_gpus(text, "train.gpus") == numbers
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("text", ["", ",", "0,,1", "a", "-1", "3-1"])
-def test_gpu_lists_that_are_refused(text, shared):
-    with pytest.raises(ConfigError, match=r"train\.gpus is"):
-        placement.parse_gpus(text, "train.gpus", shared)
-
-
-@pytest.mark.parametrize(
-    ("text", "numbers"), [("0,0", [0, 0]), ("0-1,0-1", [0, 1, 0, 1]), ("5,3,5", [5, 3, 5]), ("0,0,0", [0, 0, 0])]
-)
-def test_ranks_may_share_gpus_in_turn(text, numbers):
-    planned = make(f"train.gpus={text}", "teacher.gpus='7'")
-    assert [gpu.number for gpu in planned.train_gpus] == numbers
-    assert planned.ranks == len(numbers)
+def test_a_list_of_gpus_has_a_rank_for_each_entry(text, numbers):
+    planned = make(f"train.gpus='{text}'")
+    assert ([gpu.number for gpu in planned.train_gpus], planned.ranks) == (numbers, len(numbers))
 
 
 @pytest.mark.parametrize(
@@ -103,20 +96,21 @@ def test_mig_slices_are_refused_by_name():
         gpus.select_visible(TABLE, "MIG-1f2e")
 
 
+ON_CPU = "train.cpu_ranks=2"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["teacher.gpus='8'", "train.gpus=0-3"],
-            "teacher.gpus names GPU 8, which does not exist; this process sees GPUs 0-7",
-        ),
-        (["train.gpus=0-9"], "train.gpus names GPU 8"),
         ([], "no training ranks"),
-        (["train.gpus=0-1", "train.cpu_ranks=2"], "train on GPUs or on the CPU"),
+        (["train.gpus=0-1", ON_CPU], "train on GPUs or on the CPU"),
+        *[([f"train.gpus='{text}'"], r"train\.gpus is .* is no GPU") for text in (",", "0,,1", "a", "-1")],
+        (["train.gpus=3-1"], "runs backwards"),
         (["train.gpus=0-2,1"], "take them in turn, .* Write 0,1,2,0"),
         (["train.gpus=0,0,1"], "take them in turn, .* Write 0,1,0"),
-        (["teacher.gpus=0-2,1", "train.cpu_ranks=2"], r"teacher\.gpus is .* is given twice"),
-        (["teacher.gpus=5,5", "train.cpu_ranks=2"], r"teacher\.gpus is .* is given twice"),
+        (["teacher.gpus=0-2,1", ON_CPU], r"teacher\.gpus is .* is given twice"),
+        (["teacher.gpus='8'", "train.gpus=0-3"], "teacher.gpus names GPU 8, which does not exist; .* GPUs 0-7"),
+        (["train.gpus=0-9"], "train.gpus names GPU 8"),
     ],
 )
 def test_contradictions_are_refused(overrides, message):
@@ -163,7 +157,7 @@ def test_the_teacher_is_a_rank_of_no_world():
 
 
 def test_output_is_unbuffered_unless_the_user_says_otherwise():
-    spec = specs(make("train.cpu_ranks=2"))[TRAIN]
+    spec = specs(make(ON_CPU))[TRAIN]
     assert spec.environment({})["PYTHONUNBUFFERED"] == "1"
     assert spec.environment({"PYTHONUNBUFFERED": ""})["PYTHONUNBUFFERED"] == ""
 
@@ -199,7 +193,6 @@ def test_without_a_teacher_there_is_one_job_and_the_bridge_is_off():
         "--nnodes=2",
         "--nproc-per-node 4",
         "--nproc_per_node=4",
-        "--nproc 4",
         "--np 4",
         "--nn=2",
         "--v",
@@ -207,12 +200,12 @@ def test_without_a_teacher_there_is_one_job_and_the_bridge_is_off():
 )
 def test_flags_that_are_the_launchers_are_refused(args):
     with pytest.raises(ConfigError, match="which shmbridge-launch refuses"):
-        make("train.cpu_ranks=2", f"train.torchrun_args={args}")
+        make(ON_CPU, f"train.torchrun_args={args}")
 
 
 @pytest.mark.parametrize("args", ["--max-restarts 0", "--nnodes=1", "--nnodes 1:1", "--standalone", "--no-python"])
 def test_flags_that_change_nothing_are_not(args):
-    make("train.cpu_ranks=2", f"train.torchrun_args={args}")
+    make(ON_CPU, f"train.torchrun_args={args}")
 
 
 @pytest.mark.parametrize(

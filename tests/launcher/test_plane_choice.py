@@ -52,17 +52,11 @@ def test_the_plane_before_a_trial(overrides, line):
     assert f"\n\nplane\n  {line}\n\n" in described(planned)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "where"),
-    [
-        (["train.cpu_ranks=2"], "the teacher and training are on the CPU"),
-        (["train.gpus=0-6"], "the teacher is on the CPU"),
-        (["teacher.gpus='7'", "train.cpu_ranks=2"], "training is on the CPU"),
-    ],
-)
-def test_gpu_memory_without_gpus_is_refused(overrides, where):
-    with pytest.raises(ConfigError, match=f"which needs GPUs on both sides: {where}. Give --teacher-gpu and"):
-        make("plane=cuda_ipc", *overrides)
+def test_gpu_memory_without_gpus_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"needs GPUs on both sides: the teacher is on the CPU\. Give --teacher-gpu and"
+    ):
+        make("plane=cuda_ipc", "train.gpus=0-6")
 
 
 def test_without_a_bridge_there_is_no_plane():
@@ -75,33 +69,28 @@ def test_without_a_bridge_there_is_no_plane():
 # What the trial decides
 
 
-@pytest.mark.parametrize("wanted", ["auto", "cuda_ipc"])
-def test_a_trial_that_passes(wanted):
-    chosen = plane_choice.by_trial(config.load(overrides=[f"plane={wanted}"]), SEVEN, lambda: None)
-    assert str(chosen) == "cuda_ipc: opened, read and checked between GPU 7 and GPUs 0-6"
+NO_ACCESS = "GPU 7 and GPU 3: no peer access"
 
 
-def test_a_trial_that_fails_leaves_the_host():
-    chosen = plane_choice.by_trial(config.load(), SEVEN, lambda: "GPU 7 and GPU 3: no peer access")
-    assert str(chosen) == "host: GPU 7 and GPU 3: no peer access"
+def test_a_trial_that_passes_is_told_with_its_gpus():
+    chosen = plane_choice.by_trial(config.load(), SEVEN, lambda: None)
+    assert chosen == PlaneChoice("cuda_ipc", "opened, read and checked between GPU 7 and GPUs 0-6")
 
 
-def test_a_trial_that_fails_is_an_error_where_it_must_not():
-    with pytest.raises(PlanError) as caught:
-        plane_choice.by_trial(
-            config.load(overrides=["plane=cuda_ipc"]), SEVEN, lambda: "GPU 7 and GPU 3: no peer access"
-        )
-    assert str(caught.value).startswith("plane is cuda_ipc, and its trial failed: GPU 7 and GPU 3: no peer access.\n")
-    assert "between GPU 7 and GPUs 0-6" in str(caught.value)
-    assert "set plane=host" in str(caught.value)
+def test_a_trial_that_fails_leaves_the_host_or_is_an_error_where_gpu_memory_was_asked_for():
+    assert plane_choice.by_trial(config.load(), SEVEN, lambda: NO_ACCESS) == PlaneChoice("host", NO_ACCESS)
+    with pytest.raises(
+        PlanError, match=f"(?s)its trial failed: {NO_ACCESS}.*between GPU 7 and GPUs 0-6.*set plane=host"
+    ):
+        plane_choice.by_trial(config.load(overrides=["plane=cuda_ipc"]), SEVEN, lambda: NO_ACCESS)
 
 
 def test_what_was_chosen_is_what_is_planned():
     settings = config.load(overrides=["teacher.model=toy:build", *GPUS])
-    chosen = PlaneChoice("host", "GPU 7 and GPU 3: no peer access")
+    chosen = PlaneChoice("host", NO_ACCESS)
     planned = jobs.plan(settings, ["-m", "x"], MACHINE, chosen)
     assert planned.config.plane == "host"
-    assert "plane     host: GPU 7 and GPU 3: no peer access" in headed(planned)
+    assert f"plane     host: {NO_ACCESS}" in headed(planned)
     assert not any("handles" in item.what for item in planned.memory.items)
     planned = jobs.plan(settings, ["-m", "x"], MACHINE, PlaneChoice("cuda_ipc", "tried"))
     assert any("handles" in item.what for item in planned.memory.items)
@@ -180,28 +169,22 @@ def test_on_the_host_plane_everybody_keeps_them(overrides):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "line"),
+    ("overrides", "parts"),
     [
-        (["teacher.gpus='0'", "train.gpus='0'"], "GPU 0: the teacher's and training's"),
+        (["teacher.gpus='0'", "train.gpus='0'"], ["GPU 0: the teacher's and training's"]),
         (
             ["teacher.gpus='0'", "train.gpus=0,0"],
-            "GPU 0: the teacher's and training's; 2 ranks on GPU 0: they need torch.cuda.set_device(LOCAL_RANK % 1) and the "
-            "gloo backend, because NCCL refuses two ranks on one GPU",
+            ["GPU 0: the teacher's and training's; 2 ranks on GPU 0", "set_device(LOCAL_RANK % 1)", "gloo"],
         ),
-        (
-            ["teacher.gpus='7'", "train.gpus=0-1,0"],
-            "3 ranks on GPUs 0-1: they need torch.cuda.set_device(LOCAL_RANK % 2) and the gloo backend, because NCCL refuses "
-            "two ranks on one GPU",
-        ),
+        (["teacher.gpus='7'", "train.gpus=0-1,0"], ["  3 ranks on GPUs 0-1", "set_device(LOCAL_RANK % 2)", "gloo"]),
+        (GPUS, []),
+        (["train.cpu_ranks=2"], []),
     ],
 )
-def test_the_header_says_what_sharing_a_gpu_means(overrides, line):
-    assert f"sharing   {line}" in headed(make(*overrides))
-
-
-@pytest.mark.parametrize("overrides", [GPUS, ["train.cpu_ranks=2"], ["train.gpus=0-6"]])
-def test_without_sharing_the_header_is_silent(overrides):
-    assert not any(line.startswith("sharing") for line in headed(make(*overrides)))
+def test_the_header_says_what_sharing_a_gpu_means(overrides, parts):
+    lines = [line for line in headed(make(*overrides)) if line.startswith("sharing")]
+    assert len(lines) == bool(parts)
+    assert all(part in lines[0] for part in parts)
 
 
 # The command. nvidia-smi finds two GPUs; torch finds none.
@@ -246,6 +229,7 @@ def test_a_trial_without_cuda_refuses_before_anything_is_created(directory):
         assert not (directory / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_without_cuda_leaves_the_host_and_says_why(directory):
     """The teacher has no GPU then; what matters here is what the session was made with."""
     with command(directory) as run:
@@ -254,15 +238,6 @@ def test_a_trial_without_cuda_leaves_the_host_and_says_why(directory):
         run.signal(signal.SIGTERM)
         run.wait()
         assert "plane: host" in written.read_text()
-
-
-def test_a_teachers_interpreter_that_is_not_there_is_told(directory):
-    with command(directory, "--plane", "cuda_ipc", "teacher.python=/nowhere/python") as run:
-        assert run.wait() == 2
-        assert (
-            "its trial failed: the trial in the teacher's environment ended with exit code 127 (cannot execute "
-            "/nowhere/python: No such file or directory)."
-        ) in run.text
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
