@@ -58,23 +58,20 @@ def main(as_json: bool) -> int:
 def page(facts: Sequence[Fact], width: int = 0, coloured: bool = False, margin: int = _MARGIN) -> str:
     """A line for each fact, and its remedy in the line below; wrapped at `width` columns, 0: never."""
     indent = margin + _STATUS_WIDTH + 2 + _NAME_WIDTH + 2
+    room = max(30, width - indent) if width else 10**9
+    wrapper = textwrap.TextWrapper(room, break_long_words=False, break_on_hyphens=False)
     lines = []
     for fact in facts:
         status = fact.status.ljust(_STATUS_WIDTH)
         if coloured:
             status = f"\033[{_COLOURS[fact.status]}m{status}\033[0m"
-        found, *more = _wrapped(fact.found, width - indent) if width else [fact.found]
+        wrapper.subsequent_indent = ""
+        found, *more = wrapper.wrap(fact.found) or [""]
+        wrapper.subsequent_indent = "   "
+        more += wrapper.wrap(f"-> {fact.remedy}") if fact.remedy else []
         lines.append(f"{' ' * margin}{status}  {fact.name.replace('_', ' '):{_NAME_WIDTH}}  {found}".rstrip())
-        if fact.remedy:
-            more += _wrapped(f"-> {fact.remedy}", width - indent, "   ") if width else [f"-> {fact.remedy}"]
         lines += [" " * indent + line for line in more]
     return "\n".join(lines)
-
-
-def _wrapped(text: str, room: int, hanging: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, max(30, room), subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
-    ) or [""]
 
 
 def _all() -> list[Fact]:

@@ -125,7 +125,7 @@ def plan(config: Config, script: Sequence[str], machine: Machine, chosen: PlaneC
     if replicas:
         chosen = chosen or plane_choice.by_settings(config, teacher, train)
         config = msgspec.structs.replace(config, plane=chosen.plane)
-        counted = memory.plan(config, ranks, model_card.read(config.teacher), teachers, machine, train)
+        counted = memory.plan(config, model_card.read(config.teacher), teachers, machine, train)
     threads = _threads(config, machine.cores, ranks, replicas)
     return Plan(config, tuple(script), ranks, teachers, tuple(train), threads, counted, chosen)
 

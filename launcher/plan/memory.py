@@ -81,12 +81,16 @@ class MemoryPlan(NamedTuple):
                 )
 
     def __str__(self) -> str:
+        places: dict[tuple[str, int], list[str]] = {}  # of items that are equal
+        for item in self.items:
+            places.setdefault((item.what, item.nbytes), []).append(item.where)
         rows = []
-        for (what, nbytes), alike in itertools.groupby(self.items, lambda item: (item.what, item.nbytes)):
-            places = [item.where for item in alike]
-            each = " each" if len(places) > 1 else ""  # equal items on several GPUs
-            where = gpu_names([int(place.removeprefix("GPU ")) for place in places]) if each else places[0]
-            rows.append((what, where, size(nbytes) + each if nbytes else "known once it has loaded"))
+        for (what, nbytes), where in places.items():
+            amount = size(nbytes) if nbytes else "known once it has loaded"
+            if len(where) > 1:
+                where = [gpu_names([int(place.removeprefix("GPU ")) for place in where])]
+                amount += " each" if nbytes else ""
+            rows.append((what, *where, amount))
         totals = []
         for place, free in self.free.items():
             besides = " (training itself is not counted)" if place in self.trained else ""
@@ -95,20 +99,15 @@ class MemoryPlan(NamedTuple):
 
 
 def plan(
-    config: Config,
-    ranks: int,
-    card: ModelCard,
-    teachers: Sequence[Sequence[Gpu]],
-    machine: Machine,
-    train: Sequence[Gpu],
+    config: Config, card: ModelCard, teachers: Sequence[Sequence[Gpu]], machine: Machine, train: Sequence[Gpu]
 ) -> MemoryPlan:
-    """The memory plan of a session with `ranks` lanes, a teacher on each share of GPUs, and each rank on a GPU of
-    `train`. An empty share or list means the CPU.
+    """The memory plan of a session with a teacher on each share of GPUs, and each rank on a GPU of `train`. An empty share
+    or list means the CPU.
 
     Raises:
         PlanError: the payload is not one that this model can give.
     """
-    planned = _plan(config, ranks, card, teachers, machine, train)
+    planned = _plan(config, card, teachers, machine, train)
     smaller = {}
     if _sends_logits(config):
         if TopkConfig().k < (card.vocab_size or 0):
@@ -117,7 +116,7 @@ def plan(
             smaller[_HIDDEN] = msgspec.structs.replace(config.payload, logits=None, hidden=HiddenConfig())
     for override, payload in smaller.items():
         instead = msgspec.structs.replace(config, payload=payload)
-        planned.instead[override] = _plan(instead, ranks, card, teachers, machine, train)
+        planned.instead[override] = _plan(instead, card, teachers, machine, train)
     return planned
 
 
@@ -139,13 +138,9 @@ def created(config: Config, shape: Shape, agreed: Offer, nbytes: int) -> str:
 
 
 def _plan(
-    config: Config,
-    ranks: int,
-    card: ModelCard,
-    teachers: Sequence[Sequence[Gpu]],
-    machine: Machine,
-    train: Sequence[Gpu],
+    config: Config, card: ModelCard, teachers: Sequence[Sequence[Gpu]], machine: Machine, train: Sequence[Gpu]
 ) -> MemoryPlan:
+    ranks = len(train) or config.train.cpu_ranks
     shape = Shape.of(config, ranks, len(teachers))
     outputs, head = card.outputs(config), card.head(config)
     slot = shape.slot_bytes(outputs) if outputs else 0
@@ -154,9 +149,9 @@ def _plan(
         Item(Kind.REQUESTS, "control segment", SHM, layout.control_bytes(shape.teachers)),
         Item(Kind.REQUESTS, f"lanes: {ranks} ranks x {size(lane)}", SHM, ranks * lane),
         *_replies_in_shm(config, shape, slot, head),
-        *_on_teacher_gpus(config, shape, slot, card.weight_bytes or 0, teachers),
-        *_contexts(teachers, train),
-        *_on_training_gpus(config, shape, slot, head, train),
+        *_of_teachers(config, shape, slot, card.weight_bytes or 0, teachers),
+        *_of_ranks(config, shape, slot, head, train),
+        *_contexts([*itertools.chain(*teachers), *train]),
     )
     gpus = {str(gpu): gpu.free_bytes for gpu in (*itertools.chain(*teachers), *train) if gpu.free_bytes}
     return MemoryPlan(items, _free(machine) | gpus, config, outputs, shape.teachers, frozenset(map(str, train)), {})
@@ -182,16 +177,15 @@ def _replies_in_shm(config: Config, shape: Shape, slot: int, head: HeadSpec | No
         yield Item(Kind.REPLIES, f"replies: {shape.lanes} ranks x {_slots(shape, slot)}", SHM, nbytes)
 
 
-def _on_teacher_gpus(
+def _of_teachers(
     config: Config, shape: Shape, slot: int, weight_bytes: int, teachers: Sequence[Sequence[Gpu]]
 ) -> Iterator[Item]:
-    """The replies on each replica's first GPU, a slab for each of its lanes; the weights on all of its GPUs, or in RAM."""
-    if config.plane == "cuda_ipc":
-        for replica, own in enumerate(teachers):
+    """The replies of each replica's lanes on its first GPU, and the weights on all of its GPUs or in RAM."""
+    for replica, own in enumerate(teachers):
+        if config.plane == "cuda_ipc":
             count = len(lanes(replica, len(teachers), shape.lanes))
             nbytes = slot and count * _slab_bytes(shape, slot)
             yield Item(Kind.REPLIES, f"replies: {_ranks(count)} x {_slots(shape, slot)}", str(own[0]), nbytes)
-    for replica, own in enumerate(teachers):
         places = [str(gpu) for gpu in own] or [RAM]
         for part, place in enumerate(places, 1):
             of_several = f", part {part} of {len(places)}" if len(places) > 1 else ""
@@ -199,28 +193,24 @@ def _on_teacher_gpus(
             yield Item(Kind.WEIGHTS, what, place, -(-weight_bytes // len(places)))
 
 
-def _contexts(teachers: Sequence[Sequence[Gpu]], train: Sequence[Gpu]) -> Iterator[Item]:
-    """CUDA's own memory. A rank has none on the teacher's GPU: it opens handles in its own GPU's context."""
-    for gpu, count in Counter([*itertools.chain(*teachers), *train]).items():
-        what = "CUDA context" if count == 1 else f"CUDA contexts of {count} processes"
-        yield Item(Kind.CONTEXTS, what, str(gpu), count * CONTEXT_BYTES)
-
-
-def _on_training_gpus(
-    config: Config, shape: Shape, slot: int, head: HeadSpec | None, train: Sequence[Gpu]
-) -> Iterator[Item]:
-    """The output head, once for each rank, and the copies of replies, unless they are read in place."""
-    ranks_on = Counter(train)
-    if config.payload.hidden is not None:
-        for gpu, count in ranks_on.items():
+def _of_ranks(config: Config, shape: Shape, slot: int, head: HeadSpec | None, train: Sequence[Gpu]) -> Iterator[Item]:
+    """What each rank has on its GPU: the output head, and the copies of replies, unless they are read in place."""
+    copies = shape.reply_slots + 1
+    each = f"{copies} x {size(slot)}" if slot else str(copies)
+    for gpu, count in Counter(train).items():
+        if config.payload.hidden is not None:
             nbytes = count * layout.head_bytes(head) if head else 0
             yield Item(Kind.HEAD, f"output head, copied for {_ranks(count)}", str(gpu), nbytes)
-    if config.plane == "cuda_ipc" and config.cuda.read == "copy":
-        copies = shape.reply_slots + 1
-        each = f" x {size(slot)}" if slot else ""
-        for gpu, count in ranks_on.items():
-            what = f"copies of replies: {_ranks(count)} x {copies}{each}"
-            yield Item(Kind.COPIES, what, str(gpu), count * copies * slot)
+        if config.plane == "cuda_ipc" and config.cuda.read == "copy":
+            yield Item(Kind.COPIES, f"copies of replies: {_ranks(count)} x {each}", str(gpu), count * copies * slot)
+
+
+def _contexts(gpus: Sequence[Gpu]) -> Iterator[Item]:
+    """CUDA's own memory, for each process. A rank has none on the teacher's GPU: it opens handles in its own GPU's
+    context."""
+    for gpu, count in Counter(gpus).items():
+        what = "CUDA context" if count == 1 else f"CUDA contexts of {count} processes"
+        yield Item(Kind.CONTEXTS, what, str(gpu), count * CONTEXT_BYTES)
 
 
 def _slab_bytes(shape: Shape, slot: int) -> int:

@@ -23,7 +23,7 @@ def planned(name: str, *overrides: str) -> tuple[jobs.Plan, memory.MemoryPlan]:
     settings = config.load(str(CONFIGS / name), ["teacher.model=toy:build", *overrides])
     made = jobs.plan(settings, ("-m", "package.train"), MACHINE)
     settings = config.load(str(CONFIGS / name), ["teacher.model=m", *overrides])
-    return made, memory.plan(settings, made.ranks, LLAMA, made.teachers, MACHINE, ())
+    return made, memory.plan(settings, LLAMA, made.teachers, MACHINE, made.train_gpus)
 
 
 def rows(counted: memory.MemoryPlan) -> dict[str, str]:

@@ -37,8 +37,8 @@ def plan(
     train: Sequence[Gpu] = (),
     ranks: int = 2,
 ) -> MemoryPlan:
-    settings = config.load(overrides=["teacher.model=m", *overrides])
-    return memory.plan(settings, len(train) or ranks, card, teachers, machine, train)
+    settings = config.load(overrides=["teacher.model=m", f"train.cpu_ranks={ranks}", *overrides])
+    return memory.plan(settings, card, teachers, machine, train)
 
 
 def on_gpus(
