@@ -16,18 +16,25 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 import torch.distributed as dist
 
 from launcher.hang import rules, snapshot
 from launcher.hang import stacks as hang_stacks
-from launcher.hang.report import Report
+from launcher.hang.report import Report, make, write
 from launcher.hang.snapshot import LaneState, Participant, Snapshot
 from launcher.hang.stacks import Stacks
 from launcher.process import shim
+from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import process
-from tests.harness import Child, until
-from tests.launcher.scene import IDS, scene, sleep
+from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.rank_session import RankSession
+from shmbridge.shm.record import Phase
+from shmbridge.shm.teacher_session import TeacherSession
+from shmbridge.teacher.main import serve
+from tests.harness import Bench, Child, Echo, bench, until
 
+IDS = torch.ones((1, 4), dtype=torch.int64)
 C10D = "/venv/lib/python3.11/site-packages/torch/distributed"
 
 
@@ -316,6 +323,66 @@ def test_calls_that_leave_no_frame_are_read_from_the_source(tmp_path, code, told
 # Of real processes
 
 
+class Scene:
+    """A session whose teacher and ranks have heartbeats and stacks, as the launcher starts them."""
+
+    def __init__(self, on: Bench, run: Path) -> None:
+        self.bench = on
+        self.owner = on.owner
+        self.run = run
+        run.mkdir()
+        on.owner.describe(msgspec.structs.replace(on.settings, run_dir=str(run)))
+
+    def teacher(self) -> Child:
+        """One that has opened the barrier."""
+        self.bench._teach = self._teach
+        child = self.bench.teacher(Echo())
+        until(lambda: self.owner.control.teachers[0].ready, "the teacher")
+        return child
+
+    def _teach(self, forward) -> None:
+        torch.set_num_threads(1)
+        session = TeacherSession(self.bench.token)
+        process.write_stacks_on_signal(self.run)
+        Heartbeat(session.record)
+        serve(session, forward, torch.device("cpu"))
+
+    def rank(self, lane: int, body: Callable[[Bridge], object]) -> Child:
+        """One that is past the barrier when `body` begins."""
+
+        def train() -> None:
+            session = RankSession(self.bench.token, lane)
+            process.write_stacks_on_signal(self.run)
+            Heartbeat(session.record)
+            with Bridge(session) as bridge:
+                bridge.wait_ready()
+                body(bridge)
+
+        return self.bench.start(train)
+
+    def report(self) -> Report:
+        return write(make(self.owner, self.run, "a test asks"), self.run)
+
+    def stands(self, kind: str) -> Report:
+        """The report, once its first finding is of this kind: who has just moved stands still a little later."""
+
+        def found() -> Report | None:
+            made = make(self.owner, self.run, "a test asks")
+            return made if made.verdict.kind == kind else None
+
+        return until(found, f"the finding {kind!r}")
+
+
+@contextmanager
+def scene(tmp_path: Path, lanes: int = 1, *overrides: str) -> Iterator[Scene]:
+    with bench(lanes, *overrides) as on:
+        yield Scene(on, tmp_path / "run")
+
+
+def sleep() -> None:
+    time.sleep(600)
+
+
 def stands(report: Report, who: str, function, lines=1) -> str:
     """Where `who` is, in so many lines below the first of `function`, without the file."""
     (found,) = [one for one in report.snapshot.participants if one.who == who]
@@ -333,15 +400,17 @@ def test_a_rank_that_sits_in_a_barrier_is_named_with_every_stack(tmp_path, hasty
             dist.barrier()
 
         def body(bridge):
-            on.join_group(bridge.rank)
+            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=bridge.rank, world_size=3)
             if bridge.rank == 2:
                 save()
             bridge.exchange(IDS, step=41)
 
         for rank in range(3):
             on.rank(rank, body)
-        on.waits(0)
-        on.waits(1)
+        until(
+            lambda: all(on.owner.lanes[i].records[0].phase is Phase.WAITING for i in (0, 1)),
+            "ranks 0 and 1 in their wait",
+        )
         until(lambda: "barrier()" in on.stands("lockstep").verdict.sentence, "rank 2 at the barrier")
         report = on.report()
         assert report.verdict.suspects == ("rank 2",)
@@ -370,9 +439,9 @@ def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_of_a_test")
     with scene(tmp_path) as on:
         on.teacher()
-        gate = on.gate()
-        child = on.rank(0, lambda bridge: gate.wait())
-        until(lambda: on.owner.lanes[0].records[0].phase.name == "TRAINING", "the rank in its loop")
+        gate = tmp_path / "gate"
+        child = on.rank(0, lambda bridge: until(gate.exists, "the gate"))
+        until(lambda: on.owner.lanes[0].records[0].phase is Phase.TRAINING, "the rank in its loop")
         child.kill(signal.SIGSTOP)
         until(lambda: process.state(child.pid) == "stopped", "the stop")
         report = on.report()
@@ -384,7 +453,7 @@ def test_a_stopped_rank_is_not_dead_and_goes_on(tmp_path, monkeypatch):
         assert len(kept) == 2 and not any("hf_secret" in text for text in kept)
         assert report.snapshot.teachers[0].stacks.threads
         child.kill(signal.SIGCONT)
-        gate.passed()
+        gate.touch()
         assert child.join() == 0
 
 
@@ -416,7 +485,7 @@ def test_being_asked_for_stacks_disturbs_nobody(tmp_path):
             assert fifo.read_bytes() == b"on"
 
         child = on.rank(0, body)
-        until(lambda: on.owner.lanes[0].records[0].phase.name == "TRAINING", "the rank in its loop")
+        until(lambda: on.owner.lanes[0].records[0].phase is Phase.TRAINING, "the rank in its loop")
         for _ in range(5):
             assert on.report().snapshot.ranks[0].stacks.threads
         until(lambda: "read_bytes" in str(on.report()), "the rank at the fifo")
@@ -549,6 +618,6 @@ def test_a_rank_that_has_not_attached_is_found_by_its_environment(tmp_path, rank
 def test_where_reports_are_wanted_early_a_short_standstill_is_one(tmp_path):
     with scene(tmp_path, 1, "timeouts.report_s=0.4") as on:
         on.teacher()
-        on.rank(0, lambda bridge: time.sleep(600))
+        on.rank(0, lambda bridge: sleep())
         report = on.stands("standstill")
         assert report.snapshot.ranks[0].still_s < snapshot.STILL_S
