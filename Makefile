@@ -1,5 +1,5 @@
 # make demo      environment, install, model, then distillation on two ranks beside a control; see runs/demo
-# make test      the checks, then the tests of every promise: 6 minutes at most on two slow cores
+# make test      the checks, then the tests that are not slow: 6 minutes at most on two slow cores
 # make test-all  the checks, then every test: with the matrix and the slow ones, 25 minutes at most there
 # make check     ruff and mypy
 # make clean     what these made
@@ -19,7 +19,8 @@ IN_VENV := PATH="$(abspath $(VENV))/bin:$$PATH"
 demo: $(INSTALLED)
 	$(IN_VENV) scripts/demo.sh
 
-# "slow" and "matrix" are explained in pyproject.toml. Every promise keeps a case that has neither mark.
+# "slow" and "matrix" are explained in pyproject.toml. Where the test of a promise is slow, because it breaks a whole run, quicker
+# ones break the same thing with stand-ins for torchrun or the teacher.
 test: check
 	$(IN_VENV) pytest -n 2 --dist worksteal -m "not slow and not matrix"
 

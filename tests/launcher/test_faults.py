@@ -296,6 +296,7 @@ def test_a_teacher_killed_in_a_forward_is_raised_in_every_rank(directory, promis
     promise.kept(f"TeacherDied in both ranks; {told(cause)}", took_s, 137)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(7)
 def test_a_teacher_killed_in_a_forward_is_replaced_where_it_may_be(directory, promise):
     with run_of(directory, "asks_for_death", "--teacher-restarts", "1") as run:
@@ -304,6 +305,7 @@ def test_a_teacher_killed_in_a_forward_is_replaced_where_it_may_be(directory, pr
     promise.kept("with --teacher-restarts 1 both ranks got their answers", exit_code=0)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(12, within="2 s")
 def test_kill_9_of_torchrun_takes_the_ranks_along(directory, promise):
     with run_of(directory, "loop") as run:
@@ -317,6 +319,7 @@ def test_kill_9_of_torchrun_takes_the_ranks_along(directory, promise):
     promise.kept(f"the ranks and the teacher ended; {cause['who']}: {cause['reason']}", took_s, 137)
 
 
+@pytest.mark.slow
 @pytest.mark.promise(13, within="2 s")
 def test_kill_9_of_the_launcher_ends_both_jobs_and_the_next_start_reclaims_the_rest(directory, promise):
     with run_of(directory, "loop") as run:
