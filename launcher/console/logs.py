@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.console.terminal import Console
+from shmbridge.errors import PeerLost
 
 KEPT_LINES = 20
 _CHUNK = 2**20
@@ -18,6 +21,10 @@ _LONGEST_TRACEBACK = 200
 # carriage return must stand still to be a prompt.
 _REDRAW_S, _REPRINT_S, _PROMPT_S = 1.0, 10.0, 0.5
 _TRACEBACK = "Traceback (most recent call last):"
+# An exception that follows from what the report of the run tells.
+_CONSEQUENCE = re.compile(rf"shmbridge\.errors\.({'|'.join(kind.__name__ for kind in PeerLost.__subclasses__())}):")
+# What torchrun says of the ends of its ranks.
+_ENDS = re.compile(r"[EW]\d{4} \S+ +\d+ torch/distributed/elastic/")
 # Colours; the prefix of torchrun's --tee; torch's prefix on a rank's traceback.
 _COLOUR = re.compile(r"\033\[[0-9;]*m")
 # A nested tqdm bar goes down a line, draws itself and goes up again: a state like any other.
@@ -37,13 +44,11 @@ class Tail:
         """`from_end`: only what is written from now on."""
         self.source = source
         self.path = path
-        self.traceback: list[str] = []  # the last one that went by
         self.unfinished, self.is_bar, self.changed_at = "", False, 0.0
         self.shown = ""
         self.shown_at: float | None = None
         self._file: int | None = None
         self._rest = b""
-        self._in_traceback = False
         self._begin = path.stat().st_size if from_end and path.exists() else 0
 
     def read(self) -> list[str]:
@@ -81,19 +86,7 @@ class Tail:
         text = _last_state(self._rest).decode(errors="replace")
         if lines or text != self.unfinished:
             self.unfinished, self.is_bar, self.changed_at = text if text.strip() else "", is_bar, time.monotonic()
-        return [self._decode(line) for line in lines]
-
-    def _decode(self, line: bytes) -> str:
-        """The line as text. A traceback is kept, since later lines would push it out of the last lines."""
-        text = _last_state(line).decode(errors="replace")
-        bare = _PREFIX.sub("", _COLOUR.sub("", text))
-        if bare.endswith(_TRACEBACK):
-            self.traceback, self._in_traceback = [], True
-        if self._in_traceback and len(self.traceback) < _LONGEST_TRACEBACK:
-            self.traceback.append(bare)
-            if bare and not bare.startswith(" ") and not bare.endswith(_TRACEBACK):
-                self._in_traceback = False
-        return text
+        return [_last_state(line).decode(errors="replace") for line in lines]
 
 
 def _last_state(line: bytes) -> bytes:
@@ -102,15 +95,23 @@ def _last_state(line: bytes) -> bytes:
 
 
 class Logs:
-    """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ..."""
+    """The log files of a run, by source: teacher (or teacher 0, teacher 1, ...), torchrun, rank 0, rank 1, ...
+
+    A traceback is shown a moment later than it is read. If the run has failed by then, or if it follows from the failure of another
+    process, only its last line is shown: the launcher's report tells the cause, once, and the log file has the whole.
+    """
 
     def __init__(self, console: Console, ranks_below: Path, ranks: int) -> None:
         """`ranks_below` is torchrun's --log-dir, in which the logs of `ranks` ranks will appear."""
+        self.failed = False  # the run; the launcher will report it
         self._console = console
         self._ranks_below = ranks_below
         self._missing = 2 * ranks
+        self._found: set[Path] = set()
         self._tails: list[Tail] = []
         self._last: dict[str, deque[str]] = defaultdict(lambda: deque(maxlen=KEPT_LINES))  # by source
+        self._tracebacks: dict[str, list[str]] = {}  # the last one of each source
+        self._held: dict[Tail, list[str]] = defaultdict(list)  # lines from the beginning of a traceback on
 
     def follow(self, source: str, path: Path, *, from_end: bool = False) -> None:
         """`from_end`: only what is written from now on."""
@@ -123,42 +124,58 @@ class Logs:
     def pump(self) -> bool:
         """Show what was written since the last call. Returns whether anything was."""
         self._discover()
-        shown = [self._show(tail, tail.read()) for tail in self._tails]
+        came = [self._show(tail, tail.read()) for tail in self._tails]
         for tail in self._tails:
             self._show_unfinished(tail, time.monotonic())
         self._flush()
-        return any(shown)
+        return any(came)
 
     def finish(self) -> None:
         """Show the rest of all files."""
         self._discover()
         for tail in self._tails:
-            self._show(tail, tail.finish())
+            self._show(tail, tail.finish(), last=True)
         self._flush()
 
     def last_lines(self, source: str) -> list[str]:
         """The last traceback of the source, else its last lines."""
-        traces = [tail.traceback for tail in self._tails if tail.source == source and tail.traceback]
-        return traces[-1] if traces else list(self._last[source])
+        return self._tracebacks.get(source) or list(self._last[source])
 
     def paths(self, source: str) -> list[Path]:
-        return [tail.path for tail in self._tails if tail.source == source]
+        """Its files that are not empty."""
+        paths = [tail.path for tail in self._tails if tail.source == source]
+        return [path for path in paths if path.exists() and path.stat().st_size]
 
     def _flush(self) -> None:
         if self._console.redraws:
             self._console.draw_below([(tail.source, tail.shown) for tail in self._tails if tail.shown])
         self._console.flush()
 
-    def _show(self, tail: Tail, lines: list[str]) -> bool:
-        """Whether there were any."""
-        self._last[tail.source].extend(lines)
+    def _show(self, tail: Tail, came: list[str], last: bool = False) -> bool:
+        """Show lines but for those that are held until the next call, unless it is the `last`. Whether there were any."""
+        self._last[tail.source].extend(came)
+        held = self._held.pop(tail, [])
+        lines = [*held, *came]
         if not lines:
             return False
         shown, tail.shown, tail.shown_at = tail.shown, "", None
         if lines[0] == shown and not self._console.redraws:  # it is printed already
             del lines[0]
-        for line in lines:
-            self._console.line(tail.source, line)
+        at = 0
+        while at < len(lines):
+            traceback, whole = _traceback(lines, at)
+            folds = whole and (self.failed or _CONSEQUENCE.match(_bare(traceback[-1])) is not None)
+            is_new = at + len(traceback) > len(held)
+            if traceback and is_new and not folds and not last and len(traceback) < _LONGEST_TRACEBACK:
+                self._held[tail] = lines[at:]
+                break
+            if traceback:
+                self._tracebacks[tail.source] = [_bare(line) for line in traceback]
+            told = f"{_bare(traceback[-1])} [traceback: {tail.path}]" if folds else ""
+            for line in [told] if folds else traceback or [lines[at]]:
+                if not (self.failed and _ENDS.match(line)):
+                    self._console.line(tail.source, line)
+            at += len(traceback) or 1
         return True
 
     def _show_unfinished(self, tail: Tail, now: float) -> None:
@@ -175,11 +192,40 @@ class Logs:
                 self._console.line(tail.source, tail.shown)
 
     def _discover(self) -> None:
-        """torchrun makes LOG_DIR/RUN_ID/attempt_0/LOCAL_RANK/{stdout,stderr}.log."""
+        """torchrun makes LOG_DIR/RUN_ID/attempt_0/LOCAL_RANK/{stdout,stderr}.log. They get short names, LOG_DIR/rank0.stderr.log."""
         if not self._missing:
             return
-        known = {tail.path for tail in self._tails}
         for path in sorted(self._ranks_below.glob("*/attempt_*/*/std*.log")):
-            if path not in known:
-                self.follow(f"rank {path.parent.name}", path)
+            if path not in self._found:
+                self._found.add(path)
+                self.follow(f"rank {path.parent.name}", self._linked(path))
                 self._missing -= 1
+
+    def _linked(self, path: Path) -> Path:
+        """A link to `path` with a short name, such as rank0-2.stderr.log for the second generation; `path` where there are no links."""
+        for nth in itertools.count(1):
+            link = self._ranks_below / f"rank{path.parent.name}{f'-{nth}' if nth > 1 else ''}.{path.name}"
+            try:
+                link.symlink_to(path.relative_to(self._ranks_below))
+            except FileExistsError:
+                continue
+            except OSError:
+                return path
+            return link
+        raise AssertionError
+
+
+def _bare(line: str) -> str:
+    """Without colours, and without what torchrun and torch put in front."""
+    return _PREFIX.sub("", _COLOUR.sub("", line))
+
+
+def _traceback(lines: Sequence[str], at: int) -> tuple[Sequence[str], bool]:
+    """The lines of the traceback that begins at `at`, none where none does; and whether it is whole."""
+    if not _bare(lines[at]).endswith(_TRACEBACK):
+        return [], False
+    for end in range(at + 1, len(lines)):
+        bare = _bare(lines[end])
+        if bare and not bare.startswith(" ") and not bare.endswith(_TRACEBACK):
+            return lines[at : end + 1], True
+    return lines[at:], False

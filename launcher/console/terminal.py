@@ -11,6 +11,7 @@ import os
 import re
 import select
 import sys
+import textwrap
 import time
 from typing import TextIO
 
@@ -49,9 +50,26 @@ class Console:
         self._prefix_width = max(self._prefix_width, len(f"[{source}]"))
 
     def say(self, text: str) -> None:
-        """Print a line of the launcher at once."""
-        self.line(LAUNCHER, text)
+        """Print lines of the launcher at once. On a terminal, long ones go on below the second column of a table's row."""
+        lines = text.split("\n")
+        if self.redraws:
+            room = max(40, self._size[0] - self._prefix_width - 1)
+            whole = textwrap.TextWrapper(room, break_long_words=False, break_on_hyphens=False)
+            for i, line in enumerate(lines):
+                row = re.match(r"\w+  +", line)
+                whole.subsequent_indent = " " * row.end() if row else "  "
+                lines[i] = whole.fill(line)
+        self.line(LAUNCHER, "\n".join(lines))
         self.flush()
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Columns and rows; a terminal may not know them, as over a serial line."""
+        try:
+            columns, rows = os.get_terminal_size(self._fd if self._fd is not None else -1)
+        except OSError:
+            columns, rows = 0, 0
+        return columns or 80, rows or 24
 
     def line(self, source: str, text: str) -> None:
         """`[source] text`, once per line of `text`."""
@@ -87,13 +105,10 @@ class Console:
         """Draw the unfinished lines. The cursor stays behind the last one, where a user answers a prompt."""
         if self._drawn or not self._below:
             return
-        try:
-            columns, rows = os.get_terminal_size(self._fd if self._fd is not None else -1)
-        except OSError:
-            columns, rows = 0, 0
-        room = (columns or 80) - self._prefix_width - 2  # a terminal may not know its size, as over a serial line
+        columns, rows = self._size
+        room = columns - self._prefix_width - 2
         in_order = sorted(self._below, key=lambda line: (len(line[0]), line[0]))
-        shown = in_order[: max(1, (rows or 24) // 2)]
+        shown = in_order[: max(1, rows // 2)]
         self._append("\n".join(f"{self._prefix(source)} {_CODES.sub('', text)[:room]}" for source, text in shown))
         self._drawn = len(shown)
 

@@ -169,7 +169,9 @@ def look(view: MappedSession, stacks: Mapping[int, Stacks] = {}, *, search: bool
         search: also search /proc for the processes of ranks that have not attached.
     """
     control, settings = view.control, view.settings
-    over = settings.teacher.keep and control.words[ControlWord.TRAINING_DONE] >= view.generation
+    # While a run ends, its ranks may still save: they are looked at until the last one has gone.
+    goes_on = settings.teacher.keep or not control.words[ControlWord.SESSION_ENDING]
+    over = goes_on and control.words[ControlWord.TRAINING_DONE] >= view.generation
     lanes = [] if over else view.lanes
     search = search and any(lane.records[0].identity is None for lane in lanes)
     pids = processes_of(view) if search else {}

@@ -192,6 +192,8 @@ class TrainingJob:
 
     def _begin_again(self, now: float) -> None:
         """Once nothing of the crashed generation is left, and the teachers have finished with it."""
+        if self._monitor:
+            self._monitor.step(now)  # nobody is overdue in a generation that has ended
         if self._runs:
             return
         patience_s = self._timeouts.request_s
@@ -218,6 +220,7 @@ class TrainingJob:
         self._cause, self._cause_stands = found, stands or found.role == LAUNCHER or self._stage is Stage.CRASHED
         self._stage = Stage.FAILED
         self._console.say(f"{found.sentence}; stopping")
+        self._loop.logs.failed = True
         self._session.fail(found)
         ranks, of_teacher = self._session.ranks, found.role in (TEACHER, LAUNCHER)
         grace_s = self._timeouts.save_s if ranks.with_save_hook else self._timeouts.shutdown_s

@@ -192,6 +192,47 @@ def test_the_last_traceback_is_kept_whole(tmp_path, prefix, before, after):
     assert logs.last_lines("teacher") == [line.decode() for line in lines]
 
 
+def raised(last: str) -> list[str]:
+    return ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', last]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_traceback_is_one_line_where_the_run_has_failed_by_the_time_it_is_shown(tmp_path, failed):
+    """The launcher looks for a failure between two calls, and its report has the traceback."""
+    logs, path, stream = follow(tmp_path)
+    lines = ["before", *raised("ValueError: boom"), "after"]
+    append(path, "".join(f"{line}\n" for line in lines).encode())
+    logs.pump()
+    assert stream.getvalue() == "[teacher]  before\n"
+    logs.failed = failed
+    logs.pump()
+    shown = ["before", f"ValueError: boom [traceback: {path}]", "after"] if failed else lines
+    assert stream.getvalue().splitlines() == [f"[teacher]  {line}" for line in shown]
+    assert logs.last_lines("teacher") == raised("ValueError: boom")
+
+
+def test_a_traceback_that_follows_from_another_failure_is_one_line(tmp_path):
+    logs, path, stream = follow(tmp_path)
+    for kind in ("TeacherDied", "TrainerDied", "LauncherDied", "RunStopped"):
+        append(path, "".join(f"{line}\n" for line in raised(f"shmbridge.errors.{kind}: gone")).encode())
+    logs.pump()
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [
+        f"shmbridge.errors.{kind}:" for kind in ("TeacherDied", "TrainerDied", "LauncherDied", "RunStopped")
+    ]
+
+
+def test_what_torchrun_says_of_a_failed_run_is_in_its_log_alone(tmp_path):
+    """As torch 2.x logs it; the report tells the same of the rank that came first."""
+    logs, path, stream = follow(tmp_path)
+    says = b"E1130 21:48:58.383000 3288 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)\n"
+    append(path, says)
+    logs.pump()
+    logs.failed = True
+    append(path, says + b"a rank\n")
+    logs.pump()
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["1)", "rank"]
+
+
 def pipe() -> tuple[int, TextIO]:
     """A pipe whose writing end does not block, as a terminal is that a Node.js program has set up."""
     read, write = os.pipe()
@@ -260,6 +301,13 @@ def test_ranks_are_found_as_torchrun_makes_their_files(tmp_path):
         (directory / "stderr.log").touch()
     logs.pump()
     assert stream.getvalue() == "[rank 0]   hello 0\n[rank 1]   hello 1\n"
+    logs.expect(1)
+    again = tmp_path / "train" / "id_y" / "attempt_0" / "0" / "stdout.log"
+    again.parent.mkdir(parents=True)
+    again.write_text("hello again\n")
+    logs.pump()
+    assert logs.paths("rank 0") == [tmp_path / "train" / name for name in ("rank0.stdout.log", "rank0-2.stdout.log")]
+    assert [path.read_text() for path in logs.paths("rank 0")] == ["hello 0\n", "hello again\n"]
 
 
 def test_colours_are_for_terminals_that_want_them(monkeypatch):
@@ -275,6 +323,21 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
     without.line("rank 1", "x")
     without.flush()
     assert plain.getvalue() == "[rank 1]   x\n"
+
+
+def test_lines_of_the_launcher_are_wrapped_below_their_column_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    for stream in (Terminal(), io.StringIO()):  # a terminal that does not know its size has 80 columns
+        console = Console(stream)
+        text = "plane     host: no GPUs on both sides (the teacher and training are on the CPU of this machine)"
+        console.say(f"{text}\nrun       runs/x")
+        lines = stream.getvalue().splitlines()
+        if stream.isatty():
+            assert max(map(len, lines)) <= 80
+            assert lines[1].startswith("[launcher]           ") and lines[1].endswith("machine)")
+        else:
+            assert lines[0] == f"[launcher] {text}"
+        assert lines[-1] == "[launcher] run       runs/x"
 
 
 def test_longer_names_make_room_in_front_of_every_line(tmp_path):

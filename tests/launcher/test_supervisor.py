@@ -247,12 +247,15 @@ def test_each_rank_gets_the_signal_that_was_sent_once_and_is_served_while_it_sav
 def test_training_that_crashed_begins_again_once_the_teacher_has_drained(tmp_path):
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    with faked(tmp_path, training="crashes once", more=["--train-restarts", "1"], FAKE_DRAINED=str(gate)) as run:
+    with faked(
+        tmp_path, training="crashes once", more=["--train-restarts", "1", "timeouts.report_s=1"], FAKE_DRAINED=str(gate)
+    ) as run:
         run.says("training starts again (restart 1 of 1)")
         until(lambda: not run.processes("fake_training.py"), "the end of what crashed")
         for times in (1, 2):  # the launcher has looked in between
             run.signal(signal.SIGUSR1)
             run.says("SIGUSR1 was sent to no rank", times=times)
+        run.says("and has not finished what the last training group left")  # the monitor looks on
         gate.write_bytes(b"")
         run.says("teacher up", times=2)
         gate.write_bytes(b"")  # of the second generation
