@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,12 @@ def until(condition: Callable[[], Any], what: str = "the condition") -> Any:
             return value
         time.sleep(0.002)
     raise AssertionError(f"{what} did not come true within {PATIENCE_S:.0f} s")
+
+
+def switches(pid: int) -> int:
+    """How often a process has gone to sleep."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
 
 
 class Child:
@@ -84,10 +91,10 @@ class Child:
 class Bench:
     """One session of the test's own, with its processes."""
 
-    def __init__(self, lanes: int = 1, *overrides: str) -> None:
+    def __init__(self, lanes: int = 1, *overrides: str, teachers: int = 1) -> None:
         defaults = ["teacher.model=tests:teacher", "ring.max_tokens=256", "parity=false"]
         self.settings = config.load(overrides=[*defaults, *PLANE, *overrides])
-        self.owner = Owner(self.settings, lanes)
+        self.owner = Owner(self.settings, lanes, teachers)
         self.token: Token = self.owner.start_generation()
         self.children: list[Child] = []
 

@@ -84,11 +84,15 @@ class Launched:
         """The one root cause of a run that ends with `code`, as its report has it. Nothing of the run is left."""
         assert self.wait() == code, self.text
         assert self.text.count("The run failed after") == 1
-        report = json.loads((self.path / "report.json").read_text())
-        assert report["action"] and report["path"]
-        cause: dict[str, Any] = report["cause"]
+        assert self.report["action"] and self.report["path"]
+        cause: dict[str, Any] = self.report["cause"]
         assert cause["pid"]
         return cause
+
+    @property
+    def report(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / "report.json").read_text())
+        return found
 
     @property
     def session(self) -> str | None:
