@@ -232,8 +232,14 @@ def test_a_rank_learns_of_a_failure_elsewhere_in_one_line_that_says_where_the_tr
         f"{role} 3 (pid 7) in phase loading, step 5, sequence 9: OSError: no model (its traceback: /runs/x/report.txt)"
     )
     assert str(lost(failure, "/runs/x")) == told
-    session = RankSession(it.token, 0)
+    session, teacher = RankSession(it.token, 0), TeacherSession(it.token)
+    it.owner.fail_generation(failure)
+    teacher.check()  # its process outlives the generation
+    with pytest.raises(kind, match="OSError: no model"):
+        session.check()
     it.owner.fail(failure)
+    with pytest.raises(kind):
+        teacher.check()
     with pytest.raises(kind, match=f"{role} 3 .*step 5, sequence 9: OSError: no model") as caught:
         session.wait_ready(30)
     assert len(str(caught.value).splitlines()) == 1
