@@ -44,8 +44,11 @@ def find(snapshot: Snapshot) -> list[Finding]:
 
 
 def verdict(snapshot: Snapshot) -> list[Finding]:
-    """All findings of the first kind that has stood for `patience_s`, where none is excused before where one is; else a
-    finding that nothing hangs."""
+    """What a report says: the findings of one kind, or the finding that nothing hangs.
+
+    The kind is the first in the order of RULES whose finding has stood for `patience_s`. Findings that a declared phase excuses come
+    after all others.
+    """
     stood = [found for found in find(snapshot) if found.still_s is None or found.still_s >= snapshot.patience_s]
     stood.sort(key=lambda finding: finding.excused)
     return [finding for finding in stood if finding.kind == stood[0].kind] or [_healthy(snapshot)]
@@ -62,7 +65,7 @@ def _garbled(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _dead(snapshot: Snapshot) -> Iterator[Finding]:
-    """Not timed: whoever sees the exit decides at once whether it ends the run."""
+    """Not timed: the launcher sees the exit, and decides at once whether it ends the run."""
     for dead in snapshot.participants:
         if dead.open and not dead.alive:
             sentence = f"{dead.who} (pid {dead.pid}) has ended without closing the bridge, in phase {dead.phase}"
@@ -95,7 +98,7 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _loading(snapshot: Snapshot) -> Iterator[Finding]:
-    """Timed only for a kept teacher before it is ready for a group; else the ranks time their own wait for it."""
+    """Timed only for a kept teacher that still loads. In all other cases the ranks time their own wait for the teacher."""
     begun = any(rank.open for rank in snapshot.ranks)
     for late in snapshot.teachers:
         kept = snapshot.kept and late.phase in _BEFORE_READY
@@ -155,7 +158,7 @@ def _unread(snapshot: Snapshot) -> Iterator[Finding]:
 
 
 def _reply(snapshot: Snapshot) -> Iterator[Finding]:
-    """The oldest request that a teacher has not answered, and that waits for nobody else."""
+    """The oldest request that a teacher has not answered, where the teacher itself waits for no rank."""
     for teacher in snapshot.teachers:
         asked = [pair for pair in _served(snapshot, teacher) if pair[1].unanswered and not _is_unread(*pair)]
         if asked and not _awaited(snapshot, teacher):
@@ -239,8 +242,11 @@ RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (
 def _finding(
     kind: str, suspects: Who, sentence: str, action: str, *at: str | int, waits: Who = (), **more: Any
 ) -> Finding:
-    """`at`: what it stands at. `waits`: who stands still because of it; while one of them has declared a phase, there is
-    nothing to do."""
+    """A finding whose key has its kind, its suspects and `at`, which changes when something moves.
+
+    `waits`: the participants whose standing still it is. Their times tell how long it has stood. While one of them has declared a
+    phase, the finding is excused, and there is nothing to do.
+    """
     excused = [one for one in waits if one.excused]
     if excused:
         action = f"Nothing, while the phase lasts that {names(excused)} declared."
@@ -277,7 +283,7 @@ def _at(participant: Participant) -> str:
 
 
 def _where(one: Participant) -> str:
-    """`in phase forward, in attend (model.py:8)`; of a rank that has declared nothing its place alone."""
+    """`in phase forward, in attend (model.py:8)`. A rank that has declared no phase is described by its place alone, if it is known."""
     if not one.attached:
         return one.activity
     phase = f", in phase {one.activity}" if one.role == TEACHER or one.declared or not _at(one) else ""

@@ -26,7 +26,7 @@ from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, MappedSession, Token
 
 TEACHER, TRAINER = "teacher", "trainer"
-STILL_S = 5.0  # nobody who has moved within so many seconds is waited for; less where timeouts.report_s is short
+STILL_S = 5.0  # a standstill of fewer seconds is not reported; half of timeouts.report_s, if that is less
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,7 +274,7 @@ def _gpu(settings: Config, record: Record, teachers: int) -> str:
 
 
 def identities(view: MappedSession) -> list[Identity]:
-    """The processes of all participants, those of ranks that have not attached where they can be told."""
+    """The processes of all participants. Those of ranks that have not attached are searched for in /proc."""
     records = [*view.control.teachers, *(record for lane in view.lanes for record in lane.records)]
     found = [who for record in records if (who := record.identity) and record.phase is not Phase.CLOSED]
     if len(found) < len(records):
@@ -283,8 +283,8 @@ def identities(view: MappedSession) -> list[Identity]:
 
 
 def processes_of(view: MappedSession) -> dict[int, int]:
-    """Pids by rank, also of ranks that have not attached, whoever has started them. Their environment tells the
-    session and its generation, and torchrun's LOCAL_RANK."""
+    """Pids by rank, also of ranks that have not attached. They are found by their environment, which has the session,
+    its generation and torchrun's LOCAL_RANK."""
     everyone = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     found = ranks_among(everyone, f"{SESSION_VARIABLE}={Token(view.session_id, view.generation)}")
     return {rank: who.pid for rank, who in found.items() if rank < len(view.lanes)}
