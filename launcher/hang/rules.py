@@ -7,7 +7,7 @@ before what its loop does, and what somebody owes on the bridge before the train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -97,8 +97,9 @@ def _stalled(snapshot: Snapshot) -> Iterator[Finding]:
 # Startup, and the end of a generation
 
 
-def _loading(snapshot: Snapshot) -> Iterator[Finding]:
-    """Timed only for a kept teacher that still loads. In all other cases the ranks time their own wait for the teacher."""
+def _unready(snapshot: Snapshot) -> Iterator[Finding]:
+    """A teacher that loads, or that has not finished what the last training group left. Loading is timed for a kept teacher alone:
+    in all other cases the ranks time their own wait for the teacher."""
     begun = any(rank.open for rank in snapshot.ranks)
     for late in snapshot.teachers:
         kept = snapshot.kept and late.phase in _BEFORE_READY
@@ -107,11 +108,7 @@ def _loading(snapshot: Snapshot) -> Iterator[Finding]:
             action = "Its log tells how far it is. timeouts.startup_s bounds the wait."
             after = "startup_s" if kept else ""
             yield _finding("loading", [late], sentence, action, report_after=after, fatal=kept)
-
-
-def _draining(snapshot: Snapshot) -> Iterator[Finding]:
-    for late in snapshot.teachers:
-        if snapshot.over and late.open and late.phase not in (*_BEFORE_READY, str(Phase.IDLE)):
+        elif snapshot.over and late.open and late.phase != str(Phase.IDLE):
             sentence = f"{_standing([late])} and has not finished what the last training group left"
             action = "The next group waits for it. Its log and its stack tell what it does."
             yield _finding("draining", [late], sentence, action, snapshot.generation, waits=[late])
@@ -137,17 +134,6 @@ def _missing(snapshot: Snapshot) -> Iterator[Finding]:
 # What is owed on the bridge
 
 
-def _lockstep(snapshot: Snapshot) -> Iterator[Finding]:
-    for teacher in snapshot.teachers:
-        for rank, lane in _awaited(snapshot, teacher):
-            if rank.attached:
-                owed = "has sent no request (teacher.collect=lockstep needs one of every rank)"
-                sentence = f"{_standing([rank])} and {owed}{_waiting(snapshot, rank)}"
-                action = "Make the same requests in every rank between two collectives, or set teacher.collect=greedy."
-                at = snapshot.generation, lane.requested
-                yield _finding("lockstep", [rank], sentence, action, *at, waits=[rank])
-
-
 def _unread(snapshot: Snapshot) -> Iterator[Finding]:
     for rank, lane in snapshot.pairs:
         if _is_unread(rank, lane):
@@ -157,11 +143,24 @@ def _unread(snapshot: Snapshot) -> Iterator[Finding]:
             yield _finding("unread", [rank], sentence, action, *at, waits=[rank])
 
 
-def _reply(snapshot: Snapshot) -> Iterator[Finding]:
-    """The oldest request that a teacher has not answered, where the teacher itself waits for no rank."""
+def _owed(snapshot: Snapshot) -> Iterator[Finding]:
+    """Under lockstep the ranks without a request while others have one: the teacher waits for theirs. Else the oldest request
+    that a teacher has not answered."""
     for teacher in snapshot.teachers:
-        asked = [pair for pair in _served(snapshot, teacher) if pair[1].unanswered and not _is_unread(*pair)]
-        if asked and not _awaited(snapshot, teacher):
+        served = [(rank, lane) for rank, lane in snapshot.pairs if rank.alive and not lane.closed]
+        served = [(rank, lane) for rank, lane in served if lane.teacher == teacher.rank]
+        late = [(rank, lane) for rank, lane in served if not lane.unanswered]
+        asked = [(rank, lane) for rank, lane in served if lane.unanswered and not _is_unread(rank, lane)]
+        collects = snapshot.lockstep and teacher.phase == str(Phase.COLLECTING)
+        if collects and 0 < len(late) < len(served):
+            for rank, lane in late:
+                owed = "has sent no request (teacher.collect=lockstep needs one of every rank)"
+                sentence = f"{_standing([rank])} and {owed}{_waiting(snapshot, rank)}"
+                action = "Make the same requests in every rank between two collectives, or set teacher.collect=greedy."
+                at = snapshot.generation, lane.requested
+                if rank.attached:  # else it is missing
+                    yield _finding("lockstep", [rank], sentence, action, *at, waits=[rank])
+        elif asked:
             rank, lane = max(asked, key=lambda pair: pair[1].oldest_s or 0.0)
             age_s = lane.oldest_s or 0.0
             notes = ", all slots in use" if lane.full else ""
@@ -171,9 +170,9 @@ def _reply(snapshot: Snapshot) -> Iterator[Finding]:
             action = "A teacher that collects should have taken it: keep this report, and end the run."
             if teacher.phase == str(Phase.FORWARD):
                 action = "Wait, or lower teacher.max_batch_tokens; the first forwards of a compiled model take long."
-            at = rank.rank, snapshot.generation, lane.replied, lane.streamed
+            key = rank.rank, snapshot.generation, lane.replied, lane.streamed
             after = "report_s" if teacher.ready else "startup_s"
-            yield _finding("reply", [teacher], sentence, action, *at, still_s=age_s, report_after=after)
+            yield _finding("reply", [teacher], sentence, action, *key, still_s=age_s, report_after=after)
 
 
 # Nobody owes anything on the bridge
@@ -230,10 +229,7 @@ def _healthy(snapshot: Snapshot) -> Finding:
     return _finding("moving", [], sentence, action)
 
 
-RULES: tuple[Callable[[Snapshot], Iterator[Finding]], ...] = (
-    *(_garbled, _dead, _stopped, _stalled, _loading, _draining, _missing),
-    *(_lockstep, _unread, _reply, _standstill),
-)
+RULES = (_garbled, _dead, _stopped, _stalled, _unready, _missing, _unread, _owed, _standstill)
 
 
 # What several rules use
@@ -255,20 +251,6 @@ def _finding(
     who = tuple(one.who for one in suspects)
     key = (kind, *who, *(one.pid for one in suspects), *at)
     return Finding(kind=kind, suspects=who, sentence=sentence, action=action, key=key, **more)
-
-
-def _served(snapshot: Snapshot, teacher: Participant) -> list[tuple[Participant, LaneState]]:
-    """The ranks that a teacher serves, and their lanes."""
-    mine = [(rank, lane) for rank, lane in snapshot.pairs if lane.teacher == teacher.rank]
-    return [(rank, lane) for rank, lane in mine if rank.alive and not lane.closed]
-
-
-def _awaited(snapshot: Snapshot, teacher: Participant) -> list[tuple[Participant, LaneState]]:
-    """Under lockstep the ranks without a request while others have one: the teacher waits for theirs."""
-    served = _served(snapshot, teacher)
-    late = [(rank, lane) for rank, lane in served if not lane.unanswered]
-    collects = snapshot.lockstep and teacher.phase == str(Phase.COLLECTING)
-    return late if collects and len(late) < len(served) else []
 
 
 def _is_unread(rank: Participant, lane: LaneState) -> bool:

@@ -270,8 +270,20 @@ def test_who_is_waited_for(snapshot, kind, who, words):
             seen(teacher(), trainer(0, "closed"), trainer(1), lanes=[lane(0, closed=True), idle(1)]),
             [("standstill", "report_s", False)],
         ),
+        (seen(teacher(), trainer(0), lanes=[lane(0, **CHUNKS)]), [("unread", "report_s", False)]),
+        (
+            seen(teacher(), waiter(0), trainer(1, stacks=at(), **ASLEEP), lanes=[lane(0), idle(1)], lockstep=True),
+            [("missing", "report_s", False)],
+        ),
     ],
-    ids=["a dead rank's request", "the GIL while loading", "a missing rank in another's evaluation", "a closed lane"],
+    ids=[
+        "a dead rank's request",
+        "the GIL while loading",
+        "a missing rank in another's evaluation",
+        "a closed lane",
+        "an unread stream",
+        "a missing rank under lockstep",
+    ],
 )
 def test_what_is_timed(snapshot, timed):
     """The kind, the timeout, and whether the time stands still."""
