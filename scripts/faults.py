@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What happens when something breaks: runs the tests that keep the promises of docs/reliability.md, and prints what they saw.
 
-    python scripts/faults.py                    # every promise; a minute and a half on two cores
+    python scripts/faults.py                    # every promise; two to three minutes on two cores
     python scripts/faults.py 3 7 12             # some
     python scripts/faults.py --json faults.json # also write what was seen, with machine and versions
 
