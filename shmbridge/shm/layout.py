@@ -297,11 +297,6 @@ def reply_bytes(slots: int, slot_bytes: int) -> int:
     return PAGE + slots * slot_bytes
 
 
-def reply_slot_bytes(outputs: Sequence[OutputSpec], positions: int, rows: int) -> int:
-    """Bytes of a reply slot that holds `positions` positions, and `rows` rows of what has no sequence axis."""
-    return align(sum(align((positions if spec.per_token else rows) * spec.item_bytes) for spec in outputs), PAGE)
-
-
 def reply_offsets(outputs: Sequence[OutputSpec], extent: Extent) -> list[int]:
     """Where each output of a reply begins in its slot, in bytes, and where the last one ends. The outputs lie one after the other,
     each aligned to a cache line."""

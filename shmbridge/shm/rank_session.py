@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from shmbridge import log
 from shmbridge.errors import AttachError, DeadlineExceeded, LauncherDied, RunStopped, TeacherDied
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.process import Identity, Peer
+from shmbridge.shm.process import Identity
 from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import Lane, Participant, Token, lost
 
 _OWNER_SPEAKS_S = 2.0
 _STOP_IS_TOLD_S = 0.5
-
-T = TypeVar("T")
 
 
 class RankSession(Participant):
@@ -50,7 +48,6 @@ class RankSession(Participant):
         self._reopened = False
         self.plane: Any = None  # a plane.base.RankPlane: memory and events are opened once in the life of a process
         self.plane_device: object = None
-        self._teacher_peer: Peer | None = None
         self._outlives_teacher = self.settings.teacher.restarts > 0 or self.settings.on_teacher_lost != "stop"
         self._missed: Identity | None = None  # the teacher whose end was told
         self._stopped_since: float | None = None  # the teacher has ended in a run that stops
@@ -118,7 +115,7 @@ class RankSession(Participant):
         if self.stop():
             raise RunStopped("the run is to stop.")
         teacher = self.teacher
-        failure = teacher.failure
+        name, failure = self.teacher_name(teacher), teacher.failure
         if failure and not failure.consequence and not self._outlives_teacher:
             raise lost(failure, self.settings.run_dir)
         try:
@@ -127,43 +124,28 @@ class RankSession(Participant):
             if self.control.stopping and self._owner.alive():
                 raise RunStopped(str(error)) from None
             raise
-        if self._reopened and self._has_ended(teacher):
+        over = teacher.ready == self.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
+        if self._reopened and over and not self.control.stopping:
             raise AttachError(
-                f"{self.teacher_name(self.teacher_index)} has ended, because every rank had closed its bridge; this one connects "
+                f"{name} has ended, because every rank had closed its bridge; this one connects "
                 "again. Set teacher.serve_until=exited: the teacher then stays until the ranks' processes have ended."
             )
         who = teacher.identity
         if teacher.lost and teacher is self.teacher:  # the lane may have gone to another before
-            raise TeacherDied(f"{self.teacher_name(self.teacher_index)} is lost, and no new one comes.")
-        if who is None:
+            raise TeacherDied(f"{name} is lost, and no new one comes.")
+        if who is None or teacher.is_alive():
             return
-        if self._teacher_peer is None or self._teacher_peer.identity != who:
-            self._teacher_peer = Peer(who)
-        if self._teacher_peer.alive():
-            return
-        gone = f"{self.teacher_name(self.teacher_index)}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
-        if self.control.stopping and self._owner_is_to_speak():
-            return
+        if self.control.stopping:  # teachers end; for a moment the owner's word on it is waited for
+            now = time.monotonic()
+            self._stopped_since = self._stopped_since or now
+            if now - self._stopped_since < _OWNER_SPEAKS_S:
+                return
+        gone = f"{name}, pid {who.pid}, is gone; it was in phase {teacher.phase}."
         if not self._outlives_teacher:
             raise TeacherDied(gone)
         if self._missed != who:
             self._missed = who
             log.logger.warning("rank %d: %s Waiting for a new one.", self.lane.index, gone)
-
-    def _has_ended(self, teacher: Record) -> bool:
-        """It has served this generation to the end, and training has not ended."""
-        over = teacher.ready == self.generation and teacher.phase in (Phase.CLOSED, Phase.IDLE)
-        return over and not self.control.stopping
-
-    def _owner_is_to_speak(self) -> bool:
-        """In a run that stops, teachers end; for a moment the owner's word on it is waited for."""
-        now = time.monotonic()
-        self._stopped_since = self._stopped_since or now
-        return now - self._stopped_since < _OWNER_SPEAKS_S
-
-    def wait(self, ready: Callable[[], T | None], deadline: float | None) -> T | None:
-        """The project's one wait, on this rank's doorbell."""
-        return self.bell.wait(ready, self.check, deadline, self._spin_s)
 
     def wait_ready(self, timeout_s: float) -> Offer:
         """Sleep until the teacher's model is loaded; what it offers.
@@ -173,12 +155,11 @@ class RankSession(Participant):
             RunStopped: the run was stopped while it loaded.
             TeacherDied, LauncherDied, TrainerDied: see `check`.
         """
-        generation = self.generation
         self.record.enter(Phase.BARRIER)
         teachers = self.control.teachers  # all of them: teacher 0 writes what is shared, such as the output head
 
         def ready_or_stopped() -> bool | None:
-            if all(teacher.ready == generation or teacher.lost for teacher in teachers):
+            if all(teacher.ready == self.generation or teacher.lost for teacher in teachers):
                 return True
             return False if self.control.stopping else None
 
@@ -192,12 +173,11 @@ class RankSession(Participant):
             raise RunStopped("the run was stopped while the teacher was loading.")
         text = self.teacher.offer
         if text is None:
-            raise AttachError(f"{self.teacher_name(self.teacher_index)} is ready but made no offer: garbled.")
+            raise AttachError(f"{self.teacher_name(self.teacher)} is ready but made no offer: garbled.")
         return Offer.decode(text)
 
     def _late_teacher(self, timeout_s: float) -> str:
         teacher = next((t for t in self.control.teachers if t.ready != self.generation), self.teacher)
-        name = self.teacher_name(teacher.rank)
         if teacher.identity is None:
             where = "has not attached to the session"
         else:
@@ -206,7 +186,7 @@ class RankSession(Participant):
             where = (
                 f"(pid {teacher.identity.pid}) is in phase {teacher.phase}{share} for {teacher.seconds_in_phase:.0f} s"
             )
-        return f"at the startup barrier {name} {where} after {timeout_s:g} s; see its log, or raise timeouts.startup_s."
+        return f"at the startup barrier {self.teacher_name(teacher)} {where} after {timeout_s:g} s; see its log, or raise timeouts.startup_s."
 
     def close(self) -> None:
         """Tell that no request follows. Memory stays mapped while tensors of the caller look into it."""

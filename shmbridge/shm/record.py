@@ -17,7 +17,7 @@ import msgspec
 
 from shmbridge.errors import AttachError, DeadlineExceeded, PeerLost, PlanError
 from shmbridge.shm.layout import DECLARED, FAILURE, NO_STEP, OFFER, RECORD_BYTES, Flag, RecordWord, Text, Word
-from shmbridge.shm.process import Identity, myself
+from shmbridge.shm.process import Identity, Peer, myself
 
 _TEXT_WRITES = 2**32  # a text's word is its bytes, plus this for each time that it was written
 
@@ -76,6 +76,7 @@ class Record:
         self.rank = rank
         self.memory = memory[:RECORD_BYTES]
         self.words = self.memory.cast("Q")
+        self._peer: Peer | None = None
 
     # Written by the participant
 
@@ -203,6 +204,15 @@ class Record:
         """None until the participant has signed in."""
         pid = self.words[RecordWord.PID]
         return Identity(pid, self.words[RecordWord.START]) if pid else None
+
+    def is_alive(self) -> bool | None:
+        """Whether the participant's process lives; None until it has signed in."""
+        who = self.identity
+        if who is None:
+            return None
+        if self._peer is None or self._peer.identity != who:
+            self._peer = Peer(who)
+        return self._peer.alive()
 
     @property
     def phase(self) -> Phase:

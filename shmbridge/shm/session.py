@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import AttachError, ConfigError, LauncherDied, PeerLost, TeacherDied, TrainerDied
 from shmbridge.output_spec import OutputSpec
 from shmbridge.shm import layout
+from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord, Flag, LaneLayout, LaneWord, Word
 from shmbridge.shm.process import Identity, Peer
 from shmbridge.shm.record import Failure, Record
@@ -28,6 +29,8 @@ from shmbridge.shm.segment import Segment
 _SPIN_US = 50
 SESSION_VARIABLE = "SHMBRIDGE_SESSION"
 OFF = "off"
+
+T = TypeVar("T")
 
 
 class Token(NamedTuple):
@@ -114,9 +117,9 @@ class Shape(NamedTuple):
 
     def slot_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
         """Bytes of one reply slot."""
-        if self.chunks:
-            return layout.reply_slot_bytes(outputs, self.chunk_positions, 0)
-        return layout.reply_slot_bytes(outputs, self.max_positions, self.max_batch)
+        positions, rows = (self.chunk_positions, 0) if self.chunks else (self.max_positions, self.max_batch)
+        sizes = ((positions if spec.per_token else rows) * spec.item_bytes for spec in outputs)
+        return layout.align(sum(map(layout.align, sizes)), layout.PAGE)
 
     def reply_bytes(self, outputs: tuple[OutputSpec, ...]) -> int:
         """Bytes of one lane's reply segment, with its replies."""
@@ -256,7 +259,9 @@ def by_cause(failures: Iterable[Failure]) -> list[Failure]:
 
 
 class Participant(MappedSession):
-    """What a trainer and a teacher have in common: they watch the owner."""
+    """What a rank and a teacher have in common: a doorbell to wait on, and an owner to watch."""
+
+    bell: Doorbell
 
     def __init__(self, session_id: str) -> None:
         """Map the control segment, and no generation yet. Raises AttachError."""
@@ -282,8 +287,14 @@ class Participant(MappedSession):
                 f"the launcher (pid {self._owner.identity.pid}) is gone without a word: killed? Everything of this session ends."
             )
 
-    def teacher_name(self, teacher: int) -> str:
-        return f"teacher {teacher} ({self.settings.teacher.model})"
+    def wait(
+        self, ready: Callable[[], T | None], deadline: float | None, check: Callable[[], None] | None = None
+    ) -> T | None:
+        """The project's one wait, on this participant's doorbell; `check` in place of the session's own."""
+        return self.bell.wait(ready, check or self.check, deadline, self._spin_s)
+
+    def teacher_name(self, teacher: Record) -> str:
+        return f"teacher {teacher.rank} ({self.settings.teacher.model})"
 
 
 def lost(failure: Failure, run: str = "") -> PeerLost:

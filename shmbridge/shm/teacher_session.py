@@ -7,17 +7,11 @@ waits is rung.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 from shmbridge.errors import AttachError
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.process import Peer
 from shmbridge.shm.record import Phase
 from shmbridge.shm.session import Lane, Participant, Token
-
-T = TypeVar("T")
 
 
 class TeacherSession(Participant):
@@ -33,7 +27,6 @@ class TeacherSession(Participant):
         self.served: list[Lane] = []
         self.own: list[Lane] = []  # whoever serves them now
         self.member_bells: list[list[Doorbell]] = []
-        self._ranks: dict[int, Peer] = {}
         self._published: Offer | None = None
 
     def publish(self, made: Offer) -> None:
@@ -93,7 +86,6 @@ class TeacherSession(Participant):
     def leave(self) -> None:
         """Keep none of the generation's lanes and doorbells."""
         self.lanes, self.served, self.own, self.member_bells = [], [], [], []
-        self._ranks = {}
 
     def open_barrier(self) -> None:
         """Let every rank that waits at the startup barrier go on."""
@@ -108,12 +100,6 @@ class TeacherSession(Participant):
     def ring_members(self, lane: Lane) -> None:
         for bell in self.member_bells[lane.index]:
             bell.ring()
-
-    def wait(
-        self, ready: Callable[[], T | None], deadline: float | None, check: Callable[[], None] | None = None
-    ) -> T | None:
-        """The project's one wait, on this teacher's doorbell; `check` in place of the session's own."""
-        return self.bell.wait(ready, check or self.check, deadline, self._spin_s)
 
     def adopt(self) -> list[Lane]:
         """Lanes of other teachers that are this one's from now on."""
@@ -131,13 +117,7 @@ class TeacherSession(Participant):
 
     def gone(self, lane: Lane) -> bool:
         """True once the lane's rank has ended, whether or not it had closed."""
-        peer = self._ranks.get(lane.index)
-        if peer is None:
-            who = lane.records[0].identity
-            if who is None:
-                return False
-            peer = self._ranks[lane.index] = Peer(who)
-        return not peer.alive()
+        return lane.records[0].is_alive() is False
 
     @property
     def training_done(self) -> bool:
