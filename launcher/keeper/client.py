@@ -179,7 +179,7 @@ class RemoteSession(SessionHandle):
         self._ask_at = 0.0  # monotonic seconds; infinite while an answer is due
         self._told: set[str] = set()
         self._told_ready = 0  # of this generation
-        self._closed = False
+        self.done = False
 
     def begin(self, settings: Config, ranks: int) -> Token | None:
         """Asks the keeper, and asks again while a teacher finishes what the group before has left.
@@ -231,12 +231,8 @@ class RemoteSession(SessionHandle):
 
     def close(self, trained: bool = False, failed: int | None = None) -> None:
         """Of this group; the teacher stays."""
-        self._closed = True
+        self.done = True
         self.end()
-
-    @property
-    def leaving(self) -> str:
-        return self.connection.leaving
 
     @property
     def lost(self) -> bool:
@@ -252,12 +248,8 @@ class RemoteSession(SessionHandle):
         return all(record.ready == self.view.generation for record in self.view.control.teachers)
 
     @property
-    def done(self) -> bool:
-        return self._closed
-
-    @property
     def patience_s(self) -> float:
-        return _SERVED_S if self._told_ready == self.view.generation and not self._closed else _BUSY_S
+        return _SERVED_S if self._told_ready == self.view.generation and not self.done else _BUSY_S
 
     def watch(self) -> Iterable[tuple[int, int]]:
         return [*super().watch(), *self.connection.lines.watch()]
@@ -265,6 +257,7 @@ class RemoteSession(SessionHandle):
     def step(self, now: float) -> None:
         super().step(now)
         self.connection.hear()
+        self.leaving = self.connection.leaving
         generation = self.view.generation
         if self._ready and self._told_ready != generation:
             self._told_ready = generation

@@ -72,6 +72,8 @@ class _Group(msgspec.Struct):
 class Listener:
     """Serves the socket of one kept teacher, and decides when its session is closed."""
 
+    done = True  # for the loop: it ends with the session
+
     def __init__(
         self,
         plan: Plan,
@@ -102,10 +104,6 @@ class Listener:
         self._close_at = _NEVER  # monotonic seconds: the group has had its time to stop
 
     # As the loop sees it
-
-    @property
-    def done(self) -> bool:
-        return self._session.done
 
     @property
     def patience_s(self) -> float:

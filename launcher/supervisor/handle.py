@@ -23,6 +23,8 @@ class SessionHandle:
 
     view: MappedSession | None = None  # what is mapped of it
     failure: Cause | None = None  # of the session itself, which ends whoever uses it
+    leaving = ""  # why the owner of a kept session ends it
+    done = True  # it is closed
 
     def __init__(self, ranks: int = 0) -> None:
         self.ranks = Ranks([], ranks)
@@ -33,11 +35,6 @@ class SessionHandle:
         return ()
 
     @property
-    def leaving(self) -> str:
-        """Why the owner of a kept session ends it; empty where it does not."""
-        return ""
-
-    @property
     def lost(self) -> bool:
         """No teacher is there any more, and none will come."""
         return False
@@ -45,10 +42,6 @@ class SessionHandle:
     @property
     def ended(self) -> bool:
         """No teacher will answer anything more of this generation."""
-        return True
-
-    @property
-    def done(self) -> bool:
         return True
 
     @property

@@ -59,14 +59,14 @@ class HostedSession(SessionHandle):
         self._progress = Progress(loop.console, owner.control.teachers)
         self._has_replies = False
         self._answered = 0  # requests of the generations before this one
-        self._stopping = self._closed = self._trained = False
+        self.done = self._stopping = self._trained = False
 
     # What is seen
 
     @property
     def state(self) -> State:
         """It is never stored: it follows from the announcements in the control segment and from the teachers' phases."""
-        if self._closed:
+        if self.done:
             return State.CLOSED
         if self._is_open:
             replies = self._owner.control.words[ControlWord.REPLIES_READY]
@@ -90,7 +90,7 @@ class HostedSession(SessionHandle):
     @property
     def no_witnesses(self) -> list[int]:
         """All while the session is well: it judges its teachers itself."""
-        if self._closed or self.failure:
+        if self.done or self.failure:
             return self._teachers.excused
         return [replica.index for replica in self._teachers.replicas]
 
@@ -101,10 +101,6 @@ class HostedSession(SessionHandle):
     @property
     def ended(self) -> bool:
         return not any(job.alive for job in self.jobs)
-
-    @property
-    def done(self) -> bool:
-        return self._closed
 
     @property
     def patience_s(self) -> float:
@@ -158,7 +154,7 @@ class HostedSession(SessionHandle):
             self._owner.fail(failure)
 
     def close(self, trained: bool = False, failed: int | None = None) -> None:
-        self._closed, self._trained = True, trained
+        self.done, self._trained = True, trained
         self._owner.end_session()
         for replica in self._teachers.replicas:
             if not trained and replica.index != failed and replica.record.phase in LOADING_PHASES:
@@ -168,9 +164,9 @@ class HostedSession(SessionHandle):
 
     def step(self, now: float) -> None:
         super().step(now)
-        if self._trained or (self._is_open and not self._closed and not self._kept):
+        if self._trained or (self._is_open and not self.done and not self._kept):
             self._tolerate_late_crashes()
-        if self._closed or self.failure or (self._stopping and not self._kept):
+        if self.done or self.failure or (self._stopping and not self._kept):
             return
         try:
             self._teachers.step(now)
