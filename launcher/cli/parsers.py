@@ -36,7 +36,7 @@ _TEACHER_COMMANDS = {
 
 # Flag, setting, what its value is called, type, help. Every flag is a setting.
 _Flag = tuple[str, str, str, type, str]
-_CONFIG: _Flag = ("--config", "config", "FILE", str, "file or ready configuration; FILE#a.b reads one section")
+_CONFIG: _Flag = ("--config", "config", "FILE", str, "YAML file or ready configuration; FILE#a.b reads a section")
 _RUN_DIR: _Flag = ("--run-dir", "run_dir", "DIR", str, "each run gets its own directory in it (default: runs)")
 _TRAIN_GPUS: _Flag = ("--train-gpus", "train.gpus", "GPUS", str, "0-6 or 0,2,5: one rank each; 0,0: two on one GPU")
 _CPU: _Flag = ("--cpu", "train.cpu_ranks", "N", int, "N training ranks on the CPU, instead of --train-gpus")
