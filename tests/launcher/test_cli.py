@@ -379,6 +379,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_a_model_that_the_hub_does_not_give_is_asked_for_once_and_told_once(directory):
     (directory / "gpt2-small").mkdir()
     with (
