@@ -29,32 +29,26 @@ def choose(session: RankSession, given: torch.device | None) -> torch.device:
     Logs a warning where the current device is not the rank's own, unless the rank has opened its replies before.
     """
     gpus = session.settings.train.gpus
-    if given is None:
-        if not (gpus and torch.cuda.is_available()):
-            return torch.device("cpu")
-        if session.plane is None:
-            _warn_of_another(session.lane.index, gpus)
-    if given is None or (given.type == "cuda" and given.index is None):
-        return torch.device("cuda", torch.cuda.current_device())
-    return given
-
-
-def _warn_of_another(lane: int, gpus: str) -> None:
-    """The launcher gives each rank one GPU of a list such as `0-6` or `0,2,2`, in turn where ranks share them. A rank that never
-    called set_device is on cuda:0."""
-    different: set[int] = set()
-    for part in gpus.split(","):
-        first, _, last = part.partition("-")
-        different.update(range(int(first), int(last or first) + 1))
-    current, own = torch.cuda.current_device(), lane % len(different)
-    if current == own or own >= torch.cuda.device_count():  # the script itself hides the others from each rank
-        return
-    log.logger.warning(
-        "rank %d reads its replies on cuda:%d, the current device, and its own GPU is cuda:%d: replies, and a CUDA context, go to "
-        "a GPU that belongs to another process. Call torch.cuda.set_device(%d) before the first use of the bridge (LOCAL_RANK "
-        "tells the number), or give connect(device=...).",
-        *(lane, current, own, own),
-    )
+    if given is None and not (gpus and torch.cuda.is_available()):
+        return torch.device("cpu")
+    if given is not None and (given.type != "cuda" or given.index is not None):
+        return given
+    current = torch.cuda.current_device()
+    if given is None and session.plane is None:
+        different: set[int] = set()  # of a list such as `0-6` or `0,2,2`: the launcher gives each rank one, in turn
+        for part in gpus.split(","):
+            first, _, last = part.partition("-")
+            different.update(range(int(first), int(last or first) + 1))
+        lane = session.lane.index
+        own = lane % len(different)
+        if current != own and own < torch.cuda.device_count():  # else the script itself hides the others from each rank
+            log.logger.warning(
+                "rank %d reads its replies on cuda:%d, the current device, and its own GPU is cuda:%d: replies, and a CUDA context, "
+                "go to a GPU that belongs to another process. Call torch.cuda.set_device(%d) before the first use of the bridge "
+                "(LOCAL_RANK tells the number), or give connect(device=...).",
+                *(lane, current, own, own),
+            )
+    return torch.device("cuda", current)
 
 
 class Watchdog:

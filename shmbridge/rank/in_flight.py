@@ -258,13 +258,13 @@ class Requests:
         """Give back what nobody wants: the slot of a reply at once, that of a request once the teacher is done with it, which is
         told that it need not compute it. Raises TornReply."""
         ring = self._ring
-        unwanted = [sequence for sequence in range(ring.released, ring.requested) if not self._wanted(sequence)]
-        if not unwanted:
-            return
+        first = ring.released  # the oldest that somebody wants
+        unwanted = [sequence for sequence in range(first, ring.requested) if not self._wanted(sequence)]
         for sequence in unwanted:
+            if sequence == first:
+                first += 1
             if not self.streams and (dropped := self.replies.lent.get(sequence)):  # a lease that was not released
                 self.release(dropped, time.monotonic_ns())
-        first = self.first_wanted()
         if first > ring.abandoned and not ring.answered(first - 1):
             ring.abandon(first - 1)
             self._session.ring_teacher()

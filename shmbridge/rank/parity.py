@@ -41,31 +41,22 @@ def check(agreed: Offer, student: Student, ask: Ask, head: Callable[[], Head]) -
     Raises:
         ParityError: names the check that failed, what was found and what was expected.
     """
-    passed: list[str] = []
     vocabulary = _vocabulary(agreed, student)
-    if agreed.probe:
-        reply = _reply_to_probe(agreed, agreed.probe, ask)
-        passed.append("token IDs")
-        passed += _payload(agreed, agreed.probe, reply, head)
-        if student.loss:
-            passed += _loss(agreed, student.loss, reply, head)
-    passed += vocabulary
-    return ", ".join(passed)
-
-
-def _reply_to_probe(agreed: Offer, probe: Probe, ask: Ask) -> Reply:
-    """The reply to the probe, once the teacher has read the IDs that were sent. Raises ParityError."""
-    ids: IntArray = np.array(probe.input_ids, np.int64)
+    if not agreed.probe:
+        return ", ".join(vocabulary)
+    ids: IntArray = np.array(agreed.probe.input_ids, np.int64)
     arrays: dict[str, memoryview] = {}
-    candidates = next((spec.shape[-1] for spec in agreed.outputs if spec.name == "candidate_logprobs"), 0)
-    if candidates:
-        zeros: IntArray = np.zeros((*ids.shape, int(candidates)), np.int32)
-        arrays["candidates"] = zeros.data.cast("B")
+    for spec in agreed.outputs:
+        if spec.name == "candidate_logprobs":
+            arrays["candidates"] = np.zeros((*ids.shape, int(spec.shape[-1])), np.int32).data.cast("B")
     reply, echo = ask(ids, Extent(ids.shape[0], ids.shape[1]), arrays)
     sent = zlib.crc32(ids.tobytes())
     if echo != sent:
         raise ParityError(f"parity check, token IDs: the teacher read IDs with CRC {echo:#x}, {sent:#x} were sent.")
-    return reply
+    passed = ["token IDs", *_payload(agreed, agreed.probe, reply, head)]
+    if student.loss:
+        passed.append(_loss(agreed, student.loss, reply, head))
+    return ", ".join(passed + vocabulary)
 
 
 def _payload(agreed: Offer, probe: Probe, reply: Reply, head: Callable[[], Head]) -> list[str]:
@@ -96,38 +87,34 @@ def _vocabulary(agreed: Offer, student: Student) -> list[str]:
                 "the same word of the other; train with the teacher's tokenizer."
             )
         passed.append("tokenizer")
-    if student.vocab_size is None or agreed.words is None:
+    words, theirs = agreed.words, student.vocab_size
+    if theirs is None or words is None:
         return passed
-    if student.vocab_size != agreed.words:
+    if theirs != words:
+        entries = agreed.tokenizer.entries if agreed.tokenizer else 0
+        remedy = f"Where the rest is padding, cut it from the student's logits: logits[..., :{words}]."
+        if entries > min(theirs, words):
+            remedy = f"The teacher's tokenizer has {entries} entries: these are words and no padding, so the models do not match."
+        elif theirs < words:
+            remedy = f"Where the rest is padding, cut it: payload.vocab={theirs}."
         raise ParityError(
-            f"parity check, vocabulary: the teacher's distribution has {agreed.words} words, the student's "
-            f"{student.vocab_size}. {_remedy(agreed, student.vocab_size)}"
+            f"parity check, vocabulary: the teacher's distribution has {words} words, the student's {theirs}. {remedy}"
         )
-    return [*passed, f"vocabulary of {agreed.words}"]
+    return [*passed, f"vocabulary of {words}"]
 
 
-def _remedy(agreed: Offer, vocab_size: int) -> str:
-    entries = agreed.tokenizer.entries if agreed.tokenizer else 0
-    smaller = min(vocab_size, agreed.words or 0)
-    if entries > smaller:
-        return f"The teacher's tokenizer has {entries} entries: these are words and no padding, so the models do not match."
-    if vocab_size < (agreed.words or 0):
-        return f"Where the rest is padding, cut it: payload.vocab={vocab_size}."
-    return f"Where the rest is padding, cut it from the student's logits: logits[..., :{agreed.words}]."
-
-
-def _loss(agreed: Offer, loss: Loss, reply: Reply, head: Callable[[], Head]) -> list[str]:
+def _loss(agreed: Offer, loss: Loss, reply: Reply, head: Callable[[], Head]) -> str:
     """The chosen loss of the teacher and itself, where the reply tells the whole distribution or its top and its tail."""
     logits = _own_logits(agreed, reply, head)
     if logits is None:
-        return ["(no loss: this payload does not tell a distribution at temperature 1)"]
+        return "(no loss: this payload does not tell a distribution at temperature 1)"
     value = float(loss(logits, reply))
     if not abs(value) <= _ZERO:
         raise ParityError(
             f"parity check, loss: of the teacher and itself it is {value:.4g}, expected 0. A temperature on one side alone, rows "
             "shifted by one, or logits taken for log-probabilities do this."
         )
-    return [f"loss of teacher and teacher {value:.1e}"]
+    return f"loss of teacher and teacher {value:.1e}"
 
 
 def _own_logits(agreed: Offer, reply: Reply, head: Callable[[], Head]) -> torch.Tensor | None:
