@@ -45,7 +45,7 @@ PYTEST = (
 )
 DEATHS = "killed or dead or stamp or stuck or died or dies or sticky or watchdog"
 PROTOCOL = (
-    "bit_equal or used_again or far_behind or no_host_wait or does_not_wait or synchronisation or allocator or "
+    "bit_equal or used_again or far_behind or no_host_wait or synchronisation or allocator or "
     "expandable or auto_takes or (test_launched and host_plane)"
 )
 

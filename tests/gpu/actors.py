@@ -409,10 +409,6 @@ def grow(device: torch.device, lane: int, steps: int) -> None:
     tell(held)
 
 
-def peer_access() -> None:
-    tell({"access": torch.cuda.can_device_access_peer(0, 1) and torch.cuda.can_device_access_peer(1, 0)})
-
-
 def main() -> None:
     role, arguments = sys.argv[1], json.loads(sys.argv[2])
     if "device" in arguments:

@@ -14,12 +14,14 @@ ROOT = Path(__file__).parents[2]
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 
 
-def launch(directory: Path, model: Path, *arguments: str, **variables: str) -> tuple[str, list[dict[str, object]]]:
-    """What a run of tests/gpu/train.py printed, and what each rank told."""
-    script = ["--", str(ROOT / "tests" / "gpu" / "train.py"), str(model), str(directory)]
+def launch(
+    directory: Path, model: Path, *arguments: str, script: str = "train.py", **variables: str
+) -> tuple[str, list[dict[str, object]]]:
+    """What a run of a script of tests/gpu printed, and what each rank told."""
+    command = ["--", str(ROOT / "tests" / "gpu" / script), str(model), str(directory)]
     settings = ["payload.logits.dtype=float32", "ring.max_tokens=1024", f"run_dir={directory}/runs"]
     done = subprocess.run(
-        [sys.executable, "-m", "shmbridge.launch", "--teacher", str(model), *arguments, *settings, *script],
+        [sys.executable, "-m", "shmbridge.launch", "--teacher", str(model), *arguments, *settings, *command],
         cwd=ROOT,
         env=os.environ | variables,
         stdout=subprocess.PIPE,
@@ -64,13 +66,9 @@ def test_expandable_segments_are_taken_from_the_teacher_alone(tmp_path, model):
     assert "the teacher runs without expandable_segments:True" in printed
 
 
-def test_a_teacher_on_the_gpu_and_training_on_the_cpu_and_the_other_way_round(tmp_path, model):
-    settings = ["run_dir=" + str(tmp_path / "runs"), "teacher.collect=lockstep", "ring.max_tokens=1024"]
-    script = ["--", str(ROOT / "tests" / "gpu" / "ask.py")]
-    for devices in (["--teacher-gpu", "0", "--cpu", "1"], ["--train-gpus", "0"]):
-        command = [sys.executable, "-m", "shmbridge.launch", "--teacher", str(model), *devices, *settings, *script]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.parametrize("devices", [("--teacher-gpu", "0", "--cpu", "1"), ("--train-gpus", "0")])
+def test_a_teacher_on_the_gpu_and_training_on_the_cpu_and_the_other_way_round(tmp_path, model, devices):
+    launch(tmp_path, model, *devices, "teacher.collect=lockstep", script="ask.py")
 
 
 # Two cards
@@ -78,32 +76,19 @@ def test_a_teacher_on_the_gpu_and_training_on_the_cpu_and_the_other_way_round(tm
 
 @pytest.mark.gpus(2)
 @READS
-def test_a_rank_reads_the_other_cards_memory(tmp_path, model, read):
-    _, told = launch(
-        tmp_path, model, "--teacher-gpu", "1", "--train-gpus", "0", "--plane", "cuda_ipc", f"cuda.read={read}"
-    )
-    right(told, 1, "cuda_ipc")
-
-
-@pytest.mark.gpus(2)
-@READS
-def test_a_rank_with_expandable_segments_reads_the_other_cards_memory(tmp_path, model, read):
-    """Training keeps them; the launcher takes them from the teacher alone."""
+@pytest.mark.parametrize("segments", [{}, {ALLOCATOR: "expandable_segments:True"}], ids=["", "expandable"])
+def test_a_rank_reads_the_other_cards_memory(tmp_path, model, read, segments):
+    """Training keeps expandable segments; the launcher takes them from the teacher alone."""
     cards = ("--teacher-gpu", "1", "--train-gpus", "0")
-    segments = {ALLOCATOR: "expandable_segments:True"}
     _, told = launch(tmp_path, model, *cards, "--plane", "cuda_ipc", f"cuda.read={read}", **segments)
     right(told, 1, "cuda_ipc")
 
 
 @pytest.mark.gpus(2)
-def test_a_model_over_two_cards(tmp_path, model):
-    _, told = launch(tmp_path, model, "--teacher-gpu", "0,1", "--teacher-replicas", "1", "--train-gpus", "0,1")
-    right(told, 2, "cuda_ipc")
-
-
-@pytest.mark.gpus(2)
-def test_two_replicas(tmp_path, model):
-    _, told = launch(tmp_path, model, "--teacher-gpu", "0,1", "--teacher-replicas", "2", "--train-gpus", "0,1")
+@pytest.mark.parametrize("replicas", ["1", "2"])
+def test_a_model_over_two_cards_and_two_replicas(tmp_path, model, replicas):
+    cards = ("--teacher-gpu", "0,1", "--teacher-replicas", replicas, "--train-gpus", "0,1")
+    _, told = launch(tmp_path, model, *cards)
     right(told, 2, "cuda_ipc")
     assert [rank["card"] for rank in told] == [0, 1]
 

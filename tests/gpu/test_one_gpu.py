@@ -9,10 +9,11 @@ import pytest
 
 from tests.gpu.session import Actor
 
-CUDA_COPY = ("plane=cuda_ipc", "cuda.read=copy")
-CUDA_IN_PLACE = ("plane=cuda_ipc", "cuda.read=in_place")
-HOST = ("plane=host",)
-PLANES = {"copy": CUDA_COPY, "in place": CUDA_IN_PLACE, "host": HOST}
+PLANES = {
+    "copy": ("plane=cuda_ipc", "cuda.read=copy"),
+    "in place": ("plane=cuda_ipc", "cuda.read=in_place"),
+    "host": ("plane=host",),
+}
 STREAM = "payload.stream={chunk_positions: 16, chunks: 3}"
 PAYLOADS = {
     "logits": ["payload.logits.dtype=float32"],
@@ -63,7 +64,7 @@ def test_slots_that_are_used_again_while_gpus_lag_behind(start, plane, depth):
 
 def test_a_teacher_far_behind_its_host(start):
     """Each forward takes a second on the GPU; hosts of both sides run ahead."""
-    session = start(1, *CUDA_COPY, "ring.depth=2")
+    session = start(1, *PLANES["copy"], "ring.depth=2")
     session.teacher("teach_table", slow=True)
     assert session.rank(0, "compare_table", steps=10, ahead=2).result() == {"compared": 9, "wrong": 0}
 
@@ -78,17 +79,10 @@ def test_torch_sees_no_host_wait_in_submit_wait_release(start, plane):
     assert session.rank(0, "ask_without_waiting").result() == {"wrong": 0}
 
 
-@ON_CUDA
+@ON_EACH_PLANE
 def test_torch_sees_no_host_wait_in_a_round_of_the_teacher(start, plane):
+    """On the host plane a thread waits for the copy."""
     session = start(1, *PLANES[plane])
-    teacher = session.teacher("teach_without_waiting")
-    assert session.rank(0, "compare_table", steps=30).result()["wrong"] == 0
-    assert teacher.result()["rounds"] >= 30
-
-
-def test_the_teachers_host_does_not_wait_on_the_host_plane_either(start):
-    """A thread waits for the copy."""
-    session = start(1, *HOST)
     teacher = session.teacher("teach_without_waiting")
     assert session.rank(0, "compare_table", steps=30).result()["wrong"] == 0
     assert teacher.result()["rounds"] >= 30
