@@ -480,17 +480,25 @@ def test_a_teacher_that_died_without_an_answer_is_passed_over(read, monkeypatch)
     with met(gpu, monkeypatch, read, "ring.depth=2") as pair:
         first = pair.submit(ids(0))
         pair.teach()
-        for _ in range(3):  # one more than the exchange keeps
+        for _ in range(2):
             take_over(pair)
-            dead, gpu._memories = gpu._memories, {}
-        gpu._memories = dict([*dead.items()][-1:])
-        second = pair.submit(ids(1))
-        pair.teach()
-        rows = pair.read(second)
+            gpu._memories.clear()
+        before = pair.read(first)
+        take_over(pair)  # one more than the exchange keeps
+        after = pair.answer(ids(1))
         gpu.run()
-        assert right(rows, ids(1))
-        with gpu.process("rank"):
-            first.cancel()
+        assert right(before, ids(0))
+        assert right(after, ids(1))
+
+
+def test_a_reply_of_a_teacher_that_the_exchange_no_longer_has_is_refused(monkeypatch):
+    with met(SimGpu(), monkeypatch, COPY) as pair:
+        pending = pair.submit(ids(0))
+        pair.teach()
+        for _ in range(3):
+            take_over(pair)
+        with pytest.raises(AttachError, match="went through 2 teachers since .* last checkpoint"):
+            pair.read(pending)
 
 
 def test_what_was_opened_of_a_dead_teacher_is_closed_when_no_read_of_the_rank_is_on_its_way(monkeypatch):
@@ -749,6 +757,14 @@ def test_garbled_handles_are_an_attach_error_whatever_they_say(seed, monkeypatch
         segment.words[layout.ExchangeWord.EXPORT_NBYTES] = len(text)
         with pytest.raises(AttachError):
             pair.open_rank()
+
+
+def test_a_segment_of_another_size_is_an_attach_error(monkeypatch):
+    with opened(SimGpu(), monkeypatch) as pair:
+        pair.open_teacher()
+        found = exchange(pair).bytes.nbytes
+        with pytest.raises(AttachError, match=f"has {found} bytes, expected 4096: garbled"):
+            pair.lane_spec().attach(4096)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 10**6, 2**64 - 1])
