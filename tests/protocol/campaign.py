@@ -33,7 +33,7 @@ from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.record import Phase
-from shmbridge.shm.session import Token
+from shmbridge.shm.session import Participant, Token
 from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors, mutants
 from tests.protocol.actors import FAILS, OFFER, Broken, TinyRank, TinyTeacher, Witness, exchange_afresh, require
@@ -153,26 +153,11 @@ class Turns:
         os.close(self._writes)
 
 
-class RankSession(RankSession):
-    """A rank that takes turns."""
-
-    def __init__(self, token: Token, turns: Turns) -> None:
-        self.turns = turns
-        super().__init__(token, 0)
-
-    def wait(self, ready: Callable[[], Any], deadline: float | None) -> Any:
-        return super().wait(self.turns.wrapped(ready, self.bell), deadline)
-
-
-class ServingSession(TeacherSession):
-    """A teacher that takes turns."""
-
-    def __init__(self, token: Token, turns: Turns) -> None:
-        self.turns = turns
-        super().__init__(token)
-
-    def wait(self, ready: Callable[[], Any], deadline: float | None, check: Callable[[], None] | None = None) -> Any:
-        return super().wait(self.turns.wrapped(ready, self.bell), deadline, check)
+def taking_turns(session: Participant, turns: Turns) -> Any:
+    """The session, which hands its turn over before each sleep."""
+    wait = session.wait
+    session.wait = lambda ready, *rest: wait(turns.wrapped(ready, session.bell), *rest)
+    return session
 
 
 class Points:
@@ -213,13 +198,13 @@ def play(
     if attach:
         sys.settrace(points)
     if role == "teacher":
-        teacher = TinyTeacher(ServingSession(token, turns))
+        teacher = TinyTeacher(taking_turns(TeacherSession(token), turns))
         seen.append(teacher)
         teacher.open()
         sys.settrace(points)
         teacher.serve()
     else:
-        rank = TinyRank(RankSession(token, turns))
+        rank = TinyRank(taking_turns(RankSession(token, 0), turns))
         seen.append(rank)
         rank.open(timeout_s)
         sys.settrace(points)

@@ -71,6 +71,16 @@ def test_every_array_arrives_beside_the_ids_and_none_reaches_beyond_the_slot(nam
     assert (request.extent, request.probe, request.step) == (extent, "mask" in names, None)
 
 
+def test_a_sealed_reply_is_not_asked_for_again_and_settles_once_it_is_published():
+    ring = make()
+    ask(ring), ask(ring)
+    ring.write_reply(0, PLACE)
+    ring.seal_reply(0)
+    assert ring.next_request() == 1 and not ring.settled
+    ring.publish_reply(0)
+    assert ring.next_request() == 1 and ring.settled
+
+
 def test_a_full_ring_refuses_and_a_release_frees():
     ring = make(depth=2)
     ask(ring), ask(ring)
