@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.plan.jobs import TEACHER, TORCHRUN
+from launcher.process.job import Exit
 from launcher.supervisor import cause
 from shmbridge import config
 from shmbridge.shm.owner import Owner
@@ -62,3 +64,13 @@ def test_a_cause_needs_no_patience_and_goes_before_an_earlier_consequence(sessio
     write(session, 1, "RuntimeError: boom", consequence=False)
     found = find(session)
     assert found and (found.rank, found.reason) == (1, "RuntimeError: boom")
+
+
+def test_a_hard_death_goes_before_an_exception_that_may_be_its_echo(session):
+    """A rank's connection breaks, and the rank says so, before the death of the teacher is seen."""
+    write(session, 0, "RuntimeError: connection reset", seconds_ago=0.5, consequence=False)
+    teacher, torchrun = jobs()
+    teacher.exit, teacher.died, teacher.asked = Exit(None, signal.SIGKILL, 0, time.monotonic_ns()), True, False
+    teacher.first_pid = 1
+    found = cause.find([teacher, torchrun], session, lambda: 0)  # type: ignore[list-item]
+    assert found and (found.role, found.signal) == (TEACHER, signal.SIGKILL)
