@@ -45,24 +45,21 @@ class Collector:
         Raises:
             PeerLost: the session has failed, or its launcher is gone.
         """
+        wait = self._session.wait
         self._exchange_lanes()  # a teacher that always finds a request never comes to a slice's end
-        while answers := self._session.wait(self._take_or_end, None, self._check):
+        while answers := wait(self._take_or_end, None, self._check):
             if len(answers) == len(self._lanes):
                 return answers
-            self._wait_for_the_others()
+            began = time.monotonic()
+            if self._lockstep:
+                wait(self._all_submitted, None, self._check)
+            elif self._linger_s and not wait(self._all_submitted, began + self._linger_s, self._check):
+                # A rank that is a little late costs a second forward if it is left behind, half of one at most if it is not.
+                wait(lambda: self._all_submitted(self._last_round), began + self._last_round_s / 2, self._check)
             answers = self._take()  # again: more may have come since, and who had asked may be gone
             if answers:
                 return answers
         return []
-
-    def _wait_for_the_others(self) -> None:
-        """For the requests of this round. A rank that is a little late costs a second forward if it is left behind, and half of one at
-        most if the round waits for it."""
-        wait, began = self._session.wait, time.monotonic()
-        if self._lockstep:
-            wait(self._all_submitted, None, self._check)
-        elif self._linger_s and not wait(self._all_submitted, began + self._linger_s, self._check):
-            wait(lambda: self._all_submitted(self._last_round), began + self._last_round_s / 2, self._check)
 
     def _take_or_end(self) -> list[Answer] | None:
         self._advance_streams()

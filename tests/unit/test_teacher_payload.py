@@ -127,6 +127,11 @@ def test_words_beyond_vocab_are_in_no_softmax():
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(found[name], tensor), name
+    head = Head(torch.eye(WORDS))
+    encoder = LanguageModel(settings(f"vocab={cut}", "logits={}"), WORDS, head)
+    for whole in (True, False):
+        tensors = encoder.prepare({"hidden": logits[None]}, 1, 6, whole)
+        assert torch.equal(encoder.encode(Selection(tensors, slice(0, 1), 6, 0), 0, 6)["logits"], logits[:, :cut])
 
 
 @pytest.mark.parametrize("whole", [True, False])
