@@ -64,6 +64,7 @@ def test_without_nvidia_smi_torch_tells_the_gpus(look):
     ("smi", "name", "status", "told", "remedy"),
     [
         ("sleep 600", "gpus", "fault", "nvidia-smi gave no answer within 0.5 s", "nvidia-smi -pm 1"),
+        ("sleep 600", "cuda", "warning", "torch was not asked", "nvidia-smi -pm 1"),
         (
             "echo version mismatch; exit 18",
             "gpus",

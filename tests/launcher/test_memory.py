@@ -351,6 +351,11 @@ def test_logits_that_do_not_fit_name_smaller_payloads_with_their_sizes():
         plan("ring.max_tokens=32768", "payload.logits=null", override, **more).check()
 
 
+def test_a_payload_that_is_no_smaller_than_the_logits_is_not_named():
+    _, told = refusal(plan(card=ModelCard(100, GIB, 4096, "bfloat16"), machine=MACHINE._replace(shm_free=2 * MIB)))
+    assert told.startswith(SMALLER_REPLIES)
+
+
 @pytest.mark.parametrize("overrides", [[HIDDEN], [TOPK], [CUSTOM, "payload={logits: {}}"]])
 def test_other_payloads_are_named_for_the_logits_of_a_language_model_alone(overrides):
     assert plan(*overrides).instead == {}

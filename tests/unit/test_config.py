@@ -16,6 +16,7 @@ def test_overrides_win_over_the_file_and_flags(tmp_path):
     got = config.load(str(file), ["ring.depth=5", "teacher.args={k: [1, 2]}"], {"teacher.model": "b"})
     assert (got.ring.depth, got.ring.max_tokens, got.teacher.model) == (5, 100, "b")
     assert got.teacher.args == {"k": [1, 2]}
+    assert config.load(str(file), values={"ring.depth": None}).ring == config.load(values={"ring.max_tokens": 100}).ring
 
 
 def test_a_single_gpu_is_a_list_too():
