@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu import distil, train  # noqa: E402
+
+from tests.launcher import fake_gpus  # noqa: E402
 
 
 def arm(step_s: float, loss: float, **more: float) -> dict[str, object]:
@@ -84,12 +85,7 @@ def test_the_launcher_takes_the_commands_of_every_layout(tmp_path):
     options = train.parse(["--models", "tiny", "--out", str(tmp_path), "--device", "cpu"])
     train.make(tmp_path, options)
     models = train.Models(tmp_path / "teacher", tmp_path / "student", tmp_path / "tokens.pt")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(
-        f"#!/bin/sh\nprintf '{''.join(f'{i}, GPU-{i}, 81559, 81000, Default, [N/A]' + chr(92) + 'n' for i in range(8))}'\n"
-    )
-    smi.chmod(0o755)
-    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables = fake_gpus.nvidia_smi(tmp_path, fake_gpus.rows(8))
     *_, layout = train.layouts_of(8)
     for bridge in (True, False):
         python, m, module, *rest = train.command(layout, models, options, tmp_path / "out.json", bridge=bridge)
