@@ -388,7 +388,7 @@ def test_without_replies_the_loss_is_the_cross_entropy(saved, tmp_path):
         until(lambda: it.owner.lanes[0].records[0].sequence, "a reply")
         teacher.kill()
         teacher.join()
-        it.owner.control.teachers[0].set_lost()
+        it.owner.control.teachers[0].lost = True
         it.owner.ring_all()
         assert rank.join() == 0
 
