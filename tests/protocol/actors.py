@@ -1,7 +1,7 @@
 """A teacher and a rank small enough to be killed anywhere: the protocol of docs/design.md without torch.
 
-They do to the ring, the doorbells and the records what teacher/replies.py and rank/requests.py do. Every byte that they send is
-a function of (generation, sequence, chunk), so that whoever reads can tell whether it is what it asked for.
+They do to the ring, the doorbells and the records what teacher/replies.py and rank/in_flight.py do. Every byte that they send
+is a function of (generation, sequence, chunk), so that whoever reads can tell whether it is what it asked for.
 """
 
 from __future__ import annotations
