@@ -202,7 +202,8 @@ def test_a_rank_at_the_barrier_learns_that_the_teacher_died(it):
         session.wait_ready(30)
 
 
-def test_a_rank_waits_for_every_replica():
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rank_waits_for_every_replica_that_may_still_come(lost):
     """Teacher 0 writes what all ranks share, so a rank of teacher 1 must not go on before it is ready."""
     settings = config.load(overrides=["teacher.model=a:b", "ring.max_tokens=16"])
     with owner.Owner(settings, 2, teachers=2) as it:
@@ -215,7 +216,10 @@ def test_a_rank_waits_for_every_replica():
         teachers[1].open_barrier()
         with pytest.raises(DeadlineExceeded, match="teacher 0"):
             rank.wait_ready(0.05)
-        teachers[0].open_barrier()
+        if lost:
+            it.control.teachers[0].lost = True
+        else:
+            teachers[0].open_barrier()
         assert rank.wait_ready(5).model == "m"
 
 
