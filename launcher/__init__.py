@@ -1,7 +1,7 @@
 """The command `shmbridge-launch`: starts a teacher beside a training group, watches both, and reports. Only process.elastic imports torch.
 
 cli          flags and sub-commands
-plan         settings and the machine to job specs and a memory plan
+plan         from settings and the machine to the specs of the jobs and a memory plan
 supervisor   a run: session, training job, and the failure that came first
 process      starting and stopping processes
 keeper       a teacher that is kept across runs

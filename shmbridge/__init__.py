@@ -16,7 +16,7 @@ launch         the command shmbridge-launch: loads the launcher by its path, bec
 model_path     where a teacher's model is: a directory, a file, or the hub
 output_spec    what a teacher returns, and how many bytes it takes
 fingerprint    fingerprints of tensors and tokenizers, for the parity check
-head           the output head as data
+head           the output head: its matrix, bias and scaling
 shm            the protocol in shared memory; torch-free
 plane          where replies lie: shared memory, or the teacher's GPU memory
 teacher        the teacher's process

@@ -1,7 +1,7 @@
 """Two state machines on one loop: a session with its teachers, and the training job beside it.
 
 loop        sleeps until a process, a socket or a signal is ready, then steps session and job; ends the jobs
-handle      what a training job holds of a session: its verbs, and what it reads of it
+handle      the interface through which a training job uses a session
 hosted      HostedSession: owns the shared memory and the teachers
 teachers    the teachers of a session: restarts, and the lanes of a dead one
 ranks       the ranks of the training group, watched from outside

@@ -12,8 +12,8 @@ under data parallelism, and a streamed teacher.
 
     divergence   the formulas, for one chunk of rows
     sources      what a loss reads, a few rows at a time: logits, hidden states and a head, tables
-    student      returns logits of a few rows and takes their gradient
-    chunked      the loop and its autograd node
+    student      the student's logits, a few rows at a time, and the gradients of its inputs
+    chunked      the loop over chunks, as an autograd function
     checks       shapes, dtypes and settings, checked before anything is computed
     functional   the losses
     candidates   the loss on the student's candidates, and their choice

@@ -7,7 +7,7 @@ host            replies in POSIX shared memory
 cuda            replies in the teacher's GPU memory
 cuda_ipc        CUDA IPC: the only module that calls private functions of torch
 cuda_slab       the reply slots of a lane in GPU memory, and the handles that open them
-cuda_runtime    pinned host memory; what an exception says of the GPU
+cuda_runtime    pinned host memory; what an exception of CUDA means
 shared_head     the teacher's output head in shared memory
 probe           the trial of CUDA IPC before a session exists: exporter and importer
 devices         what torch sees of this machine's GPUs; a short process of its own

@@ -1,4 +1,4 @@
-"""The device on which a rank reads its replies, and what a teacher's death does to it.
+"""The device on which a rank reads its replies, and how the death of a teacher is noticed there.
 
 A GPU that waits for a dead teacher waits for ever, and the host thread that waits for this GPU is stuck in C, where neither an
 exception nor a signal handler reaches it. The heartbeat's thread sees that, writes the reason to its record and ends the

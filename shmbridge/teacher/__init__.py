@@ -1,7 +1,7 @@
 """The teacher's process: it loads a model, collects requests into batches, runs the forward and answers.
 
 main          the entry point: `python -m shmbridge.teacher.main`
-huggingface   the HuggingFace teacher: the only module that imports transformers
+huggingface   the HuggingFace teacher: loads the model with transformers
 discovery     what a loaded teacher offers
 startup       forwards at startup: the parity probe, the packing check, the warm-up
 server        the loop over forward(batch) -> named tensors

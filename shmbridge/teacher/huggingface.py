@@ -1,4 +1,4 @@
-"""The HuggingFace teacher: the only module that imports transformers.
+"""The HuggingFace teacher: the only module of the teacher that imports transformers.
 
     AutoModelForCausalLM.from_pretrained(local directory | hub id | .gguf file)
 
