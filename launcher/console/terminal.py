@@ -50,17 +50,24 @@ class Console:
         self._prefix_width = max(self._prefix_width, len(f"[{source}]"))
 
     def say(self, text: str) -> None:
-        """Print lines of the launcher at once. On a terminal, long ones go on below the second column of a table's row."""
+        """Print lines of the launcher at once; on a terminal, long ones are wrapped."""
+        self.line(LAUNCHER, self._wrapped(text, self._size[0] - self._prefix_width - 1))
+        self.flush()
+
+    def page(self, text: str) -> None:
+        """Lines without a prefix; on a terminal, long ones are wrapped."""
+        self.write(self._wrapped(text, self._size[0]) + "\n")
+
+    def _wrapped(self, text: str, columns: int) -> str:
+        """A long line goes on below the second column, where it is a table's row. What is quoted, by four spaces, is left as it is."""
         lines = text.split("\n")
         if self.redraws:
-            room = max(40, self._size[0] - self._prefix_width - 1)
-            whole = textwrap.TextWrapper(room, break_long_words=False, break_on_hyphens=False)
+            whole = textwrap.TextWrapper(max(40, columns), break_long_words=False, break_on_hyphens=False)
             for i, line in enumerate(lines):
-                row = re.match(r"\w+  +", line)
+                row = re.match(r" *\w+  +", line)
                 whole.subsequent_indent = " " * row.end() if row else "  "
-                lines[i] = whole.fill(line)
-        self.line(LAUNCHER, "\n".join(lines))
-        self.flush()
+                lines[i] = line if line.startswith("    ") else whole.fill(line)
+        return "\n".join(lines)
 
     @property
     def _size(self) -> tuple[int, int]:

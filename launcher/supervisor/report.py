@@ -106,7 +106,7 @@ def conclude(cause: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, direct
     (directory / "report.json").write_bytes(msgspec.json.format(msgspec.json.encode(report)))
     loop.console.flush(_SHOW_S)
     errors = Console(sys.stderr)
-    errors.write(report.text([fact for fact in report.machine if fact.status != "ok"]) + "\n")
+    errors.page(report.text([fact for fact in report.machine if fact.status != "ok"]))
     errors.flush(_SHOW_S)
     return report.exit_code
 
