@@ -18,9 +18,15 @@ _CHUNK = 2**20
 _LONGEST_LINE = 64 * 1024
 _LONGEST_TRACEBACK = 200
 # Unfinished lines: how often a progress bar is drawn again on a terminal, and printed elsewhere; how long a line without a
-# carriage return must stand still to be a prompt.
-_REDRAW_S, _REPRINT_S, _PROMPT_S = 1.0, 10.0, 0.5
+# carriage return must stand still to be a prompt, and a traceback that has no end yet to be shown without one.
+_REDRAW_S, _REPRINT_S, _STILL_S = 1.0, 10.0, 0.5
 _TRACEBACK = "Traceback (most recent call last):"
+# What Python writes between the tracebacks of chained exceptions, with an empty line before and after it.
+_CHAIN = re.compile(
+    r"(The above exception was the direct cause of the following|During handling of the above) exception"
+)
+# In the traceback of an exception group: each line after the first, the exception, the end.
+_GROUP_LINE, _GROUP, _GROUP_END = re.compile(r" +[|+]"), re.compile(r" +\| (\S.*)"), re.compile(r" +\+-+$")
 # An exception that follows from what the report of the run tells.
 _CONSEQUENCE = re.compile(rf"shmbridge\.errors\.({'|'.join(kind.__name__ for kind in PeerLost.__subclasses__())}):")
 # What torchrun says of the ends of its ranks.
@@ -138,8 +144,20 @@ class Logs:
         self._flush()
 
     def last_lines(self, source: str) -> list[str]:
-        """The last traceback of the source, else its last lines."""
-        return self._tracebacks.get(source) or list(self._last[source])
+        """The last traceback of the source, and its last lines where these came later."""
+        traceback, last = self._tracebacks.get(source, []), list(self._last[source])
+        if not traceback or self._ends_in_traceback(source):
+            return traceback or last
+        return [*traceback, "...", *last]
+
+    def raised(self, source: str) -> str:
+        """The exception of the traceback that is among the last lines of the source; empty where none is, or a group's."""
+        error = self._tracebacks[source][-1] if self._ends_in_traceback(source) else ""
+        return "" if error.startswith(" ") else error
+
+    def _ends_in_traceback(self, source: str) -> bool:
+        traceback = self._tracebacks.get(source, [])
+        return bool(traceback) and traceback[-1] in map(_bare, self._last[source])
 
     def paths(self, source: str) -> list[Path]:
         """Its files that are not empty."""
@@ -163,15 +181,16 @@ class Logs:
             del lines[0]
         at = 0
         while at < len(lines):
-            traceback, whole = _traceback(lines, at)
-            folds = whole and (self.failed or _CONSEQUENCE.match(_bare(traceback[-1])) is not None)
-            is_new = at + len(traceback) > len(held)
-            if traceback and is_new and not folds and not last and len(traceback) < _LONGEST_TRACEBACK:
+            traceback, error = _traceback(lines, at)
+            folds = error and (self.failed or _CONSEQUENCE.match(error))
+            grows = at + len(traceback) > len(held)
+            grows = grows or (not error and time.monotonic() - tail.changed_at < _STILL_S)
+            if traceback and grows and not folds and not last and len(traceback) < _LONGEST_TRACEBACK:
                 self._held[tail] = lines[at:]
                 break
             if traceback:
                 self._tracebacks[tail.source] = [_bare(line) for line in traceback]
-            told = f"{_bare(traceback[-1])} [traceback: {tail.path}]" if folds else ""
+            told = f"{error} [traceback: {tail.path}]"
             for line in [told] if folds else traceback or [lines[at]]:
                 if not (self.failed and _ENDS.match(line)):
                     self._console.line(tail.source, line)
@@ -186,7 +205,7 @@ class Logs:
             tail.shown_at = now - _REDRAW_S if redraws else now
         if tail.shown_at is None or tail.unfinished == tail.shown:
             return
-        if now - tail.shown_at >= every_s if tail.is_bar else now - tail.changed_at >= _PROMPT_S:
+        if now - tail.shown_at >= every_s if tail.is_bar else now - tail.changed_at >= _STILL_S:
             tail.shown, tail.shown_at = tail.unfinished, now
             if tail.shown and not redraws:
                 self._console.line(tail.source, tail.shown)
@@ -220,12 +239,29 @@ def _bare(line: str) -> str:
     return _PREFIX.sub("", _COLOUR.sub("", line))
 
 
-def _traceback(lines: Sequence[str], at: int) -> tuple[Sequence[str], bool]:
-    """The lines of the traceback that begins at `at`, none where none does; and whether it is whole."""
+def _traceback(lines: Sequence[str], at: int) -> tuple[Sequence[str], str]:
+    """The lines of the traceback that begins at `at`, with those that are chained to it, and its exception.
+
+    Without lines none begins there; without an exception its end has not come.
+    """
     if not _bare(lines[at]).endswith(_TRACEBACK):
-        return [], False
-    for end in range(at + 1, len(lines)):
+        return [], ""
+    of_group, error, end = "Exception Group" in lines[at], "", at + 1
+    while end < len(lines):
         bare = _bare(lines[end])
-        if bare and not bare.startswith(" ") and not bare.endswith(_TRACEBACK):
-            return lines[at : end + 1], True
-    return lines[at:], False
+        if of_group:
+            found = _GROUP.match(bare)
+            error = error or (found[1] if found else "")
+            goes_on = end + 1 < len(lines) and _GROUP_LINE.match(_bare(lines[end + 1]))
+            is_last = bool(_GROUP_END.match(bare) and not goes_on)
+        else:
+            error = bare
+            is_last = not bare.startswith(" ") and bare != "" and not bare.endswith(_TRACEBACK)
+        end += 1
+        if not is_last:
+            continue
+        if end + 1 < len(lines) and _CHAIN.match(_bare(lines[end + 1])):
+            later, error = _traceback(lines, end + 3) if end + 3 < len(lines) else ([], "")
+            return [*lines[at : end + 3], *later], error
+        return lines[at:end], error
+    return lines[at:], ""

@@ -34,7 +34,7 @@ class Report(msgspec.Struct, frozen=True):
     exit_code: int
     memory: str  # about a death that may have been for want of memory, else empty
     log_of: str  # whose log tells most: its own, or torchrun's for a rank that has none here
-    log: list[str]  # the last lines of it, or the last traceback in it
+    log: list[str]  # the last traceback in it, and the last lines where they came later
     log_paths: list[str]
     action: str
     path: str  # of this report as text
@@ -86,9 +86,9 @@ def conclude(cause: Cause, plan: Plan, loop: EventLoop, elapsed_s: float, direct
     # Where train.torchrun_args has log flags of its own, what the ranks print is torchrun's output, or in files elsewhere.
     log_of = TORCHRUN if cause.role == TRAINER and not loop.logs.paths(cause.who) else cause.who
     log = [] if cause.traceback else loop.logs.last_lines(log_of)
-    if log and log[0].startswith("Traceback") and log_of == cause.who and cause.reason == "exited with code 1":
-        # An exception that came before the process had a record for it, as in a script's imports before connect().
-        cause = msgspec.structs.replace(cause, reason=f"{cause.reason}: {log[-1]}")
+    raised = loop.logs.raised(log_of) if log_of == cause.who and cause.reason == "exited with code 1" else ""
+    if raised:  # before the process had a record for it, as in a script's imports before connect()
+        cause = msgspec.structs.replace(cause, reason=f"{cause.reason}: {raised}")
     report = Report(
         cause=cause,
         gpu=_gpu(cause, plan),

@@ -189,7 +189,7 @@ def test_the_last_traceback_is_kept_whole(tmp_path, prefix, before, after):
     lines = [b"Traceback (most recent call last):", b'  File "x.py", line 1', b"ValueError: boom"]
     append(path, before + b"".join(prefix + line + b"\n" for line in lines) + after)
     logs.finish()
-    assert logs.last_lines("teacher") == [line.decode() for line in lines]
+    assert logs.last_lines("teacher")[: len(lines)] == [line.decode() for line in lines]
 
 
 def raised(last: str) -> list[str]:
@@ -209,6 +209,78 @@ def test_a_traceback_is_one_line_where_the_run_has_failed_by_the_time_it_is_show
     shown = ["before", f"ValueError: boom [traceback: {path}]", "after"] if failed else lines
     assert stream.getvalue().splitlines() == [f"[teacher]  {line}" for line in shown]
     assert logs.last_lines("teacher") == raised("ValueError: boom")
+
+
+CHAINED = [
+    *raised("KeyError: 1"),
+    "",
+    "During handling of the above exception, another exception occurred:",
+    "",
+    *raised("ValueError: boom"),
+]
+GROUP = [
+    "  + Exception Group Traceback (most recent call last):",
+    '  |   File "x.py", line 1, in <module>',
+    "  | ExceptionGroup: several (2 sub-exceptions)",
+    "  +-+---------------- 1 ----------------",
+    "    | Traceback (most recent call last):",
+    '    |   File "x.py", line 2, in <module>',
+    "    | ValueError: one",
+    "    +---------------- 2 ----------------",
+    "    | TypeError: two",
+    "    +------------------------------------",
+]
+
+
+@pytest.mark.parametrize(
+    ("traceback", "error"),
+    [(CHAINED, "ValueError: boom"), (GROUP, "ExceptionGroup: several (2 sub-exceptions)")],
+    ids=["chained", "group"],
+)
+@pytest.mark.parametrize("failed", [False, True])
+def test_exceptions_that_belong_together_are_one_traceback(tmp_path, traceback, error, failed):
+    logs, path, stream = follow(tmp_path)
+    append(path, "".join(f"{line}\n" for line in ["before", *traceback, "after"]).encode())
+    logs.failed = failed
+    logs.pump()
+    logs.pump()
+    shown = ["before", *([f"{error} [traceback: {path}]"] if failed else traceback), "after"]
+    assert stream.getvalue().splitlines() == [f"[teacher]  {line}".rstrip() for line in shown]
+    assert logs.last_lines("teacher") == traceback
+
+
+def test_a_traceback_that_is_written_slowly_is_held_until_it_stands_still(tmp_path, clock):
+    logs, path, stream = follow(tmp_path)
+    first, *rest = raised("ValueError: boom")
+    append(path, f"{first}\n".encode())
+    for line in rest:
+        logs.pump()
+        clock.now += 0.4
+        logs.pump()
+        assert not stream.getvalue()
+        append(path, f"{line}\n".encode())
+    logs.pump()
+    logs.failed = True
+    logs.pump()
+    assert stream.getvalue() == f"[teacher]  ValueError: boom [traceback: {path}]\n"
+    assert logs.last_lines("teacher") == raised("ValueError: boom")
+    append(path, f"{first}\n".encode())
+    logs.pump()
+    clock.now += 0.5
+    logs.pump()
+    assert stream.getvalue().splitlines()[1:] == [f"[teacher]  {first}"]
+
+
+def test_a_traceback_that_a_script_outlived_is_not_the_end_of_its_log(tmp_path):
+    logs, path, _ = follow(tmp_path)
+    append(path, "".join(f"{line}\n" for line in raised("ValueError: boom")).encode())
+    logs.finish()
+    assert logs.raised("teacher") == "ValueError: boom"
+    chatter = [str(i) for i in range(KEPT_LINES)]
+    append(path, "".join(f"{line}\n" for line in chatter).encode())
+    logs.finish()
+    assert logs.raised("teacher") == ""
+    assert logs.last_lines("teacher") == [*raised("ValueError: boom"), "...", *chatter]
 
 
 def test_a_traceback_that_follows_from_another_failure_is_one_line(tmp_path):
@@ -338,6 +410,18 @@ def test_lines_of_the_launcher_are_wrapped_below_their_column_on_a_terminal(monk
         else:
             assert lines[0] == f"[launcher] {text}"
         assert lines[-1] == "[launcher] run       runs/x"
+
+
+def test_a_page_is_wrapped_on_a_terminal_but_for_what_it_quotes():
+    terminal = Terminal()
+    console = Console(terminal)
+    quoted = "    File " + "x" * 100
+    console.page(f"  next    {'word ' * 30}\n{quoted}")
+    console.flush()
+    first, second, *_, last = terminal.getvalue().splitlines()
+    assert first.startswith("  next    word") and second.startswith("          word")
+    assert max(len(first), len(second)) <= 80
+    assert last == quoted
 
 
 def test_longer_names_make_room_in_front_of_every_line(tmp_path):
