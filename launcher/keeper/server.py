@@ -319,6 +319,7 @@ class Listener:
             if not (found and self._group and visitor is self._group.visitor):
                 visitor.send(self._farewell())
         if found:
+            self._loop.logs.failed = True
             self._session.fail(found)
             self._close(found.rank if found.role == TEACHER else None)
         elif self._group:

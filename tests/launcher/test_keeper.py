@@ -433,6 +433,15 @@ def test_a_start_fails_where_it_is_stopped_before_the_teacher_is_ready(kept, gat
     kept.is_gone()
 
 
+def test_a_keeper_tells_the_traceback_of_its_teacher_once(kept):
+    run = kept.begin(FAKE_TEACHER="raises")
+    assert run.process.wait(60) == 1
+    assert kept.log.count("Traceback (most recent call last)") == 1
+    assert "ValueError: no such weights" in kept.log
+    assert "Traceback" in next(kept.directory.glob("runs/*/teacher.log")).read_text()
+    kept.is_gone()
+
+
 def connected() -> socket.socket:
     visitor = socket.socket(socket.AF_UNIX)
     with registry.socket_path("big") as path:
