@@ -57,6 +57,8 @@ weight.requires_grad_()
 
 def save():
     Path(f"saving{rank}").touch()
+    if "raising" in mode:
+        raise ValueError("no room")
     while "gated" in mode and not Path("gate").exists():
         time.sleep(0.005)
     Path(f"saved{rank}").touch()
@@ -292,6 +294,18 @@ def test_a_hook_that_takes_too_long_is_killed(directory):
         assert run.wait() == 143
         assert (directory / "saving0").exists() and not (directory / "saved0").exists()
         assert "the grace of 0.3 s (timeouts.shutdown_s) is over" in run.text
+
+
+@pytest.mark.slow
+def test_a_hook_that_raises_changes_nothing_about_ctrl_c(directory):
+    """No report tells its traceback, so the terminal shows all of it."""
+    with run_of(directory, steps=1_000_000, mode="hook raising") as run:
+        run.says("loss 9 ")
+        run.signal(signal.SIGINT)
+        assert run.wait() == 130
+        assert "The run failed" not in run.text
+        assert re.search(r"\[rank 0\] +raise ValueError\(\"no room\"\)", run.text)
+        assert re.search(r"\[rank 0\] +ValueError: no room$", run.text, re.M)
 
 
 @pytest.mark.slow
