@@ -69,8 +69,9 @@ class Requests:
         self.take_turn(request.queue)
         if not self.nobody_answers:
             self.reclaim()
-            oldest = self._ring.released
-            if self._ring.free_slots < 1 and not self._wanted(oldest):  # only the teacher can free it
+            if self._ring.free_slots < 1 and not self._wanted(
+                oldest := self._ring.released
+            ):  # only the teacher frees it
                 try:
                     self._sleep(lambda: self._ring.answered(oldest), oldest, None, timeout)
                     self.reclaim()
@@ -83,10 +84,11 @@ class Requests:
                 self._session.record.at(request.step, request.sequence)
                 self._session.record.enter(Phase.TRAINING)  # the loop moves, though it asks nobody
             return
-        if self._ring.free_slots < 1:
-            raise RingFull(self._holders())
         started = time.monotonic_ns()
-        sequence = self._ring.claim()
+        try:
+            sequence = self._ring.claim()
+        except RingFull:
+            raise RingFull(self._holders()) from None
         self._ring.write_request(sequence, request.step, request.extent, request.ids, request.arrays, probe=probe)
         try:
             request.sequence = sequence
@@ -156,6 +158,8 @@ class Requests:
         session, ring = self.life.session, self._ring
 
         def ready() -> bool | None:
+            if not self.streams:
+                return ring.answered(request.sequence)
             before = ring.consumed
             found = ring.next_chunk(request.sequence) is not None or ring.answered(request.sequence)
             if ring.consumed != before:  # chunks of a cancelled reply: there is room again
@@ -260,17 +264,21 @@ class Requests:
         ring = self._ring
         first = ring.released  # the oldest that somebody wants
         unwanted = [sequence for sequence in range(first, ring.requested) if not self._wanted(sequence)]
+        if not unwanted:
+            return
         for sequence in unwanted:
             if sequence == first:
                 first += 1
             if not self.streams and (dropped := self.replies.lent.get(sequence)):  # a lease that was not released
                 self.release(dropped, time.monotonic_ns())
-        if first > ring.abandoned and not ring.answered(first - 1):
-            ring.abandon(first - 1)
-            self._session.ring_teacher()
-        while (oldest := ring.released) < first and ring.answered(oldest):
+        oldest = ring.released
+        while oldest < first and ring.answered(oldest):
             self._owners.pop(oldest, None)
             ring.release(oldest)
+            oldest += 1
+        if oldest < first and first > ring.abandoned:
+            ring.abandon(first - 1)
+            self._session.ring_teacher()
 
     def first_wanted(self) -> int:
         """The oldest sequence whose reply somebody may still read; where there is none, the next one."""

@@ -45,7 +45,8 @@ from shmbridge.shm.layout import (
 )
 
 # Where a request is submitted and answered, words are accessed without the call that an attribute costs.
-_REQUESTED, _REPLIED, _STREAMED, _CONSUMED = LaneWord.REQUESTED, LaneWord.REPLIED, LaneWord.STREAMED, LaneWord.CONSUMED
+_REQUESTED, _REPLIED, _RELEASED = LaneWord.REQUESTED, LaneWord.REPLIED, LaneWord.RELEASED
+_STREAMED, _CONSUMED = LaneWord.STREAMED, LaneWord.CONSUMED
 
 
 class Request(NamedTuple):
@@ -124,7 +125,7 @@ class Ring:
     @property
     def free_slots(self) -> int:
         """Requests that can be submitted now."""
-        return self.depth - (self.requested - self.released)
+        return self.depth - (self.words[_REQUESTED] - self.words[_RELEASED])
 
     def claim(self) -> int:
         """The next sequence to submit. Raises RingFull."""
@@ -133,7 +134,7 @@ class Ring:
                 f"{self.depth} requests are in flight and the ring has ring.depth={self.depth} slots; the oldest is "
                 f"sequence {self.released}."
             )
-        return self.requested
+        return self.words[_REQUESTED]
 
     def write_request(
         self,
@@ -189,7 +190,7 @@ class Ring:
 
     def release(self, sequence: int) -> None:
         """Give the slots of all sequences up to and including `sequence` back."""
-        self.released = sequence + 1
+        self.words[_RELEASED] = sequence + 1
 
     def abandon(self, sequence: int) -> None:
         """Tell that nobody will read the replies of all sequences up to and including `sequence`."""
