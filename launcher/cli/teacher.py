@@ -24,8 +24,9 @@ from launcher.keeper.server import Listener
 from launcher.plan import jobs, machine, placement
 from launcher.plan.jobs import Plan
 from launcher.plan.machine import Machine
-from launcher.process.signals import STOP, Signals
+from launcher.process.signals import STOP, Signals, spare_children
 from launcher.supervisor.hosted import HostedSession
+from launcher.supervisor.training import settings_of
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded
@@ -112,6 +113,9 @@ def _keep(settings: Config, planned: Plan, found: Machine, console: Console, tol
         prepared(settings, planned, found, console, signals) as made,
     ):
         assert isinstance(made.session, HostedSession)
+        made.session.view.describe(
+            settings_of(made.plan, made.run)
+        )  # where reports and stacks go until a group has come
         registration.describe(made.token, str(made.run.resolve()))
 
         def tell(text: bytes) -> None:
@@ -149,10 +153,9 @@ def _in_background(keep: Callable[[int], int], console: Console) -> int:
     """Start a keeper that outlives this process; show its output until the teacher is ready. The exit code: 0, or the keeper's own. A
     signal meanwhile goes to the keeper. In the keeper it returns too, at its end, with its exit code."""
     read, write = os.pipe()
+    spare_children()
     with Signals() as signals:
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, STOP
-        )  # what comes now is delivered once the keeper's own Signals is open
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP)  # they reach the keeper once its own Signals is open
         keeper = os.fork()
         if keeper == 0:
             os.setsid()

@@ -58,8 +58,8 @@ class Lines(Generic[T]):
         except BlockingIOError:
             if len(self._unsent) > LONGEST_LINE:
                 self.close()
-        except OSError:
-            self.close()
+        except OSError:  # the peer has gone: `receive` closes, after what it has sent before
+            self._unsent.clear()
 
     def receive(self) -> list[T]:
         """Some messages that have come; afterwards `open` tells whether more may come."""

@@ -77,6 +77,12 @@ def exit_on_interrupt() -> None:
         signal.signal(signal.SIGINT, _exit)
 
 
+def spare_children() -> None:
+    """Let SIGINT end this process alone from now on while Signals is not open: it is about to start one that outlives it."""
+    if signal.getsignal(signal.SIGINT) is _exit:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _exit(number: int, _: FrameType | None) -> None:
     shim.kill_all(shim.descendants(os.getpid()), and_trackers=True)
     os._exit(128 + number)

@@ -9,6 +9,8 @@ import re
 import runpy
 import signal
 import socket
+import subprocess
+import sys
 import threading
 
 import msgspec
@@ -22,7 +24,7 @@ from launcher.keeper import agreement, messages, transport
 from launcher.keeper.client import Connection, RemoteSession
 from shmbridge import config
 from shmbridge.errors import ConfigError, LauncherDied, SessionInUse
-from shmbridge.shm import owner
+from shmbridge.shm import owner, process
 from tests.harness import PATIENCE_S, until
 from tests.launcher.kept import Kept, ended, keeping, objects
 from tests.launcher.running import HERE, launch
@@ -31,6 +33,8 @@ from tests.launcher.running import HERE, launch
 def test_start_status_stop(kept):
     run = kept.start()
     assert "teacher ready in" in run.text
+    short, directory = kept.status["session"][:8], kept.status["run"]
+    assert re.search(rf"^{short} .* {re.escape(directory)}$", seen(kept, "ls"), re.M)  # also before its first group
     assert "shmbridge-launch --attach big" in run.text
     status = kept.status
     assert status["state"] == "idle"
@@ -448,6 +452,46 @@ def connected() -> socket.socket:
         visitor.connect(path)
     visitor.settimeout(PATIENCE_S)
     return visitor
+
+
+def test_what_a_peer_said_before_it_went_is_heard_after_a_send_that_failed():
+    mine, other = socket.socketpair()
+    lines = transport.Lines(mine, messages.AT_CLIENT)
+    other.sendall(msgspec.json.encode(messages.Refused("held", "too many")) + b"\n")
+    other.close()
+    lines.send(messages.Hello())
+    assert lines.receive() == [messages.Refused("held", "too many")]
+    lines.receive()
+    assert not lines.open
+
+
+_STARTS = """
+import os, signal
+from shmbridge.launch import load_launcher
+load_launcher()
+from launcher.cli import teacher
+from launcher.console.terminal import Console
+from launcher.process.signals import exit_on_interrupt
+exit_on_interrupt()
+def keep(told):
+    print(os.getpid(), flush=True)
+    os.write(told, f"{os.getcwd()}\\nready".encode())
+    signal.pause()
+assert teacher._in_background(keep, Console()) == 0
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def test_ctrl_c_once_the_teacher_is_ready_leaves_the_keeper(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", _STARTS], cwd=tmp_path, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout
+        keeper = int(starter.stdout.readline())
+        try:
+            assert starter.wait(60) == -signal.SIGINT
+            assert process.state(keeper) not in ("gone", "zombie")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(keeper, signal.SIGKILL)
 
 
 def test_garbage_on_the_socket_ends_that_connection_alone(kept):
