@@ -1,13 +1,12 @@
 """From what a teacher's forward returned to what a reply carries: the formulas of the payloads, on the teacher's device.
 
 A `Selection` tells which positions of a forward one request wants. An encoder makes the payload of any range of them: of one
-chunk where replies are streamed, else of as many as fit into `_HEAD_BYTES`. So the output head, which takes most of the memory,
+chunk where replies are streamed, else of as many as fit into `_PART_BYTES`. So the output head, which takes most of the memory,
 is applied to few positions at a time, and only to positions that were asked for.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
@@ -16,11 +15,11 @@ import torch
 from shmbridge.config import PayloadConfig
 from shmbridge.errors import PlanError
 from shmbridge.head import Head
-from shmbridge.output_spec import Extent, OutputSpec
+from shmbridge.output_spec import Extent, OutputSpec, reply_bytes
 from shmbridge.plane.tensors import DTYPES
 from shmbridge.shm.layout import IGNORED
 
-_HEAD_BYTES = 1 << 27
+_PART_BYTES = 1 << 27
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -90,10 +89,9 @@ def parts(encoder: Encoder, selection: Selection) -> Iterator[tuple[int, Tensors
 class Verbatim:
     """The outputs of a custom teacher, as its forward returns them."""
 
-    at_once = sys.maxsize
-
     def __init__(self, outputs: tuple[OutputSpec, ...]) -> None:
         self._outputs = outputs
+        self.at_once = max(1, _PART_BYTES // max(1, reply_bytes(outputs, Extent(0, 0, 1))))
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         check_outputs(self._outputs, returned, rows, seq)
@@ -105,7 +103,7 @@ class Verbatim:
         for spec in self._outputs:
             if spec.per_token:
                 outputs[spec.name] = selection.take(spec.name, start, stop)
-            else:
+            elif start == 0:  # with the first positions, once
                 outputs[spec.name] = selection.tensors[spec.name][selection.rows]
         return outputs
 
@@ -135,7 +133,7 @@ class LanguageModel:
         """`head`: of the model whose forward returns `hidden`; None where it returns `logits`. Either gives `words` logits."""
         self._payload = settings
         self._head = head
-        self.at_once = max(1, _HEAD_BYTES // (4 * words))
+        self.at_once = max(1, _PART_BYTES // (4 * words))
 
     def prepare(self, returned: Tensors, rows: int, seq: int, whole: bool) -> Tensors:
         """Where whole logits are sent, the head is applied once to the combined batch, as the model itself does it."""
@@ -158,15 +156,18 @@ class LanguageModel:
         outputs: dict[str, torch.Tensor] = {}
         if start == stop:
             return outputs
+        computed = "logits" in selection.tensors
+        if settings.hidden is not None or not computed:
+            hidden = selection.take("hidden", start, stop)
         if settings.hidden is not None:
-            outputs["hidden"] = selection.take("hidden", start, stop)
+            outputs["hidden"] = hidden
         if settings.named == ("hidden",):
             return outputs
-        if "logits" in selection.tensors:
+        if computed:
             logits = selection.take("logits", start, stop)
         else:
             assert self._head
-            logits = self._head(selection.take("hidden", start, stop))
+            logits = self._head(hidden)
         logits = logits[..., : settings.vocab]
         if settings.logits:
             outputs["logits"] = logits

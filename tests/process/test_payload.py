@@ -152,7 +152,7 @@ def test_chosen_positions_are_those_rows_of_the_full_reply_and_the_only_ones_the
     monkeypatch,
 ):
     """The payload is made for four positions at a time."""
-    monkeypatch.setattr(payload, "_HEAD_BYTES", 4 * WORDS * 4)
+    monkeypatch.setattr(payload, "_PART_BYTES", 4 * WORDS * 4)
     sent, asked = ids(5, 9), ids(45, 3, seed=4).reshape(5, 9, 3)
     masks = {
         "some": ids(5, 9, seed=6) % 3 == 0,

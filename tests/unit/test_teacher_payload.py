@@ -144,7 +144,7 @@ def test_the_head_gives_what_logits_give_for_the_chosen_positions_alone(whole, p
     count = 14 if isinstance(places, int) else len(places)
     at = torch.arange(11, 25) if isinstance(places, int) else places
     targets, candidates = words(count), words(count, 3)
-    monkeypatch.setattr(teacher_payload, "_HEAD_BYTES", 4 * WORDS * 4)  # four positions at a time
+    monkeypatch.setattr(teacher_payload, "_PART_BYTES", 4 * WORDS * 4)  # four positions at a time
     encoder = LanguageModel(settings(*ALL, "hidden={}"), WORDS, head)
     tensors = encoder.prepare({"hidden": hidden}, 4, 9, whole)
     selection = Selection(tensors, slice(1, 3), count, places, targets, candidates)
@@ -195,3 +195,16 @@ def test_outputs_of_ones_own_are_cut_to_the_request():
     assert torch.equal(found["x"], torch.stack([returned["x"][1, 2], returned["x"][2, 0], returned["x"][2, 6]]))
     assert torch.equal(found["pooled"], returned["pooled"][1:3])
     assert torch.equal(encoder.encode(selection, 1, 3)["x"], found["x"][1:3])
+
+
+def test_outputs_of_a_custom_teacher_are_taken_a_few_positions_at_a_time(monkeypatch):
+    monkeypatch.setattr(teacher_payload, "_PART_BYTES", 2 * 8)  # two positions at a time
+    outputs = (OutputSpec("x", "float32", ("seq", 2)), OutputSpec("pooled", "float32", (3,)))
+    returned = {"x": noise(2, 4, 2), "pooled": noise(2, 3)}
+    encoder = Verbatim(outputs)
+    selection = Selection(encoder.prepare(returned, 2, 4, True), slice(1, 2), 3, torch.tensor([4, 5, 6]))
+    first, second = teacher_payload.parts(encoder, selection)
+    assert (first[0], second[0]) == (0, 2)
+    assert torch.equal(torch.cat([first[1]["x"], second[1]["x"]]), returned["x"][1, :3])
+    assert torch.equal(first[1]["pooled"], returned["pooled"][1:])
+    assert "pooled" not in second[1], "an output of rows is written once"
