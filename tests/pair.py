@@ -12,7 +12,7 @@ from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import discovery
+from shmbridge.teacher import output_discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.server import Server
 
@@ -36,7 +36,7 @@ class Pair:
     def open_teacher(self) -> None:
         """The teacher, up to the barrier."""
         self.session = TeacherSession(self.token)
-        self.agreed, encoder = discovery.make(self.forward, self.settings, CPU)
+        self.agreed, encoder = output_discovery.make(self.forward, self.settings, CPU)
         self.owner.create_replies(self.agreed)
         self.session.publish(self.agreed)
         self.session.next_generation()

@@ -15,8 +15,8 @@ from launcher.console.logs import Logs
 from launcher.console.terminal import Console
 from launcher.keeper import client
 from launcher.keeper.client import Connection, RemoteSession
-from launcher.plan import jobs, machine, placement, summary, torchrun
-from launcher.plan.plane_choice import PlaneChoice
+from launcher.planning import jobs, machine, placement, summary, torchrun
+from launcher.planning.plane_choice import PlaneChoice
 from launcher.process.signals import Signals
 from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.training import TrainingJob, settings_of

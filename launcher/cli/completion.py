@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.cli import parsers
-from launcher.codes import REFUSED
+from launcher.exit_codes import REFUSED
 from shmbridge.launch import folder
 
 _FILES = ("config", "teacher.model")

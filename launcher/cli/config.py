@@ -12,7 +12,7 @@ from msgspec import inspect as types
 
 from launcher.cli import parsers
 from shmbridge import __version__, config
-from shmbridge.config import Config, schema
+from shmbridge.config import Config, decode
 
 _WIDTH = 100
 _HEADER = f"""\
@@ -38,19 +38,19 @@ def page(settings: Config, given: Mapping[str, Any]) -> str:
         "logits"
     ):  # by itself, where no other payload is named: so it is on reading
         tree["payload"]["logits"] = None
-    return "\n".join([_HEADER, *_lines(schema.of(Config), tree)]) + "\n"
+    return "\n".join([_HEADER, *_lines(decode.of(Config), tree)]) + "\n"
 
 
 def _lines(section: types.StructType, tree: Mapping[str, Any]) -> Iterator[str]:
     """The settings of a section, with an empty line before each."""
-    said = schema.documentation(section.cls)
+    said = decode.documentation(section.cls)
     for field in section.fields:
-        inner, value = schema.section_of(field.type), tree[field.name]
+        inner, value = decode.section_of(field.type), tree[field.name]
         yield ""
         yield from _comment(said.get(field.name) or (inner.cls.__doc__ if inner else None) or "")
         if inner is None:
             default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
-            yield from _comment(f"[{schema.expected(field.type)}; default {_yaml(default)}]")
+            yield from _comment(f"[{decode.expected(field.type)}; default {_yaml(default)}]")
             yield f"{field.name}: {_yaml(value)}"
         elif value:
             yield f"{field.name}:"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from launcher.cli import parsers
-from launcher.codes import REFUSED
+from launcher.exit_codes import REFUSED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,14 +14,14 @@ from launcher import registry, sessions
 from launcher.cli import parsers
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
-from launcher.plan import jobs, machine, plane_choice, summary, torchrun
-from launcher.plan.jobs import JobSpec, Plan
-from launcher.plan.machine import Machine
-from launcher.process import trial
+from launcher.planning import jobs, machine, plane_choice, summary, torchrun
+from launcher.planning.jobs import JobSpec, Plan
+from launcher.planning.machine import Machine
+from launcher.process import cuda_ipc_trial
 from launcher.process.signals import Signals
-from launcher.supervisor.handle import SessionHandle
-from launcher.supervisor.hosted import HostedSession
+from launcher.supervisor.hosted_session import HostedSession
 from launcher.supervisor.loop import EventLoop
+from launcher.supervisor.session_handle import SessionHandle
 from launcher.supervisor.training import TrainingJob, settings_of
 from shmbridge import config
 from shmbridge.config import Config
@@ -84,8 +84,8 @@ def prepared(settings: Config, planned: Plan, found: Machine, console: Console, 
     if planned.plane and not planned.plane.reason:
         pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
         console.say(f"trying CUDA IPC between {plane_choice.between(pairs)}")
-        exporters, importer = trial.commands(planned, pairs, os.environ)
-        chosen = plane_choice.by_trial(settings, pairs, lambda: trial.run(pairs, exporters, importer, signals))
+        exporters, importer = cuda_ipc_trial.commands(planned, pairs, os.environ)
+        chosen = plane_choice.by_trial(settings, pairs, lambda: cuda_ipc_trial.run(pairs, exporters, importer, signals))
         planned = jobs.plan(settings, planned.script, found, chosen)
     if planned.memory:
         planned.memory.check()

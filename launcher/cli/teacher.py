@@ -21,11 +21,11 @@ from launcher.console.text import seconds, table
 from launcher.keeper import agreement, messages, transport
 from launcher.keeper.client import Connection
 from launcher.keeper.server import Listener
-from launcher.plan import jobs, machine, placement
-from launcher.plan.jobs import Plan
-from launcher.plan.machine import Machine
+from launcher.planning import jobs, machine, placement
+from launcher.planning.jobs import Plan
+from launcher.planning.machine import Machine
 from launcher.process.signals import STOP, Signals, spare_children
-from launcher.supervisor.hosted import HostedSession
+from launcher.supervisor.hosted_session import HostedSession
 from launcher.supervisor.training import settings_of
 from shmbridge import config
 from shmbridge.config import Config

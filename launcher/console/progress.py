@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launcher.console.terminal import Console
 from launcher.console.text import listed, seconds
-from shmbridge.shm.record import Phase, Record
+from shmbridge.shm.participant_record import Phase, Record
 
 _EVERY_S = 2.0
 # What one teacher does, and what several do; with several, the first to load waits for the last.

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from launcher.console.text import size
 from launcher.doctor import host
 from launcher.doctor.checks import Fact, Finding, fault, ok, run, warning
-from launcher.plan import gpus, jobs, placement, plane_choice
-from launcher.plan.gpus import Gpu, NvidiaSmiError
-from launcher.plan.machine import Machine
-from launcher.process import trial
+from launcher.planning import gpus, jobs, placement, plane_choice
+from launcher.planning.gpus import Gpu, NvidiaSmiError
+from launcher.planning.machine import Machine
+from launcher.process import cuda_ipc_trial
 from launcher.process.signals import Signals
 from shmbridge import config
 from shmbridge.errors import ConfigError
@@ -129,7 +129,7 @@ class _Look:
         pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
         self._note(f"trying CUDA IPC between {plane_choice.between(pairs)}")
         with Signals() as signals:
-            reason = trial.run(pairs, *trial.commands(planned, pairs, self._environment), signals)
+            reason = cuda_ipc_trial.run(pairs, *cuda_ipc_trial.commands(planned, pairs, self._environment), signals)
         if reason is None:
             return ok(f"opened, read and checked between {plane_choice.between(pairs)}")
         return warning(reason, "Until it is mended replies go through host memory (plane host): docs/gpu.md.")

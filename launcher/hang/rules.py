@@ -15,7 +15,7 @@ import msgspec
 from launcher.console.text import seconds
 from launcher.hang.snapshot import TEACHER, LaneState, Participant, Snapshot, names
 from launcher.hang.stacks import COLLECTIVE, WAIT
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 
 STALE_S = 5.0  # a heartbeat comes every second
 HEALTHY = ("closed", "moving")  # the kinds of finding of a session in which nothing hangs

@@ -15,13 +15,13 @@ import msgspec
 
 from launcher.console.text import ranges, seconds
 from launcher.hang.stacks import COLLECTIVE, GONE, Stacks
-from launcher.plan import placement
+from launcher.planning import placement
 from shmbridge.config import Config
 from shmbridge.errors import AttachError
 from shmbridge.shm import process
 from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.participant_record import Phase, Record
 from shmbridge.shm.process import Identity
-from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, MappedSession, Token
 

@@ -24,13 +24,13 @@ from launcher.keeper import agreement, messages
 from launcher.keeper.messages import Begin, Begun, FromKeeper, Leaving, Message, Refused, Waiting, Welcome
 from launcher.keeper.transport import Lines
 from launcher.supervisor import cause
-from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.ranks import Ranks
+from launcher.supervisor.session_handle import SessionHandle
 from shmbridge import config
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, DeadlineExceeded, LauncherDied
 from shmbridge.shm import process
-from shmbridge.shm.record import Failure, Phase
+from shmbridge.shm.participant_record import Failure, Phase
 from shmbridge.shm.session import MappedSession, Token
 
 _ANSWER_S = 30.0  # a keeper says something at once, unless it is stopped or creates memory for a group

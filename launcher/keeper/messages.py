@@ -18,7 +18,7 @@ import msgspec
 
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, PlanError, SessionInUse, ShmbridgeError
-from shmbridge.shm.record import Failure
+from shmbridge.shm.participant_record import Failure
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, tag_field="kind"):

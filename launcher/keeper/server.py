@@ -39,15 +39,15 @@ from launcher.keeper.messages import (
     Welcome,
 )
 from launcher.keeper.transport import BACKLOG, Lines
-from launcher.plan.jobs import TEACHER, Plan
+from launcher.planning.jobs import TEACHER, Plan
 from launcher.process.signals import STOP
 from launcher.supervisor import cause, report
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.hosted import LOADING_PHASES, HostedSession, State
+from launcher.supervisor.hosted_session import LOADING_PHASES, HostedSession, State
 from launcher.supervisor.loop import EventLoop
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 
 Visitor = Lines[ToKeeper]
 _MOST_VISITORS = 256

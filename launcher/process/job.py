@@ -9,7 +9,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from launcher.plan.jobs import JobSpec
+from launcher.planning.jobs import JobSpec
 from launcher.process import shim
 from shmbridge.shm import process
 

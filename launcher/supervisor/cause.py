@@ -22,10 +22,10 @@ import msgspec
 from launcher.console.terminal import LAUNCHER
 from launcher.hang import report as hang_report
 from launcher.hang.monitor import Overdue
-from launcher.plan import placement
-from launcher.plan.jobs import TEACHER, TORCHRUN
+from launcher.planning import placement
+from launcher.planning.jobs import TEACHER, TORCHRUN
 from launcher.process.job import Exit, Job
-from shmbridge.shm.record import Failure
+from shmbridge.shm.participant_record import Failure
 from shmbridge.shm.session import MappedSession
 
 _HARD_DEATHS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)

@@ -16,12 +16,12 @@ from typing import Protocol
 from launcher.console.logs import Logs
 from launcher.console.terminal import Console
 from launcher.console.text import listed, seconds
-from launcher.plan import machine
-from launcher.plan.jobs import TRAIN, JobSpec
+from launcher.planning import machine
+from launcher.planning.jobs import TRAIN, JobSpec
 from launcher.process import job, shim
 from launcher.process.job import Job
 from launcher.process.signals import Signals
-from launcher.supervisor.handle import SessionHandle
+from launcher.supervisor.session_handle import SessionHandle
 
 _SHORTEST_S, _BEHIND_S = 0.05, 0.1  # after log lines were shown; while the terminal takes none
 _SHOW_S = 5.0

@@ -15,11 +15,11 @@ from launcher.console.text import seconds, size, table
 from launcher.doctor import command as doctor
 from launcher.doctor import host
 from launcher.doctor.checks import Fact, gather
-from launcher.plan.jobs import TEACHER, TORCHRUN, Plan
+from launcher.planning.jobs import TEACHER, TORCHRUN, Plan
 from launcher.process.job import Exit
 from launcher.supervisor.cause import TRAINER, UNKNOWN, Cause
 from launcher.supervisor.loop import EventLoop
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 
 _SHOW_S = 5.0
 _MACHINE_S = 2.0  # a name server that does not answer must not hold up a report

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.console.text import seconds
-from launcher.plan import placement
-from launcher.plan.jobs import JobSpec
+from launcher.planning import placement
+from launcher.planning.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor.cause import Cause
 from launcher.supervisor.loop import EventLoop
@@ -19,7 +19,7 @@ from shmbridge.config import Config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.record import Phase, Record
+from shmbridge.shm.participant_record import Phase, Record
 from shmbridge.shm.session import Lane
 
 _LONGEST_PAUSE_S = 60.0

@@ -19,17 +19,17 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.codes import REFUSED
 from launcher.console.terminal import LAUNCHER
 from launcher.console.text import listed, seconds
+from launcher.exit_codes import REFUSED
 from launcher.hang.monitor import Monitor
-from launcher.plan.jobs import TEACHER, JobSpec, Plan
+from launcher.planning.jobs import TEACHER, JobSpec, Plan
 from launcher.process.job import Job
 from launcher.process.signals import USER
 from launcher.supervisor import cause, report
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.loop import EventLoop
+from launcher.supervisor.session_handle import SessionHandle
 from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
 from shmbridge.shm.session import Lane, Token

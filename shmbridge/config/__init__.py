@@ -1,8 +1,8 @@
 """The settings: read, checked, documented and dumped.
 
-settings    the settings as strict structs; load, dump
-schema      strict reading into structs, with errors that tell what was found, what was expected and what to write
-sources     where settings come from: a YAML file, the command line's flags, `a.b=c` overrides
+settings  the settings as strict structs; load, dump
+decode    strict reading into structs, with errors that tell what was found, what was expected and what to write
+sources   where settings come from: a YAML file, the command line's flags, `a.b=c` overrides
 """
 
 from shmbridge.config.settings import (

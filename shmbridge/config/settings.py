@@ -16,7 +16,7 @@ import msgspec
 import yaml
 from msgspec import Meta
 
-from shmbridge.config import schema
+from shmbridge.config import decode
 from shmbridge.config.sources import given
 from shmbridge.errors import ConfigError
 
@@ -298,7 +298,7 @@ def load(source: str | None = None, overrides: Iterable[str] = (), values: Mappi
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
     """A Config of nested mappings. Raises ConfigError."""
-    return schema.convert(_with_gpus_as_text(tree), Config)
+    return decode.convert(_with_gpus_as_text(tree), Config)
 
 
 def dump(config: Config) -> str:

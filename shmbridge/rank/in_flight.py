@@ -26,8 +26,8 @@ from shmbridge.rank.lifecycle import Lifecycle
 from shmbridge.rank.reply import Replies, Reply
 from shmbridge.rank.request import UNSENT, Request
 from shmbridge.rank.stats import Meter
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 
 if TYPE_CHECKING:
     from shmbridge.rank.prefetch import SendQueue

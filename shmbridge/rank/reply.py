@@ -11,7 +11,7 @@ import torch
 
 from shmbridge.errors import AttachError, Closed, TeacherError
 from shmbridge.output_spec import Extent, Offer
-from shmbridge.plane import select
+from shmbridge.plane import factory
 from shmbridge.plane.base import RankPlane
 from shmbridge.plane.tensors import DTYPES
 from shmbridge.rank.device import Watchdog, choose
@@ -120,7 +120,7 @@ class Replies:
         self.outputs = offer.outputs
         self.device = choose(session, device)
         if session.plane is None:
-            session.plane = select.of_rank(session, offer, self.device)
+            session.plane = factory.of_rank(session, offer, self.device)
             session.plane_device = self.device
         elif session.plane_device != self.device:
             raise AttachError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from shmbridge.shm.record import Record
+from shmbridge.shm.participant_record import Record
 
 EVERY_S = 1.0
 

@@ -24,8 +24,8 @@ from shmbridge.output_spec import Offer
 from shmbridge.shm import layout
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord
+from shmbridge.shm.participant_record import Failure
 from shmbridge.shm.process import myself
-from shmbridge.shm.record import Failure
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Lane, MappedSession, Names, Shape, Token, by_cause
 

@@ -11,8 +11,8 @@ from shmbridge import log
 from shmbridge.errors import AttachError, DeadlineExceeded, LauncherDied, RunStopped, TeacherDied
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
+from shmbridge.shm.participant_record import Phase, Record
 from shmbridge.shm.process import Identity
-from shmbridge.shm.record import Phase, Record
 from shmbridge.shm.session import Lane, Participant, Token, lost
 
 _OWNER_SPEAKS_S = 2.0

@@ -21,8 +21,8 @@ from shmbridge.output_spec import OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.layout import ControlWord, Flag, LaneLayout, LaneWord, Word
+from shmbridge.shm.participant_record import Failure, Record
 from shmbridge.shm.process import Identity, Peer
-from shmbridge.shm.record import Failure, Record
 from shmbridge.shm.ring import Ring
 from shmbridge.shm.segment import Segment
 

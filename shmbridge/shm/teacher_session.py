@@ -10,7 +10,7 @@ from __future__ import annotations
 from shmbridge.errors import AttachError
 from shmbridge.output_spec import Offer
 from shmbridge.shm.doorbell import Doorbell
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.session import Lane, Participant, Token
 
 

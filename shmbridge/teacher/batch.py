@@ -12,7 +12,7 @@ import torch
 from shmbridge.shm.layout import IGNORED
 from shmbridge.shm.ring import Composition, Request
 from shmbridge.shm.session import Lane
-from shmbridge.teacher.compose import Piece
+from shmbridge.teacher.grouping import Piece
 from shmbridge.teacher.payload import Selection, Tensors
 
 _ID_TYPES = {4: np.int32, 8: np.int64}

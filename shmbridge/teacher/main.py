@@ -24,12 +24,12 @@ from shmbridge.plane import shared_head
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm import process
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.session import SESSION_VARIABLE, Token
 from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import discovery, startup
+from shmbridge.teacher import output_discovery, startup
 from shmbridge.teacher.batch import Forward
-from shmbridge.teacher.compose import TokenLimit
+from shmbridge.teacher.grouping import TokenLimit
 from shmbridge.teacher.server import Server
 
 
@@ -74,7 +74,7 @@ def serve(session: TeacherSession, forward: Forward, device: torch.device) -> No
     again. Warm up once the first generation's slabs are there."""
     settings = session.settings
     stays = settings.teacher.keep or settings.train.restarts > 0
-    agreed, encoder = discovery.make(forward, settings, device)
+    agreed, encoder = output_discovery.make(forward, settings, device)
     slabs: Slabs = {}
     limit = TokenLimit(settings.teacher.max_batch_tokens)
     warm = device.type != "cuda"  # on the CPU nothing is loaded late

@@ -23,7 +23,7 @@ import torch
 
 from shmbridge.log import Trace, logger
 from shmbridge.output_spec import Extent, Offer, reply_bytes
-from shmbridge.plane import cuda_runtime, select
+from shmbridge.plane import cuda_runtime, factory
 from shmbridge.plane.base import TeacherPlane
 from shmbridge.plane.cuda_slab import Slabs
 from shmbridge.shm.session import Lane
@@ -133,7 +133,7 @@ class Replies:
 
     def adopt(self, lane: Lane) -> None:
         """Map the reply memory of a lane. Raises AttachError."""
-        self._planes[lane.index] = select.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
+        self._planes[lane.index] = factory.of_teacher(self._session, lane, self._agreed, self._device, self._slabs)
 
     def settled(self) -> bool | None:
         """True once this process, and its GPU memory with it, may go: every rank that is there has what was published. Else None."""

@@ -19,11 +19,11 @@ from shmbridge.errors import AttachError
 from shmbridge.log import logger
 from shmbridge.output_spec import Offer
 from shmbridge.plane.cuda_slab import Slabs
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.batch import Answer, Forward, combine, packed, select, tokens
-from shmbridge.teacher.compose import Piece, TokenLimit, by_request, compose, halve, padded_tokens
+from shmbridge.teacher.grouping import Piece, TokenLimit, by_request, compose, halve, padded_tokens
 from shmbridge.teacher.payload import Encoder
 from shmbridge.teacher.replies import Replies, Trouble
 from shmbridge.teacher.scheduler import Collector

@@ -15,7 +15,7 @@ from shmbridge.output_spec import BY_HEAD, Extent, OutputSpec, Probe, by_head
 from shmbridge.plane import cuda_runtime
 from shmbridge.shm.session import Shape
 from shmbridge.teacher.batch import Batch, Forward, next_tokens
-from shmbridge.teacher.compose import TokenLimit
+from shmbridge.teacher.grouping import TokenLimit
 from shmbridge.teacher.payload import Encoder, LanguageModel, Selection, parts
 
 _ROWS, _SEQ = 2, 6

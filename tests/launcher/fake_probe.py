@@ -10,7 +10,7 @@ import time
 
 import msgspec
 
-from shmbridge.plane.probe import Answer, Exported, Facts, encode, messages
+from shmbridge.plane.cuda_ipc_probe import Answer, Exported, Facts, encode, messages
 
 
 def send(message: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from shmbridge.errors import PeerLost
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.layout import ControlWord
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.ring import Composition
 from shmbridge.shm.session import SESSION_VARIABLE, Lane, Token
 from shmbridge.shm.teacher_session import TeacherSession

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from launcher.cli.main import main
-from launcher.plan import machine
-from launcher.plan.jobs import JobSpec, Plan
+from launcher.planning import machine
+from launcher.planning.jobs import JobSpec, Plan
 
 HERE = Path(__file__).parent
 TEACHERS, TRAINING, ARGUMENTS = sys.argv[1].split(","), sys.argv[2], sys.argv[3:]

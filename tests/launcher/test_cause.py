@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.plan.jobs import TEACHER, TORCHRUN
+from launcher.planning.jobs import TEACHER, TORCHRUN
 from launcher.process.job import Exit
 from launcher.supervisor import cause
 from shmbridge import config
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.record import Failure
+from shmbridge.shm.participant_record import Failure
 
 NOWHERE = Path("/nowhere/failures.json")
 

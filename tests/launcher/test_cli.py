@@ -17,7 +17,7 @@ import yaml
 
 from launcher.cli.main import main
 from shmbridge import config
-from shmbridge.config import schema
+from shmbridge.config import decode
 from shmbridge.shm import owner
 from tests.launcher.running import launch, launched
 
@@ -207,16 +207,16 @@ def test_the_flags_for_cpu_and_gpus_replace_what_the_file_places_elsewhere(capsy
 
 def test_every_setting_is_documented():
     def undocumented(section, prefix):
-        said = schema.documentation(section.cls)
+        said = decode.documentation(section.cls)
         for field in section.fields:
-            inner = schema.section_of(field.type)
+            inner = decode.section_of(field.type)
             if inner:
                 assert inner.cls.__doc__, prefix + field.name
                 yield from undocumented(inner, f"{prefix}{field.name}.")
             elif field.name not in said:
                 yield prefix + field.name
 
-    assert list(undocumented(schema.of(config.Config), "")) == []
+    assert list(undocumented(decode.of(config.Config), "")) == []
 
 
 def test_flags_are_settings_and_a_dry_run_starts_nothing(directory, capsys, monkeypatch):
@@ -430,7 +430,7 @@ INTERRUPTED = """
 import os, signal, subprocess, sys
 from shmbridge import launch
 launch.load_launcher()
-from launcher.plan import machine
+from launcher.planning import machine
 class Collected:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

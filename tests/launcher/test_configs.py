@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from launcher.console.text import size
-from launcher.plan import jobs, memory
-from launcher.plan.memory import SHM
-from launcher.plan.model_card import ModelCard
+from launcher.planning import jobs, memory
+from launcher.planning.memory import SHM
+from launcher.planning.model_card import ModelCard
 from shmbridge import config
-from tests.launcher.test_plan import MACHINE
+from tests.launcher.test_planning import MACHINE
 
 CONFIGS = Path("configs")
 LLAMA = ModelCard(128_256, 16 * 2**30, 4096, "bfloat16")

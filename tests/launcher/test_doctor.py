@@ -15,8 +15,8 @@ import pytest
 from launcher.cli.main import main
 from launcher.doctor import checks, command, gpu, host
 from launcher.doctor.checks import Fact, Finding
-from launcher.plan import gpus
-from launcher.process import trial
+from launcher.planning import gpus
+from launcher.process import cuda_ipc_trial
 from launcher.process.signals import Stopped
 from tests.launcher import fake_gpus
 from tests.launcher.running import faked, launch
@@ -36,7 +36,7 @@ def look(tmp_path, monkeypatch):
         if smi:
             fake_gpus.nvidia_smi(tmp_path, smi)
             environment["PATH"] += ":/bin:/usr/bin"
-        monkeypatch.setattr(trial, "run", lambda pairs, exporters, importer, signals: reason)
+        monkeypatch.setattr(cuda_ipc_trial, "run", lambda pairs, exporters, importer, signals: reason)
         return {one.name: one for one in gpu.facts(lambda note: None, {**environment, **variables})}
 
     return look
@@ -122,11 +122,13 @@ def test_gpus_without_peer_access_and_a_trial_that_fails_are_warnings(look):
 
 def test_the_trials_processes_see_what_those_of_a_run_would(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(trial, "run", lambda pairs, exporters, importer, signals: asked.extend([*exporters, importer]))
+    monkeypatch.setattr(
+        cuda_ipc_trial, "run", lambda pairs, exporters, importer, signals: asked.extend([*exporters, importer])
+    )
     environment = fake_gpus.torch(tmp_path, 2) | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     gpu.facts(lambda note: None, environment)
     exporter, importer = asked
-    assert exporter.argv[1:] == ("-m", "shmbridge.plane.probe", "export")
+    assert exporter.argv[1:] == ("-m", "shmbridge.plane.cuda_ipc_probe", "export")
     assert exporter.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-1,GPU-0000-0"
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "GPU-0000-0,GPU-0000-1"
     assert "PYTORCH_CUDA_ALLOC_CONF" not in exporter.environment
@@ -136,7 +138,7 @@ def test_a_signal_during_the_trial_ends_the_command(tmp_path, monkeypatch, capsy
     def stop(*_):
         raise Stopped(signal.SIGINT)
 
-    monkeypatch.setattr(trial, "run", stop)
+    monkeypatch.setattr(cuda_ipc_trial, "run", stop)
     for name, value in fake_gpus.torch(tmp_path, 2).items():
         monkeypatch.setenv(name, value)
     assert command.main(as_json=True) == 128 + signal.SIGINT

@@ -7,12 +7,12 @@ import time
 import pytest
 
 from launcher.cli.main import main
-from launcher.plan import gpus, plane_choice
-from launcher.plan.gpus import Gpu
+from launcher.planning import gpus, plane_choice
+from launcher.planning.gpus import Gpu
 from shmbridge import config
 from shmbridge.errors import ConfigError
 from tests.launcher import fake_gpus
-from tests.launcher.test_plan import MACHINE, make
+from tests.launcher.test_planning import MACHINE, make
 
 
 def test_nvidia_smi_tells_gpus_with_their_mode(tmp_path):

@@ -28,8 +28,8 @@ from launcher.process import shim
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm import process
 from shmbridge.shm.heartbeat import Heartbeat
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher.main import serve
 from tests.harness import Bench, Child, Echo, bench, until

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from launcher.plan import memory
-from launcher.plan.gpus import Gpu
-from launcher.plan.machine import Machine
-from launcher.plan.memory import CONTEXT_BYTES, RAM, SHM, Kind, MemoryPlan
-from launcher.plan.model_card import ModelCard
+from launcher.planning import memory
+from launcher.planning.gpus import Gpu
+from launcher.planning.machine import Machine
+from launcher.planning.memory import CONTEXT_BYTES, RAM, SHM, Kind, MemoryPlan
+from launcher.planning.model_card import ModelCard
 from shmbridge import config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec

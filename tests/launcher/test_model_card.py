@@ -13,8 +13,8 @@ import pytest
 from huggingface_hub import constants
 
 from launcher.cli.main import main
-from launcher.plan import model_card
-from launcher.plan.model_card import ModelCard
+from launcher.planning import model_card
+from launcher.planning.model_card import ModelCard
 from shmbridge import model_path
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError

@@ -18,8 +18,8 @@ from shmbridge.output_spec import Extent
 from shmbridge.shm import process
 from shmbridge.shm.layout import RecordWord
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 from shmbridge.shm.teacher_session import TeacherSession
 from tests.harness import Child, until
 

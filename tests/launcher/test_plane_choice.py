@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import jobs, plane_choice, summary
-from launcher.plan.jobs import TEACHER, TRAIN
-from launcher.plan.plane_choice import PlaneChoice
+from launcher.planning import jobs, plane_choice, summary
+from launcher.planning.jobs import TEACHER, TRAIN
+from launcher.planning.plane_choice import PlaneChoice
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
 from tests.harness import until
 from tests.launcher import fake_gpus
 from tests.launcher.running import Launched, launch
 from tests.launcher.test_cli import TEACHER as TOY
-from tests.launcher.test_plan import EIGHT, MACHINE, make, specs
+from tests.launcher.test_planning import EIGHT, MACHINE, make, specs
 
 GPUS = ["teacher.gpus='7'", "train.gpus=0-6"]
 SEVEN = plane_choice.gpu_pairs([EIGHT[7:]], EIGHT[:7])

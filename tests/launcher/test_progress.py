@@ -11,7 +11,7 @@ import pytest
 from launcher.console import progress
 from launcher.console.progress import Progress
 from launcher.console.terminal import Console
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 
 GENERATION = 1  # that a teacher is ready for
 

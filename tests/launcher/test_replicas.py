@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import placement, summary
-from launcher.plan.jobs import TRAIN
+from launcher.planning import placement, summary
+from launcher.planning.jobs import TRAIN
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError
 from tests.harness import until
 from tests.launcher.running import faked, launch
-from tests.launcher.test_plan import MACHINE, make, specs
+from tests.launcher.test_planning import MACHINE, make, specs
 
 # Counting and placing
 

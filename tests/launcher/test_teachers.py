@@ -14,7 +14,7 @@ from shmbridge import config
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import Offer, OutputSpec
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 
 OFFER = Offer((OutputSpec("logits", "float32", ("seq", 4)),), "fake", vocab_size=4)
 FOREVER = "on_teacher_lost=wait"

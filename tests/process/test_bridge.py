@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from shmbridge.errors import Closed, DeadlineExceeded, RequestRefused, RingFull, TeacherDied, TeacherError
 from shmbridge.plane.tensors import DTYPES
 from shmbridge.rank.bridge import Bridge
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.teacher.batch import Batch
 from tests.harness import Bench, Echo, bench, until
 

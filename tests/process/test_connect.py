@@ -12,7 +12,7 @@ import torch
 
 from shmbridge import connect
 from shmbridge.errors import AttachError, Closed
-from shmbridge.shm.record import Phase
+from shmbridge.shm.participant_record import Phase
 from shmbridge.teacher import server
 from tests.harness import Bench, Child, Echo, bench, until
 

@@ -21,7 +21,7 @@ from shmbridge.rank.bridge import Bridge
 from shmbridge.rank.in_flight import Requests
 from shmbridge.rank.reply import Reply
 from shmbridge.rank.request import Request
-from shmbridge.teacher import batch, discovery
+from shmbridge.teacher import batch, output_discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.huggingface import HuggingFaceTeacher
 from tests.harness import Echo, bench
@@ -383,10 +383,12 @@ def test_a_teacher_that_gives_nan_is_refused_at_the_offer():
     settings = config.load(overrides=["teacher.model=tests:own", "payload.logits={}"])
     nan = lambda batch: {"logits": torch.full((*batch.input_ids.shape, 7), torch.nan)}  # noqa: E731
     with pytest.raises(PlanError, match="has 84 NaN among 84 numbers"):
-        discovery.make(nan, settings, torch.device("cpu"))
+        output_discovery.make(nan, settings, torch.device("cpu"))
 
 
 def test_a_cut_of_the_vocabulary_needs_a_payload_to_cut():
     settings = config.load(overrides=["teacher.model=tests:own", "payload.vocab=5"])
     with pytest.raises(PlanError, match="payload.vocab is 5, and no payload is named that it could cut"):
-        discovery.make(lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 7)}, settings, torch.device("cpu"))
+        output_discovery.make(
+            lambda batch: {"logits": torch.zeros(*batch.input_ids.shape, 7)}, settings, torch.device("cpu")
+        )

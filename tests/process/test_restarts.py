@@ -16,8 +16,8 @@ from shmbridge.errors import AttachError, PeerLost
 from shmbridge.output_spec import Offer
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.layout import LaneWord
+from shmbridge.shm.participant_record import Failure, Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Failure, Phase
 from shmbridge.shm.teacher_session import TeacherSession
 from shmbridge.teacher import main as teacher_main
 from tests.harness import Bench, Child, switches, until

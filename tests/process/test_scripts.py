@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from shmbridge import config
 from shmbridge.output_spec import OutputSpec
-from shmbridge.teacher import discovery
+from shmbridge.teacher import output_discovery
 from shmbridge.teacher.main import build
 from tests import gguf_file
 
@@ -252,7 +252,7 @@ def test_the_template_of_a_teacher_of_ones_own(tmp_path, monkeypatch):
         overrides=["teacher.model=scripts.custom_teacher:build", f"teacher.args={{path: {tmp_path}}}"]
     )
     device = torch.device("cpu")
-    agreed, _ = discovery.make(build(None, settings, device, 0), settings, device)
+    agreed, _ = output_discovery.make(build(None, settings, device, 0), settings, device)
     assert agreed.vocab_size == 50
     assert agreed.outputs == (OutputSpec("hidden", "float32", ("seq", 16)), OutputSpec("value", "float32", ("seq",)))
 

@@ -14,7 +14,7 @@ import torch
 from shmbridge.errors import RingFull, RunStopped, TeacherDied
 from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.heartbeat import Heartbeat
-from shmbridge.shm.record import Failure, Phase
+from shmbridge.shm.participant_record import Failure, Phase
 from tests.harness import Child, Echo, bench, switches, until
 
 IDS = torch.ones((1, 4), dtype=torch.int64)

@@ -19,8 +19,8 @@ from shmbridge.output_spec import Extent, Offer, OutputSpec
 from shmbridge.shm import layout
 from shmbridge.shm.layout import Header
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 from shmbridge.shm.ring import Composition, Ring
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Names, Token

@@ -28,11 +28,21 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from shmbridge.errors import DeadlineExceeded, PeerLost
-from shmbridge.shm import doorbell, layout, owner, rank_session, record, ring, segment, session, teacher_session
+from shmbridge.shm import (
+    doorbell,
+    layout,
+    owner,
+    participant_record,
+    rank_session,
+    ring,
+    segment,
+    session,
+    teacher_session,
+)
 from shmbridge.shm.doorbell import Doorbell
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.participant_record import Phase
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Phase
 from shmbridge.shm.session import Participant, Token
 from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors, mutants
@@ -42,7 +52,7 @@ SLICE_S = 0.001  # of the survivor, so that it notices a death at once
 PATIENCE_S = 10.0
 REACHED = 7  # exit status of a victim that was paused
 MOST_IDLE = 10  # turns in a row in which a side was not rung
-PROTOCOL = (layout, ring, doorbell, record, session, teacher_session, rank_session, segment)
+PROTOCOL = (layout, ring, doorbell, participant_record, session, teacher_session, rank_session, segment)
 TRACED = {module.__file__ for module in PROTOCOL}
 
 

@@ -23,8 +23,8 @@ from shmbridge.errors import ShmbridgeError
 from shmbridge.shm import doorbell, layout
 from shmbridge.shm.layout import RECORD_BYTES, RECORDS_OFFSET, SETTINGS_OFFSET
 from shmbridge.shm.owner import Owner
+from shmbridge.shm.participant_record import Failure
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Failure
 from shmbridge.shm.teacher_session import TeacherSession
 from tests.protocol import actors
 from tests.protocol.actors import FAILS, OFFER, TOKENS, Broken, TinyRank, TinyTeacher, content, require

@@ -11,7 +11,7 @@ from shmbridge.errors import AttachError, ConfigError
 from shmbridge.output_spec import Offer
 from shmbridge.shm import layout
 from shmbridge.shm.layout import RECORD_BYTES
-from shmbridge.shm.record import Record
+from shmbridge.shm.participant_record import Record
 from tests.protocol.running import module
 
 

@@ -9,7 +9,7 @@ import torch
 from shmbridge.output_spec import Extent
 from shmbridge.shm.ring import Request
 from shmbridge.teacher.batch import combine, next_tokens, select, tokens
-from shmbridge.teacher.compose import Piece
+from shmbridge.teacher.grouping import Piece
 
 CPU = torch.device("cpu")
 KINDS = {"mask": np.uint8, "positions": np.uint8}

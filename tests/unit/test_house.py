@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
 }
 # The launcher's folders, and its modules beside them. Each may import what stands before it.
 FLOORS = (
-    *("codes", "registry", "console", "plan", "process", "hang", "sessions", "doctor", "supervisor", "keeper"),
+    *("exit_codes", "registry", "console", "planning", "process", "hang", "sessions", "doctor", "supervisor", "keeper"),
     *("cli", "__main__"),
 )
 TORCH_FREE = {"errors", "launch", "model_path", "config", "log", "output_spec", "shm"}
@@ -42,9 +42,9 @@ EXCEPTIONS = {
     **{
         (module, f"shmbridge.plane.{name}"): "imports torch where it runs, in a process of its own"
         for module, name in (
-            ("launcher.plan.gpus", "devices"),
+            ("launcher.planning.gpus", "devices"),
             ("launcher.doctor.gpu", "devices"),
-            ("launcher.process.trial", "probe"),
+            ("launcher.process.cuda_ipc_trial", "cuda_ipc_probe"),
         )
     },
 }
@@ -218,7 +218,7 @@ def drawn(package: str, indent: str = "") -> list[str]:
     listed = re.findall(r"^ *(\w+) {2,}(.+)$", ast.get_docstring(ast.parse(MODULES[package].read_text())) or "", re.M)
     for name, about in listed:
         is_folder = MODULES[f"{package}.{name}"].stem == "__init__"
-        tree.append(f"{indent + name + '/' * is_folder:<24}{about}")
+        tree.append(f"{indent + name + '/' * is_folder:<28}{about}")
         tree += drawn(f"{package}.{name}", indent + "    ") if is_folder else []
     inside = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package} - {"__main__"}
     assert sorted(name for name, _ in listed) == sorted(inside), f"the docstring of {package} lists its modules"

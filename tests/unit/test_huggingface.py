@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shmbridge import config
 from shmbridge.config import TeacherConfig
 from shmbridge.errors import ConfigError, PlanError
-from shmbridge.teacher import discovery, huggingface
+from shmbridge.teacher import huggingface, output_discovery
 from shmbridge.teacher.batch import Batch
 from tests import gguf_file
 from tests.harness import Child
@@ -135,10 +135,12 @@ def test_a_model_whose_head_is_more_than_a_matrix_serves_its_own_logits_only(sav
     with torch.inference_mode():
         assert torch.equal(logits(loaded, Batch(ids(2, 9), None)), model(input_ids=ids(2, 9)).logits)
     settings = [f"teacher.model={saved()}", "parity=true"]
-    offer, _ = discovery.make(loaded, config.load(overrides=[*settings, "payload={logits: {}, topk: {k: 4}}"]), CPU)
+    offer, _ = output_discovery.make(
+        loaded, config.load(overrides=[*settings, "payload={logits: {}, topk: {k: 4}}"]), CPU
+    )
     assert [spec.name for spec in offer.outputs] == ["logits", "topk_logprobs", "topk_ids", "tail_logmass"]
     with pytest.raises(PlanError, match=rf"payload\.hidden cannot be had from this teacher: {why}"):
-        discovery.make(loaded, config.load(overrides=[*settings, "payload.hidden={}"]), CPU)
+        output_discovery.make(loaded, config.load(overrides=[*settings, "payload.hidden={}"]), CPU)
 
 
 # Files

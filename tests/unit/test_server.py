@@ -15,7 +15,7 @@ from shmbridge.rank.bridge import Bridge
 from shmbridge.shm.owner import Owner
 from shmbridge.shm.rank_session import RankSession
 from shmbridge.shm.teacher_session import TeacherSession
-from shmbridge.teacher import discovery
+from shmbridge.teacher import output_discovery
 from shmbridge.teacher.batch import Batch, Forward
 from shmbridge.teacher.payload import Selection
 from shmbridge.teacher.server import Server
@@ -30,7 +30,7 @@ class Scene:
     def __init__(self, owner: Owner, lanes: int, forward: Forward, settings: config.Config) -> None:
         token = owner.start_generation()
         self.session = TeacherSession(token)
-        agreed, encoder = discovery.make(forward, settings, CPU)
+        agreed, encoder = output_discovery.make(forward, settings, CPU)
         owner.create_replies(agreed)
         self.session.publish(agreed)
         assert self.session.next_generation()

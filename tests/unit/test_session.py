@@ -25,8 +25,8 @@ from shmbridge.errors import (
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec
 from shmbridge.shm import layout, owner
 from shmbridge.shm.layout import Header
+from shmbridge.shm.participant_record import Failure, Phase, Record
 from shmbridge.shm.rank_session import RankSession
-from shmbridge.shm.record import Failure, Phase, Record
 from shmbridge.shm.segment import Segment
 from shmbridge.shm.session import Lane, MappedSession, Token, lost
 from shmbridge.shm.teacher_session import TeacherSession

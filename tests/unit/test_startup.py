@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from shmbridge import config
-from shmbridge.teacher import discovery, startup
+from shmbridge.teacher import output_discovery, startup
 from shmbridge.teacher.batch import Batch
-from shmbridge.teacher.compose import TokenLimit
+from shmbridge.teacher.grouping import TokenLimit
 
 CPU = torch.device("cpu")
 SETTINGS = config.load(
@@ -41,7 +41,7 @@ class Model:
 
 def warm_up(model: Model, settings: config.Config = SETTINGS) -> TokenLimit:
     made = Model()
-    _, encoder = discovery.make(made, settings, CPU)
+    _, encoder = output_discovery.make(made, settings, CPU)
     limit = TokenLimit(settings.teacher.max_batch_tokens)
     startup.warm_up(model, encoder, limit, settings, CPU)
     return limit

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from shmbridge import Bridge, Reply
 from shmbridge.integrations.transformers.config import DistillationConfig
+from shmbridge.integrations.transformers.look_ahead import Batch, Turn
 from shmbridge.integrations.transformers.payload import CandidateLogprobs, Source, Stream, TeacherRows
 from shmbridge.integrations.transformers.student import StudentHead
-from shmbridge.integrations.transformers.window import Batch, Turn
 from shmbridge.losses import (
     DistillationLoss,
     LazyLogits,

@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from shmbridge.integrations.transformers.checks import check_generation
 from shmbridge.integrations.transformers.config import OnPolicyDistillationConfig
+from shmbridge.integrations.transformers.look_ahead import Batch, MicroBatch, Place
 from shmbridge.integrations.transformers.sampling import (
     choose_candidates,
     is_sampled,
@@ -21,7 +22,6 @@ from shmbridge.integrations.transformers.sampling import (
     sampling_seed,
 )
 from shmbridge.integrations.transformers.trainer import DistillationMixin
-from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place
 from shmbridge.log import logger
 
 

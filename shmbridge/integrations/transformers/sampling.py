@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from shmbridge.integrations.transformers.look_ahead import Batch, Place
 from shmbridge.integrations.transformers.student import StudentHead
-from shmbridge.integrations.transformers.window import Batch, Place
 from shmbridge.losses import LazyLogits, top_candidates
 
 _IGNORED = -100

@@ -23,11 +23,11 @@ import shmbridge
 from shmbridge import Bridge
 from shmbridge.integrations.transformers.checks import check_settings, shard_iterable_datasets
 from shmbridge.integrations.transformers.config import CANDIDATE_LOSS, DistillationConfig
+from shmbridge.integrations.transformers.look_ahead import Batch, MicroBatch, Place, Turn, Window
 from shmbridge.integrations.transformers.metrics import Metrics
 from shmbridge.integrations.transformers.objective import Objective
 from shmbridge.integrations.transformers.stopping import CheckpointOnStop
 from shmbridge.integrations.transformers.student import find_head, output_embeddings
-from shmbridge.integrations.transformers.window import Batch, MicroBatch, Place, Turn, Window
 
 if TYPE_CHECKING:  # what the mixin is mixed into
     from transformers import Trainer as _Trainer

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import msgspec
 
-from launcher.plan import memory, model_card, placement, plane_choice, torchrun
-from launcher.plan.gpus import Gpu
-from launcher.plan.machine import Machine
-from launcher.plan.memory import MemoryPlan
-from launcher.plan.plane_choice import PlaneChoice
+from launcher.planning import memory, model_card, placement, plane_choice, torchrun
+from launcher.planning.gpus import Gpu
+from launcher.planning.machine import Machine
+from launcher.planning.memory import MemoryPlan
+from launcher.planning.plane_choice import PlaneChoice
 from shmbridge.config import Config
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import msgspec
 
 from launcher.console.text import listed, size, table
-from launcher.plan.gpus import Gpu
-from launcher.plan.machine import Machine
-from launcher.plan.model_card import ModelCard
-from launcher.plan.placement import gpu_names, lanes, teacher_name
+from launcher.planning.gpus import Gpu
+from launcher.planning.machine import Machine
+from launcher.planning.model_card import ModelCard
+from launcher.planning.placement import gpu_names, lanes, teacher_name
 from shmbridge.config import Config, HiddenConfig, TopkConfig, is_builder
 from shmbridge.errors import PlanError
 from shmbridge.output_spec import HeadSpec, Offer, OutputSpec

@@ -1,8 +1,8 @@
 """The trial of plane cuda_ipc: short-lived processes in the environments of both jobs open, read and check what a run would.
 
-    trial ── shim ── shmbridge.plane.probe export    one for each replica, as the teacher's process will be
+    trial ── shim ── shmbridge.plane.cuda_ipc_probe export    one for each replica, as the teacher's process will be
          │                    │ stdout to stdin
-         └── shim ── shmbridge.plane.probe import    as the replica's ranks will be, on each training GPU
+         └── shim ── shmbridge.plane.cuda_ipc_probe import    as the replica's ranks will be, on each training GPU
 
 An importer prints one line for each step. A thread waits for each process, so whoever dies or hangs is seen. Nothing of the
 trial is left when it ends.
@@ -26,11 +26,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from launcher.plan.jobs import Plan
-from launcher.plan.plane_choice import GpuPair
+from launcher.planning.jobs import Plan
+from launcher.planning.plane_choice import GpuPair
 from launcher.process import job, shim
 from launcher.process.signals import Signals
-from shmbridge.plane import probe
+from shmbridge.plane import cuda_ipc_probe
 from shmbridge.shm.session import OFF
 
 LIMIT_S = 180.0  # imports torch from a cold disk and makes CUDA contexts where the driver is not loaded yet
@@ -54,9 +54,9 @@ def commands(planned: Plan, pairs: Sequence[GpuPair], base: Mapping[str, str]) -
     for replica in dict.fromkeys(pair.replica for pair in pairs):
         spec = teachers[replica]
         whose = spec.who if len(teachers) > 1 else f"the {spec.who}"
-        argv = (spec.argv[0], "-m", probe.__name__, "export")
+        argv = (spec.argv[0], "-m", cuda_ipc_probe.__name__, "export")
         exporters.append(Command(f"the trial in {whose}'s environment", argv, spec.environment(base)))
-    argv = (train.argv[0], "-m", probe.__name__, "import")
+    argv = (train.argv[0], "-m", cuda_ipc_probe.__name__, "import")
     return exporters, Command("the trial in training's environment", argv, train.environment(base))
 
 
@@ -112,7 +112,7 @@ class _Process:
         """Put each of its messages into `events`, and None once it has ended."""
         if self.popen.stdout:
             with self.popen.stdout as lines:
-                for message in probe.messages(lines):
+                for message in cuda_ipc_probe.messages(lines):
                     events.put((self, message))
         self.popen.wait()
         events.put((self, None))
@@ -198,7 +198,7 @@ class _Trial:
             return
         step = process.steps.popleft()
         try:
-            reason = found[step] = msgspec.json.decode(message, type=probe.Answer).reason
+            reason = found[step] = msgspec.json.decode(message, type=cuda_ipc_probe.Answer).reason
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise _Failed(f"{process.who} sent a garbled message: {error}") from None
         if reason and isinstance(step, str):  # no pair of GPUs can do what this process cannot

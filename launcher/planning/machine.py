@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from launcher.plan import gpus
-from launcher.plan.gpus import Gpu
+from launcher.planning import gpus
+from launcher.planning.gpus import Gpu
 
 _MOUNT = Path("/sys/fs/cgroup")
 _LIMIT_AND_USAGE = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launcher.console.text import listed, table
-from launcher.plan import placement
-from launcher.plan.gpus import Gpu
-from launcher.plan.jobs import JobSpec, Plan
+from launcher.planning import placement
+from launcher.planning.gpus import Gpu
+from launcher.planning.jobs import JobSpec, Plan
 
 
 def header(planned: Plan, session: str, run: Path, base: Mapping[str, str]) -> str:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from shmbridge.errors import AttachError, PlanError
-from shmbridge.plane import cuda_ipc, cuda_slab, probe
-from shmbridge.plane.probe import Answer, Exported, Facts
+from shmbridge.plane import cuda_ipc, cuda_ipc_probe, cuda_slab
+from shmbridge.plane.cuda_ipc_probe import Answer, Exported, Facts
 from tests.fake_cuda import FakeCuda
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def fake(monkeypatch) -> FakeCuda:
     """CUDA whose memory is files, on two GPUs that both see."""
     made = FakeCuda().install(monkeypatch)
     monkeypatch.setattr(cuda_ipc, "unusable", lambda device: None)
-    monkeypatch.setattr(probe, "facts", lambda: THEIRS)
-    monkeypatch.setattr(probe, "_device", lambda index: CPU)
+    monkeypatch.setattr(cuda_ipc_probe, "facts", lambda: THEIRS)
+    monkeypatch.setattr(cuda_ipc_probe, "_device", lambda index: CPU)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: True)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     return made
@@ -37,20 +37,20 @@ def fake(monkeypatch) -> FakeCuda:
 
 def said(capture, kind: type) -> list:
     lines = capture.readouterr().out.encode().split(b"\n")
-    return [msgspec.json.decode(text, type=kind) for text in probe.messages(lines)]
+    return [msgspec.json.decode(text, type=kind) for text in cuda_ipc_probe.messages(lines)]
 
 
 def exported(monkeypatch, capture, *devices: int) -> Exported:
     """What an exporter says; its memory is there as long as the stand-in for CUDA."""
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"")))
-    probe.export(devices)
+    cuda_ipc_probe.export(devices)
     (message,) = said(capture, Exported)
     return message
 
 
 def answers(capture, message: Exported) -> list[str | None]:
     """What an importer says of it."""
-    probe.import_(msgspec.json.encode(message))
+    cuda_ipc_probe.import_(msgspec.json.encode(message))
     return [answer.reason for answer in said(capture, Answer)]
 
 
@@ -66,7 +66,7 @@ def test_what_one_exports_the_other_opens_reads_and_checks(fake, capsys, monkeyp
     assert (message.refused, message.facts, list(message.exports)) == (None, THEIRS, [0, 1])
     handles = {msgspec.json.decode(one, type=cuda_slab.Export).memory.handle for one in message.exports.values()}
     assert len(handles) == 2, "each importing GPU has a slab of its own"
-    monkeypatch.setattr(probe, "facts", lambda: OURS)
+    monkeypatch.setattr(cuda_ipc_probe, "facts", lambda: OURS)
     assert answers(capsys, message) == [None, None, None, None]
 
 
@@ -85,13 +85,15 @@ def test_an_exporter_has_spoken_and_keeps_its_memory_until_it_is_told(fake, caps
 
     monkeypatch.setattr(cuda_slab, "Slab", slab)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=told)))
-    probe.export((0, 1))
+    cuda_ipc_probe.export((0, 1))
     assert events == [(1, 2)]
 
 
 def test_a_message_is_told_from_what_else_is_printed():
-    lines = (b"half a line" + probe.encode(Answer("x")) + b"noise\n" + probe.encode(Answer(None))).split(b"\n")
-    assert list(probe.messages(lines)) == [msgspec.json.encode(Answer("x")), msgspec.json.encode(Answer(None))]
+    lines = (
+        b"half a line" + cuda_ipc_probe.encode(Answer("x")) + b"noise\n" + cuda_ipc_probe.encode(Answer(None))
+    ).split(b"\n")
+    assert list(cuda_ipc_probe.messages(lines)) == [msgspec.json.encode(Answer("x")), msgspec.json.encode(Answer(None))]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_a_message_is_told_from_what_else_is_printed():
     ],
 )
 def test_an_exporter_says_why_it_cannot(fake, capsys, monkeypatch, part, replacement, refused):
-    monkeypatch.setattr({"unusable": cuda_ipc, "Slab": cuda_slab, "facts": probe}[part], part, replacement)
+    monkeypatch.setattr({"unusable": cuda_ipc, "Slab": cuda_slab, "facts": cuda_ipc_probe}[part], part, replacement)
     message = exported(monkeypatch, capsys, 0)
     assert (message.refused, message.exports) == (refused, {})
     assert answers(capsys, message) == [refused]
@@ -134,7 +136,7 @@ def test_an_importer_says_why_it_cannot_and_tries_the_next(fake, capsys, monkeyp
 
 def test_gpus_without_peer_access_are_not_opened_and_a_gpu_needs_none_to_itself(fake, capsys, monkeypatch):
     message = exported(monkeypatch, capsys, 0, 1)
-    monkeypatch.setattr(probe, "facts", lambda: OURS)
+    monkeypatch.setattr(cuda_ipc_probe, "facts", lambda: OURS)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: False)
     monkeypatch.setattr(cuda_slab, "Opened", lambda export, device: opened.append(export))
     opened: list[object] = []
@@ -145,9 +147,9 @@ def test_gpus_without_peer_access_are_not_opened_and_a_gpu_needs_none_to_itself(
 
 def test_an_importer_without_cuda_or_with_another_shmbridge_says_so_once(fake, capsys, monkeypatch):
     message = exported(monkeypatch, capsys, 0, 1)
-    monkeypatch.setattr(probe, "facts", raising(RuntimeError("no driver")))
+    monkeypatch.setattr(cuda_ipc_probe, "facts", raising(RuntimeError("no driver")))
     assert answers(capsys, message) == [None, "RuntimeError: no driver"]
-    probe.import_(b"[]")
+    cuda_ipc_probe.import_(b"[]")
     (answer,) = said(capsys, Answer)
     assert "garbled" in answer.reason and "teacher.python" in answer.reason
 
@@ -171,7 +173,7 @@ def test_an_importer_without_cuda_or_with_another_shmbridge_says_so_once(fake, c
 )
 def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, training, device, reason):
     theirs, ours = msgspec.structs.replace(THEIRS, **teacher), msgspec.structs.replace(OURS, **training)
-    monkeypatch.setattr(probe, "facts", lambda: ours)
+    monkeypatch.setattr(cuda_ipc_probe, "facts", lambda: ours)
     monkeypatch.setattr(cuda_slab, "Opened", lambda *_: pytest.fail("it was opened"))
     heard, found = answers(capsys, Exported(None, theirs, {device: msgspec.Raw(b"{}")}))
     assert heard is None
@@ -183,12 +185,12 @@ def test_what_two_jobs_must_have_alike(fake, capsys, monkeypatch, teacher, train
 
 def test_the_exporting_process_ends_when_it_is_told():
     with subprocess.Popen(
-        [sys.executable, "-m", "shmbridge.plane.probe", "export", "0", "1"],
+        [sys.executable, "-m", "shmbridge.plane.cuda_ipc_probe", "export", "0", "1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     ) as process:
-        message = msgspec.json.decode(next(iter(probe.messages(process.stdout))), type=Exported)
+        message = msgspec.json.decode(next(iter(cuda_ipc_probe.messages(process.stdout))), type=Exported)
         assert message.refused == f"torch {torch.__version__} finds no CUDA device in the teacher's environment"
         assert message.facts == Facts(str(torch.__version__), cuda_ipc.pid_namespace(), ())
         process.stdin.close()

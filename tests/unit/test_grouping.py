@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shmbridge.teacher.compose import Piece, TokenLimit, by_request, compose, halve, padded_tokens
+from shmbridge.teacher.grouping import Piece, TokenLimit, by_request, compose, halve, padded_tokens
 
 shapes = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6)
 

@@ -1,4 +1,4 @@
-"""Which plane a run uses, and why. Pure: process/trial.py makes the trial."""
+"""Which plane a run uses, and why. Pure: process/cuda_ipc_trial.py makes the trial."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from launcher.console.text import listed
-from launcher.plan.gpus import Gpu
-from launcher.plan.placement import gpu_names, replica_of
+from launcher.planning.gpus import Gpu
+from launcher.planning.placement import gpu_names, replica_of
 from shmbridge.config import Config
 from shmbridge.errors import ConfigError, PlanError
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from launcher.console.text import listed, ranges
-from launcher.plan.gpus import Gpu
+from launcher.planning.gpus import Gpu
 from shmbridge.config import Config, TeacherConfig
 from shmbridge.errors import ConfigError
 

@@ -8,7 +8,7 @@ import torch
 from shmbridge import config
 from shmbridge.errors import ConfigError, PlanError
 from shmbridge.output_spec import OutputSpec
-from shmbridge.teacher import discovery
+from shmbridge.teacher import output_discovery
 from shmbridge.teacher.batch import Batch
 from shmbridge.teacher.main import build
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def offered(forward, *overrides: str):
-    return discovery.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)[0].outputs
+    return output_discovery.make(forward, config.load(overrides=["teacher.model=m:own", *overrides]), CPU)[0].outputs
 
 
 def test_a_probe_finds_dtype_shape_and_the_axis_of_the_sequence():

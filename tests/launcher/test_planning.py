@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import gpus, jobs, placement, summary, torchrun
-from launcher.plan.gpus import Gpu
-from launcher.plan.jobs import TEACHER, TRAIN
-from launcher.plan.machine import Machine
+from launcher.planning import gpus, jobs, placement, summary, torchrun
+from launcher.planning.gpus import Gpu
+from launcher.planning.jobs import TEACHER, TRAIN
+from launcher.planning.machine import Machine
 from shmbridge import config
 from shmbridge.errors import ConfigError
 

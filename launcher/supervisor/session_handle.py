@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from launcher.process.job import Job
 from launcher.supervisor.ranks import Ranks
 from shmbridge.config import Config
-from shmbridge.shm.record import Failure
+from shmbridge.shm.participant_record import Failure
 from shmbridge.shm.session import MappedSession, Token
 
 if TYPE_CHECKING:

@@ -9,22 +9,22 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 
-from launcher.codes import REFUSED
 from launcher.console.progress import Progress
-from launcher.plan import machine, memory
-from launcher.plan.jobs import JobSpec
+from launcher.exit_codes import REFUSED
+from launcher.planning import machine, memory
+from launcher.planning.jobs import JobSpec
 from launcher.process.job import Job
 from launcher.supervisor import cause
 from launcher.supervisor.cause import Cause
-from launcher.supervisor.handle import SessionHandle
 from launcher.supervisor.loop import EventLoop
 from launcher.supervisor.ranks import Ranks
+from launcher.supervisor.session_handle import SessionHandle
 from launcher.supervisor.teachers import Teachers
 from shmbridge.config import Config
 from shmbridge.errors import ShmbridgeError
 from shmbridge.shm.layout import ControlWord
 from shmbridge.shm.owner import Owner
-from shmbridge.shm.record import Failure, Phase
+from shmbridge.shm.participant_record import Failure, Phase
 from shmbridge.shm.session import Token
 
 # Only a look tells how far a teacher has come; a session that serves or idles can be left alone.

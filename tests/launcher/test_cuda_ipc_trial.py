@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import plane_choice
-from launcher.plan.gpus import Gpu
-from launcher.process import trial
+from launcher.planning import plane_choice
+from launcher.planning.gpus import Gpu
+from launcher.process import cuda_ipc_trial
+from launcher.process.cuda_ipc_trial import Command
 from launcher.process.signals import Signals, Stopped
-from launcher.process.trial import Command
 from tests.harness import until
-from tests.launcher.test_plan import EIGHT, make
+from tests.launcher.test_planning import EIGHT, make
 
 FAKE = str(Path(__file__).with_name("fake_probe.py"))
 TWO = plane_choice.gpu_pairs([(EIGHT[7],)], EIGHT[:2])
@@ -38,7 +38,9 @@ class Fakes:
 
     def run(self, exporter: str = "ok", importer: str = "ok", limit_s: float = 60.0) -> str | None:
         exports = self.command("the exporter", "export", exporter)
-        return trial.run(TWO, [exports], self.command("the importer", "import", importer), self.signals, limit_s)
+        return cuda_ipc_trial.run(
+            TWO, [exports], self.command("the importer", "import", importer), self.signals, limit_s
+        )
 
     def processes(self) -> list[str]:
         """Command lines of what lives."""
@@ -104,7 +106,7 @@ def test_whoever_hangs_is_killed_with_all_it_started(fakes, exporter, importer, 
 
 
 def test_the_end_has_a_limit_of_its_own(fakes, monkeypatch):
-    monkeypatch.setattr(trial, "_END_S", 0.5)
+    monkeypatch.setattr(cuda_ipc_trial, "_END_S", 0.5)
     assert fakes.run("hangs at its end") == "the exporter was told to end and gave no answer within 0.5 s"
 
 
@@ -112,8 +114,11 @@ def test_each_pair_has_an_export_of_its_replica(fakes):
     pairs = plane_choice.gpu_pairs([(EIGHT[6],), (EIGHT[7],)], (EIGHT[0], EIGHT[1], EIGHT[2]))
     importer = fakes.command("the importer", "import", "tells")
     replicas = [fakes.command(name, "export", name) for name in "ab"]
-    assert trial.run(pairs, replicas, importer, fakes.signals) == 'GPU 6 and GPU 0: 0 "of a" (and 2 of 3 pairs more)'
-    assert trial.run(pairs[2:], replicas[1:], importer, fakes.signals) == 'GPU 7 and GPU 1: 1 "of b"'
+    assert (
+        cuda_ipc_trial.run(pairs, replicas, importer, fakes.signals)
+        == 'GPU 6 and GPU 0: 0 "of a" (and 2 of 3 pairs more)'
+    )
+    assert cuda_ipc_trial.run(pairs[2:], replicas[1:], importer, fakes.signals) == 'GPU 7 and GPU 1: 1 "of b"'
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -140,10 +145,10 @@ def test_the_real_processes_where_torch_finds_no_gpu(fakes):
     """The importer hears the exporter through the pipe between them, and passes on why it cannot."""
     environment = {**os.environ, MARK: fakes.mark, "CUDA_VISIBLE_DEVICES": ""}
     exports, imports = (
-        Command(side, (sys.executable, "-m", "shmbridge.plane.probe", side), environment)
+        Command(side, (sys.executable, "-m", "shmbridge.plane.cuda_ipc_probe", side), environment)
         for side in ("export", "import")
     )
-    reason = trial.run(TWO, [exports], imports, fakes.signals)
+    reason = cuda_ipc_trial.run(TWO, [exports], imports, fakes.signals)
     assert reason.endswith("finds no CUDA device in the teacher's environment")
 
 
@@ -151,17 +156,20 @@ def test_the_processes_are_the_jobs_own():
     planned = make("teacher.gpus=6-7", "train.gpus=0-2", "teacher.python=/opt/env/bin/python")
     pairs = plane_choice.gpu_pairs(planned.teachers, planned.train_gpus)
     base = {"RANK": "3", "HF_HOME": "x", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    exporters, importer = trial.commands(planned, pairs, base)
+    exporters, importer = cuda_ipc_trial.commands(planned, pairs, base)
     assert [(one.who, one.argv) for one in exporters] == [
-        (f"the trial in teacher {i}'s environment", ("/opt/env/bin/python", "-m", "shmbridge.plane.probe", "export"))
+        (
+            f"the trial in teacher {i}'s environment",
+            ("/opt/env/bin/python", "-m", "shmbridge.plane.cuda_ipc_probe", "export"),
+        )
         for i in range(2)
     ]
     assert [one.environment["CUDA_VISIBLE_DEVICES"] for one in exporters] == ["6,0,1,2", "7,0,1,2"]
     assert not {"RANK", "PYTORCH_CUDA_ALLOC_CONF"} & set(exporters[0].environment)
-    assert importer.argv == (sys.executable, "-m", "shmbridge.plane.probe", "import")
+    assert importer.argv == (sys.executable, "-m", "shmbridge.plane.cuda_ipc_probe", "import")
     assert importer.environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,6,7"
     assert importer.environment["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    exporters, _ = trial.commands(make("teacher.gpus='7'", "train.gpus=0-2"), TWO, base)
+    exporters, _ = cuda_ipc_trial.commands(make("teacher.gpus='7'", "train.gpus=0-2"), TWO, base)
     assert exporters[0].who == "the trial in the teacher's environment"
 
 
