@@ -115,7 +115,6 @@ class Listener:
             yield from visitor.watch()
 
     def step(self, now: float) -> None:
-        self._accept()
         for visitor in self._visitors:
             for message in visitor.receive():
                 self._hear(visitor, message)
@@ -123,6 +122,7 @@ class Listener:
         self._visitors = [visitor for visitor in self._visitors if visitor.open]
         if self._group and not self._group.visitor.open:
             self._let_go(self._group)
+        self._accept()  # once those who have gone have made room
         if not self._ending:
             self._look_at_teachers(now)
         elif not self._session.done and (self._group is None or now >= self._close_at):
