@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from launcher.planning.machine import Machine
 from launcher.planning.memory import MemoryPlan
 from launcher.planning.plane_choice import PlaneChoice
 from shmbridge.config import Config
+from shmbridge.errors import ConfigError
 from shmbridge.shm.session import OFF, SESSION_VARIABLE, Token
 
 TEACHER, TRAIN, TORCHRUN = "teacher", "train", "torchrun"
@@ -113,7 +115,7 @@ def plan(config: Config, script: Sequence[str], machine: Machine, chosen: PlaneC
     """The plan for the plane that was `chosen`, or for the one that the settings imply.
 
     Raises:
-        ConfigError: settings contradict each other, or a GPU or a local model does not exist.
+        ConfigError: settings contradict each other, or a GPU, the teacher's interpreter or a local model does not exist.
         PlanError: the payload is not one that the model can give.
     """
     torchrun.check_script(script, torchrun.split(config.train.torchrun_args))
@@ -123,6 +125,11 @@ def plan(config: Config, script: Sequence[str], machine: Machine, chosen: PlaneC
     teachers = placement.shares(teacher, replicas)
     counted = None
     if replicas:
+        if not shutil.which(config.teacher.python or sys.executable):
+            raise ConfigError(
+                f"teacher.python is {config.teacher.python}; expected an executable file, the Python interpreter of the teacher's "
+                "environment. Correct the path, or leave teacher.python out to use the launcher's."
+            )
         chosen = chosen or plane_choice.by_settings(config, teacher, train)
         config = msgspec.structs.replace(config, plane=chosen.plane)
         counted = memory.plan(config, model_card.read(config.teacher), teachers, machine, train)

@@ -111,6 +111,7 @@ ON_CPU = "train.cpu_ranks=2"
         (["teacher.gpus=0-2,1", ON_CPU], r"teacher\.gpus is .* is given twice"),
         (["teacher.gpus='8'", "train.gpus=0-3"], "teacher.gpus names GPU 8, which does not exist; .* GPUs 0-7"),
         (["train.gpus=0-9"], "train.gpus names GPU 8"),
+        (["teacher.python=/nope/python", ON_CPU], "teacher.python is /nope/python; expected an executable file"),
     ],
 )
 def test_contradictions_are_refused(overrides, message):
@@ -163,8 +164,8 @@ def test_output_is_unbuffered_unless_the_user_says_otherwise():
 
 
 def test_the_command_lines():
-    found = specs(make("train.cpu_ranks=2", "teacher.python=/opt/env/bin/python", "train.torchrun_args=--tee 3"))
-    assert found[TEACHER].argv[:3] == ("/opt/env/bin/python", "-m", "shmbridge.teacher.main")
+    found = specs(make("train.cpu_ranks=2", "teacher.python=/bin/sh", "train.torchrun_args=--tee 3"))
+    assert found[TEACHER].argv[:3] == ("/bin/sh", "-m", "shmbridge.teacher.main")
     command = shlex.join(found[TRAIN].argv)
     assert command.endswith("-- --standalone --local-addr=127.0.0.1 --nproc-per-node 2 --tee 3 -m package.train")
     assert found[TEACHER].set["SHMBRIDGE_SESSION"] == found[TRAIN].set["SHMBRIDGE_SESSION"] == "TOKEN@1"
