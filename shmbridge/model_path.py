@@ -118,5 +118,6 @@ def _nearest(path: Path) -> str:
         beside = sorted(os.listdir(missing.parent))
     except OSError:
         return ""
-    like = difflib.get_close_matches(missing.name, beside, 1) or [name for name in beside if missing.name in name]
+    inside = [name for name in beside if len(missing.name) > 2 and missing.name in name]
+    like = difflib.get_close_matches(missing.name, beside, 1) or inside
     return f" Did you mean {missing.parent / like[0]}?" if like else ""

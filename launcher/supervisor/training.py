@@ -219,7 +219,7 @@ class TrainingJob:
         crash that training was to begin again after."""
         self._cause, self._cause_stands = found, stands or found.role == LAUNCHER or self._stage is Stage.CRASHED
         self._stage = Stage.FAILED
-        self._console.say(f"{found.sentence}; stopping")
+        self._console.say(f"{found.sentence.removesuffix('.')}; stopping")
         self._loop.logs.failed = True
         self._session.fail(found)
         ranks, of_teacher = self._session.ranks, found.role in (TEACHER, LAUNCHER)

@@ -74,7 +74,7 @@ class Server:
         self._replies.publisher.close()
         self._settle()
         record.enter(Phase.CLOSED)
-        padding = 1 - self._tokens / max(1, self._padded_tokens)
+        padding = 1 - self._tokens / self._padded_tokens if self._padded_tokens else 0.0
         forwards = "1 forward" if self._forwards == 1 else f"{self._forwards} forwards"
         logger.info("answered this training group in %s; %.1f%% of their tokens were padding", forwards, 100 * padding)
 
