@@ -194,8 +194,10 @@ class _Trial:
             process.ended = True
             reason = process.fate()
             if reason:
-                raise _Failed(reason)
+                raise _Failed(self._fate_of_exporter(process) or reason)
             return
+        if not process.steps:
+            raise _Failed(f"{process.who} sent more answers than it was asked for")
         step = process.steps.popleft()
         try:
             reason = found[step] = msgspec.json.decode(message, type=cuda_ipc_probe.Answer).reason
@@ -203,6 +205,16 @@ class _Trial:
             raise _Failed(f"{process.who} sent a garbled message: {error}") from None
         if reason and isinstance(step, str):  # no pair of GPUs can do what this process cannot
             raise _Failed(reason)
+
+    def _fate_of_exporter(self, process: _Process) -> str | None:
+        """Why the exporter of an importer has ended, if that is why the importer ended: its input ended early."""
+        if process not in self._importers or process.popen.returncode != 0:
+            return None
+        exporter = self._exporters[self._importers.index(process)]
+        with suppress(subprocess.TimeoutExpired):
+            exporter.popen.wait(_REAP_S)
+            return exporter.fate()
+        return None
 
     def _next_event(self, who: str) -> tuple[_Process, bytes | None]:
         while True:

@@ -75,6 +75,7 @@ def test_a_trial_that_passes_whatever_else_is_printed(fakes, exporter, importer)
     [
         ("refuses", "ok", "its allocator is cudaMallocAsync"),
         ("crashes", "ok", "the exporter was killed by SIGSEGV"),
+        ("crashes late", "ok", "the exporter was killed by SIGSEGV"),
         ("crashes later", "hangs", "the exporter was killed by SIGBUS"),
         ("crashes at its end", "ok", "the exporter was killed by SIGSEGV"),
         ("exits", "ok", "the exporter ended with exit code 1 (no module named shmbridge)"),
