@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -75,7 +76,6 @@ def test_a_trial_that_passes_whatever_else_is_printed(fakes, exporter, importer)
     [
         ("refuses", "ok", "its allocator is cudaMallocAsync"),
         ("crashes", "ok", "the exporter was killed by SIGSEGV"),
-        ("crashes late", "ok", "the exporter was killed by SIGSEGV"),
         ("crashes later", "hangs", "the exporter was killed by SIGBUS"),
         ("crashes at its end", "ok", "the exporter was killed by SIGSEGV"),
         ("exits", "ok", "the exporter ended with exit code 1 (no module named shmbridge)"),
@@ -91,6 +91,32 @@ def test_a_trial_that_passes_whatever_else_is_printed(fakes, exporter, importer)
 )
 def test_what_fails_is_the_reason(fakes, exporter, importer, reason):
     assert fakes.run(exporter, importer) == reason
+
+
+class ExporterLast:
+    """A queue of events in which the end of an exporter comes behind that of its importer."""
+
+    def __init__(self) -> None:
+        self._events, self._held, self._importer_ended = SimpleQueue(), [], False
+
+    def put(self, event):
+        process, message = event
+        if message is None and "exporter" in process.who and not self._importer_ended:
+            self._held.append(event)
+            return
+        self._events.put(event)
+        if message is None:
+            self._importer_ended = True
+            for held in self._held:
+                self._events.put(held)
+
+    def get(self, timeout):
+        return self._events.get(timeout=timeout)
+
+
+def test_an_exporter_is_the_reason_where_its_importer_is_seen_to_end_first(fakes, monkeypatch):
+    monkeypatch.setattr(cuda_ipc_trial.queue, "SimpleQueue", ExporterLast)
+    assert fakes.run("crashes", "ok") == "the exporter was killed by SIGSEGV"
 
 
 @pytest.mark.parametrize(
