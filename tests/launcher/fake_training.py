@@ -86,7 +86,7 @@ def train(mode: str, rank: int) -> None:
     try:
         session.wait_ready(60)
         session.record.at(41, 42)
-        print(f"rank {rank} up", flush=True)
+        print(f"rank {rank} is up.", flush=True)
         end(mode, rank, session)
     except Exception as error:
         session.record.fail_with(error)

@@ -102,7 +102,7 @@ def test_a_teacher_that_is_loaded_again_under_a_group_keeps_the_session_as_it_is
     gate.write_bytes(b"")
     assert start.process.wait(60) == 0
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         first = str(kept.teacher)
         os.kill(int(first), signal.SIGKILL)
         until(lambda: kept.status["teacher"].rpartition("pid ")[2] not in (first, "none"), "the next teacher")
@@ -128,7 +128,7 @@ def test_groups_wait_while_the_teacher_drains_and_one_of_them_is_served(kept, ga
         winner = other if loser is one else one
         assert loser.process.returncode == 2
         assert f"held by pid {winner.process.pid}" in loser.text
-        winner.says(" up", times=2)
+        winner.says(" is up.", times=2)
         winner.signal(signal.SIGINT)
         assert ended(winner) == 130
     gate.write_bytes(b"")
@@ -212,7 +212,7 @@ def test_neither_visitors_nor_sigusr1_end_the_wait_of_a_group(kept, gate):
             visitors.enter_context(contextlib.closing(Connection("big")))
         run.signal(signal.SIGUSR1)
         gate.write_bytes(b"")
-        run.says("up\n", times=2)
+        run.says(" is up.", times=2)
         gate.write_bytes(b"")
         assert ended(run) == 0, run.text
     kept.stop()
@@ -222,7 +222,7 @@ def test_a_second_ctrl_c_ends_a_keeper_at_once_though_a_group_holds_it(kept):
     kept.start("timeouts.shutdown_s=60")
     keeper = os.pidfd_open(kept.keeper)
     with kept.attach("stubborn") as run:
-        run.says("up\n", times=2)
+        run.says(" is up.", times=2)
         signal.pidfd_send_signal(keeper, signal.SIGINT)
         run.says("stopping")
         signal.pidfd_send_signal(keeper, signal.SIGINT)

@@ -79,7 +79,7 @@ def test_groups_follow_each_other_under_one_loaded_teacher(kept):
     for ranks, answered in ((2, 2), (3, 5), (1, 6)):
         with kept.attach("asks", ranks=ranks) as run:
             assert ended(run) == 0, run.text
-            assert run.text.count("up\n") == ranks
+            assert run.text.count(" is up.") == ranks
         assert kept.status["answered"] == f"{answered} request{'s' if answered > 1 else ''}"
     assert (kept.teacher, kept.loaded) == (teacher, 1)
     until(lambda: kept.status["state"] == "idle", "an idle teacher")
@@ -90,7 +90,7 @@ def test_groups_follow_each_other_under_one_loaded_teacher(kept):
 def test_the_second_group_is_told_who_holds_it(kept):
     kept.start()
     with kept.attach("wait") as first:
-        first.says(" up", times=2)
+        first.says(" is up.", times=2)
         with kept.attach("ok") as second:
             assert second.process.wait(60) == 2
             assert re.search(
@@ -121,10 +121,10 @@ def test_the_first_to_come_holds_a_session_that_loads(kept, gate):
         with kept.attach("wait") as second:
             assert second.process.wait(60) == 2
             assert f"held by pid {first.process.pid}" in second.text
-        assert "up" not in first.text
+        assert " is up." not in first.text
         gate.write_bytes(b"")
         assert start.process.wait(60) == 0
-        first.says(" up", times=2)
+        first.says(" is up.", times=2)
         code, text = kept.command("stop", "--force")
         assert code == 0, text
         assert ended(first) == 143
@@ -166,7 +166,7 @@ def test_a_tokenizer_that_changed_on_the_disk_is_refused(tmp_path):
 def test_the_death_of_the_launcher_ends_its_group_and_not_the_teacher(kept):
     kept.start()
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         run.signal(signal.SIGKILL)
         run.process.wait(60)
         until(lambda: not run.processes(), "the end of the ranks")
@@ -214,7 +214,7 @@ def test_a_crash_of_training_leaves_the_teacher_loaded(kept, training, code):
 def test_a_teacher_that_died_for_good_is_the_cause_in_both_reports(kept):
     start = kept.start()
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         os.kill(kept.teacher, signal.SIGKILL)
         assert ended(run) == 137
         assert re.search(r"The run failed after [\d.]+ s: teacher was killed by SIGKILL", run.text)
@@ -237,7 +237,7 @@ def test_a_stopped_group_is_served_until_its_ranks_have_saved_and_the_teacher_st
     kept.start()
     gate = kept.directory / "gate"
     with kept.attach("notes", FAKE_GATE=str(gate)) as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         run.signal(signal.SIGINT)
         run.says("takes note of 2", times=2)
         gate.with_name("gate0").touch()
@@ -255,7 +255,7 @@ def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kep
     start = kept.start()
     session = kept.status["session"]
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         os.kill(kept.keeper, signal.SIGKILL)
         assert ended(run) == 1
         assert "the keeper of the teacher big (pid" in run.text
@@ -272,7 +272,7 @@ def test_the_death_of_the_keeper_ends_everything_and_the_next_start_reclaims(kep
 def test_a_signal_to_the_keeper_ends_everything(kept):
     start = kept.start()
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         os.kill(kept.keeper, signal.SIGINT)
         assert ended(run) == 143
         assert "is stopped by SIGINT" in run.text
@@ -497,7 +497,7 @@ def test_ctrl_c_once_the_teacher_is_ready_leaves_the_keeper(tmp_path):
 def test_garbage_on_the_socket_ends_that_connection_alone(kept):
     kept.start()
     with kept.attach("wait") as run:
-        run.says(" up", times=2)
+        run.says(" is up.", times=2)
         for said in (
             b"\0\xff\n",
             b"{}\n",
